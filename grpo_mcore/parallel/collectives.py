@@ -1,0 +1,34 @@
+"""The few collectives that the stages need, by what they mean. Each is bounded by the time-out of its group."""
+
+import torch
+import torch.distributed as dist
+
+from grpo_mcore.parallel.topology import Topology
+
+
+def broadcast(value, topology: Topology):
+    """The driver's `value`, a picklable object, on every rank."""
+    box = [value]
+    if topology.world_size > 1:
+        dist.broadcast_object_list(box, src=0, group=topology.control_group)
+    return box[0]
+
+
+def gather(value, topology: Topology) -> list:
+    """Every rank's `value`, a picklable object, in rank order, on every rank."""
+    out = [None] * topology.world_size
+    dist.all_gather_object(out, value, group=topology.control_group)
+    return out
+
+
+def gather_shards(shard: torch.Tensor, topology: Topology) -> list[torch.Tensor]:
+    """The equal-shaped shards of one parameter, in tp order, on every tp rank."""
+    if topology.tp == 1:
+        return [shard]
+    shards = [torch.empty_like(shard) for _ in range(topology.tp)]
+    dist.all_gather(shards, shard.contiguous(), group=topology.tp_group)
+    return shards
+
+
+def barrier(topology: Topology) -> None:
+    dist.barrier(group=topology.control_group)

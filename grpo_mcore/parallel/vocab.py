@@ -1,0 +1,67 @@
+"""Log-prob and entropy over a vocabulary that is split over tp ranks.
+
+Each rank's kernel reduces its shard to three numbers a token (kernels/reference.py); here they meet. The gradient rule on
+both sides follows Megatron: downstream of the gather every tp rank computes the same loss, so the gradient of the
+gathered values is complete on each rank and its own slice is taken without a sum; upstream, each rank's
+gradient of the hidden state covers only its own shard of the vocabulary, so it is summed.
+"""
+
+import torch
+import torch.distributed as dist
+
+
+class _ToShards(torch.autograd.Function):
+    """Identity forward; sum over tp ranks backward."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+class _Gather(torch.autograd.Function):
+    """[R] on each rank to [tp, R] on every rank; own slice backward."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.rank = dist.get_rank(group)
+        out = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(out, x.contiguous(), group=group)
+        return torch.stack(out)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad[ctx.rank], None
+
+
+def to_shards(hidden_RD: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """The hidden states as every rank's head may read them. group None: not split."""
+    return hidden_RD if group is None else _ToShards.apply(hidden_RD, group)
+
+
+def first_row(rows: int, group: dist.ProcessGroup | None) -> int:
+    """The vocabulary id of this rank's first row, for shards of `rows` rows."""
+    return 0 if group is None else rows * dist.get_rank(group)
+
+
+def combine(
+    logsumexp_R: torch.Tensor, target_R: torch.Tensor, mean_logit_R: torch.Tensor, group: dist.ProcessGroup | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Partials of each shard to (logprob_R, entropy_R) of the whole vocabulary, float32, differentiable.
+
+    logsumexp_R: over the shard; target_R: the target's logit where the shard has it, else 0;
+    mean_logit_R: the shard's expected logit under the softmax of the shard alone.
+    """
+    if group is None:
+        return target_R - logsumexp_R, logsumexp_R - mean_logit_R
+    logsumexp_KR = _Gather.apply(logsumexp_R, group)
+    logsumexp = torch.logsumexp(logsumexp_KR, 0)
+    share_KR = (logsumexp_KR - logsumexp).exp()
+    mean_logit = (share_KR * _Gather.apply(mean_logit_R, group)).sum(0)
+    return _Gather.apply(target_R, group).sum(0) - logsumexp, logsumexp - mean_logit

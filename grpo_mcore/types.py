@@ -1,0 +1,72 @@
+"""What flows through a step. No behaviour.
+
+Shapes: P prompts, G responses of a group, N = P*G responses, S sequences of a microbatch, T packed tokens of it,
+R response tokens of it (the positions that carry a loss), V vocabulary shard, D hidden.
+
+A worked example, P = 1 and G = 2:
+
+    prompt    "7+5="           token_ids (7, +, 5, =)
+    responses "12" EOS, "13"   token_ids (1, 2, EOS) and (1, 3); the second hit the length limit
+    Microbatch of both, T = 4+3 + 4+2 = 13:
+        token_ids_T  7 + 5 = 1 2 EOS 7 + 5 = 1 3        cu_seqlens 0 7 13
+        target_R     1 2 EOS 1 3                        R = 5
+        position_R   3 4 5 10 11                        the token BEFORE each target: its hidden state predicts it
+        sequence_R   0 0 0 1 1
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class Prompt:
+    id: int  # position in its data set: stable over epochs and resumes
+    problem: str
+    answer: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Response:
+    """What one engine sampled for one prompt."""
+
+    token_ids: tuple[int, ...]  # EOS included
+    rollout_logprobs: tuple[float, ...]  # one a token, natural log, at the sampling temperature
+    truncated: bool  # hit the length limit before EOS
+    policy_version: int  # of the weights that sampled it
+
+
+@dataclass(frozen=True)
+class Group:
+    """The G responses to one prompt, in sample order."""
+
+    prompt: Prompt
+    responses: tuple[Response, ...]
+
+
+@dataclass
+class Microbatch:
+    """Packed sequences, no padding: what one forward pass sees. See the module's docstring for an example."""
+
+    token_ids_T: torch.Tensor  # int64
+    position_ids_T: torch.Tensor  # int64, restarts at 0 in each sequence
+    cu_seqlens: torch.Tensor  # int32 [S+1]
+    max_seqlen: int
+    position_R: torch.Tensor  # int64, index into T of the hidden state that predicts target_R
+    target_R: torch.Tensor  # int64
+    sequence_R: torch.Tensor  # int64, which of the S sequences
+    advantage_R: torch.Tensor  # float32
+    weight_R: torch.Tensor  # float32, loss_mask over the global denominator: loss = sum(weight_R * per-token loss)
+    rollout_logprobs_R: torch.Tensor  # float32, recorded by the engine
+    old_logprobs_R: torch.Tensor | None = None  # float32, the trainer's, before the step's first update
+    ref_logprobs_R: torch.Tensor | None = None  # float32, the frozen reference's
+
+
+@dataclass
+class GlobalBatch:
+    """This rank's share of one optimizer step."""
+
+    microbatches: list[Microbatch] = field(default_factory=list)
+    num_loss_tokens: int = 0  # over all data ranks
+    num_tokens: int = 0  # packed tokens over all data ranks, prompts included

