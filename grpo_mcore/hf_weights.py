@@ -139,6 +139,15 @@ def export(model: torch.nn.Module, hf_config, topology: Topology) -> Iterator[tu
         yield from zip(row.hf, row.layout.merge(gather_shards(parameter.detach(), topology), hf_config), strict=True)
 
 
+def shapes(model: torch.nn.Module, hf_config, tp: int) -> list[tuple[str, tuple[int, ...]]]:
+    """(HF name, whole shape) of what `export` yields, in its order, without communication."""
+    return [
+        (name, tuple(tensor.shape))
+        for row, parameter in _rows_of(model, hf_config)
+        for name, tensor in zip(row.hf, row.layout.merge([parameter.detach().to("meta")] * tp, hf_config), strict=True)
+    ]
+
+
 class Reader:
     """The tensors of a folder's safetensors files, by name, without loading the files whole."""
 

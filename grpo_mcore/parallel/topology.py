@@ -2,7 +2,9 @@
 
 import datetime
 import os
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -49,11 +51,12 @@ def pick_device(device: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def connect(*, tp: int, device: torch.device, timeout_s: float, seed: int) -> Topology:
+def connect(*, tp: int, device: torch.device, timeout_s: float, seed: int, num_threads: int = 1) -> Topology:
     """Joins torchrun's ranks (or makes a world of one), builds Megatron's process groups and seeds its generators.
 
-    `timeout_s` bounds every collective: a rank that waits longer fails, and torchrun ends the others.
+    `num_threads` are this rank's CPU threads. `timeout_s` bounds every collective: a rank that waits longer fails, and torchrun ends the others.
     """
+    torch.set_num_threads(num_threads)
     cpu.install()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -89,3 +92,12 @@ def disconnect() -> None:
 
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+
+
+def wait_for_file(path: Path, timeout_s: float) -> None:
+    """Until the driver has made `path`, before there is a process group to wait in. Raises TimeoutError."""
+    end = time.monotonic() + timeout_s
+    while not path.is_file():
+        if time.monotonic() > end:
+            raise TimeoutError(f"rank {rank()} waited {timeout_s:.0f} s for the driver to make {path}")
+        time.sleep(0.2)

@@ -1,0 +1,78 @@
+"""What every program of launch/ does alike: read the command line, and end cleanly whatever happens."""
+
+import time
+
+BEGAN = time.monotonic()  # imported first: the wall clock of a run includes the imports
+
+import argparse  # noqa: E402
+import os  # noqa: E402
+import signal  # noqa: E402
+import sys  # noqa: E402
+import traceback  # noqa: E402
+import warnings  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
+
+from grpo_mcore import config  # noqa: E402
+
+# Before torch is imported: threads that spin while they wait slow every other process of a small machine, up to 8 x.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@dataclass(frozen=True)
+class Command:
+    config: config.Config
+    argv: list[str]  # as to be given to another program that takes --cfg and overrides
+    dry_run: bool
+    options: dict[str, str | None]  # the program's own
+
+
+def parse(description: str, *options: str) -> Command:
+    """--cfg FILE [--dry-run] [options ...] [key.sub=value ...] of sys.argv. Raises InputError."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--cfg", required=True, help="YAML file, such as configs/quickstart.yaml")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration with its derived sizes, and exit")
+    for option in options:
+        parser.add_argument(option)
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    args = parser.parse_intermixed_args()
+    return Command(config.load(args.cfg, args.overrides), ["--cfg", args.cfg, *args.overrides], args.dry_run,
+                   {o.removeprefix("--"): getattr(args, o.removeprefix("--")) for o in options})
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs main and exits: 0; 2 for bad input, in one line; 130 when stopped; 1 for any other error, with its traceback.
+
+    SIGTERM stops the driver as Ctrl-C does. The other ranks own nothing that must be closed: they just end.
+    """
+    # Megatron warns of every missing CUDA extension, one by one.
+    warnings.filterwarnings("ignore", module=r"megatron\..*")
+    driver = os.environ.get("RANK", "0") == "0"
+    if driver:
+        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        main()
+    except config.InputError as e:
+        if driver:
+            print(f"error: {e}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(2)  # torchrun ends the other ranks when the first fails; let the driver speak
+        code = 2
+    except KeyboardInterrupt:
+        if driver:
+            print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        code = 130
+    except Exception as e:
+        from grpo_mcore.engine import EngineError
+        from grpo_mcore.refit import RefitError
+
+        if isinstance(e, (EngineError, RefitError, FloatingPointError)):
+            print(f"error: {e}", file=sys.stderr, flush=True)  # it says all that the traceback would
+        else:
+            traceback.print_exc()
+        code = 1
+    else:
+        code = 0
+    sys.stdout.flush()
+    if code:
+        os._exit(code)  # skips the interpreter's teardown: gloo's threads may wait for a rank that has failed

@@ -1,0 +1,109 @@
+"""Data set -> prompt text -> token ids -> Prompt; a seeded stream of them whose whole state is one number."""
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from grpo_mcore import arithmetic, config
+from grpo_mcore.config import InputError
+from grpo_mcore.types import Prompt
+
+
+class Tokenizer:
+    """The model's tokenizer, its chat template and the ids that end a response."""
+
+    def __init__(self, folder: str):
+        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        ids: set[int] = set()
+        for name in ("config.json", "generation_config.json"):
+            path = Path(folder) / name
+            value = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+            ids.update([value] if isinstance(value, int) else value or [])
+        if self._tokenizer.eos_token_id is not None:
+            ids.add(self._tokenizer.eos_token_id)
+        self.stop_token_ids = sorted(ids)
+
+    def encode(self, problem: str, data: config.Data) -> tuple[int, ...]:
+        text = data.prompt_template.replace("{problem}", problem)
+        if not data.chat_template:
+            return tuple(self._tokenizer(text).input_ids)
+        if self._tokenizer.chat_template is None:
+            raise InputError("data.chat_template", True, "the model's tokenizer has no chat template", "set data.chat_template=false")
+        return tuple(self._tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True)["input_ids"])
+
+    def encode_plain(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer(text, add_special_tokens=False).input_ids)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text with the thinking tags and without end-of-text tokens."""
+        stop = set(self.stop_token_ids)
+        return self._tokenizer.decode([t for t in token_ids if t not in stop], skip_special_tokens=False)
+
+
+def read_rows(source: str, data: config.Data, name: str) -> list[tuple[str, str]]:
+    """(problem, answer) of every row of `source`. `name` is the configuration's field, for errors. Raises InputError."""
+    if source.startswith("arithmetic:"):
+        return arithmetic.rows(source.removeprefix("arithmetic:"))
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    suffix = Path(source).suffix
+    if suffix in (".jsonl", ".json", ".parquet") and not Path(source).is_file():
+        raise InputError(name, source, "there is no such file", "check the path")
+    if suffix in (".jsonl", ".json"):
+        return [_row(json.loads(line), data, name, f"{source}, line {i}") for i, line in enumerate(Path(source).read_text().splitlines(), 1) if line.strip()]
+    try:
+        table = load_dataset("parquet", data_files=source, split="train") if suffix == ".parquet" else load_dataset(source, split="train")
+    except (DatasetNotFoundError, ConnectionError, OSError) as e:
+        raise InputError(name, source, "is neither a .jsonl or .parquet file nor a data set that can be reached", "check the path, or download it first") from e
+    return [_row(row, data, name, f"{source}, row {i}") for i, row in enumerate(table)]
+
+
+def _row(row: dict, data: config.Data, name: str, where: str) -> tuple[str, str]:
+    for key, field in ((data.problem_key, "data.problem_key"), (data.answer_key, "data.answer_key")):
+        if not isinstance(row, dict) or key not in row:
+            raise InputError(f"{name}: {where}", row, f"has no column {key!r}", f"set {field}, or mend the row")
+        if str(row[key] if row[key] is not None else "").strip() == "":
+            raise InputError(f"{name}: {where}", row, f"its {key!r} is empty", "mend or remove the row")
+    return str(row[data.problem_key]), str(row[data.answer_key])
+
+
+def load(source: str, data: config.Data, tokenizer: Tokenizer, name: str) -> tuple[list[Prompt], int]:
+    """(prompts in the data set's order, number of over-long ones left out). Raises InputError."""
+    prompts, too_long = [], 0
+    for i, (problem, answer) in enumerate(read_rows(source, data, name)):
+        token_ids = tokenizer.encode(problem, data)
+        if len(token_ids) > data.max_prompt_tokens:
+            too_long += 1
+        else:
+            prompts.append(Prompt(i, problem, answer, token_ids))
+    if not prompts:
+        raise InputError(name, source, f"holds no prompt of at most {data.max_prompt_tokens} tokens", "raise data.max_prompt_tokens, or check the file")
+    return prompts, too_long
+
+
+class Stream:
+    """Endless prompts, shuffled anew each epoch. `cursor` is the number of prompts trained on: all the state there is."""
+
+    def __init__(self, prompts: Sequence[Prompt], seed: int, cursor: int = 0):
+        self._prompts, self._seed, self.cursor = prompts, seed, cursor
+
+    def next(self, n: int) -> list[Prompt]:
+        out = [self._at(self.cursor + i) for i in range(n)]
+        self.cursor += n
+        return out
+
+    def _at(self, position: int) -> Prompt:
+        epoch, index = divmod(position, len(self._prompts))
+        return self._prompts[self._order(epoch)[index]]
+
+    def _order(self, epoch: int) -> list[int]:
+        if getattr(self, "_shuffled", (None,))[0] != epoch:
+            order = list(range(len(self._prompts)))
+            random.Random(f"{self._seed}/{epoch}").shuffle(order)
+            self._shuffled = (epoch, order)
+        return self._shuffled[1]

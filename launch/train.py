@@ -1,0 +1,22 @@
+"""Trains: torchrun --nproc-per-node N launch/train.py --cfg FILE [--dry-run] [key.sub=value ...]; N = 1 needs no torchrun."""
+
+# The guard below is not style: writing a checkpoint starts a process that imports this file again.
+if __name__ == "__main__":
+    from grpo_mcore import entry
+
+    def main() -> None:
+        from grpo_mcore import config
+        from grpo_mcore.parallel import topology
+
+        command = entry.parse(__doc__)
+        cfg = command.config
+        config.check_ranks(cfg, topology.world_size())
+        if command.dry_run:
+            if topology.rank() == 0:
+                print(config.describe(cfg, topology.world_size()))
+            return
+        from grpo_mcore import trainer
+
+        trainer.main(cfg, command.argv)
+
+    entry.run(main)
