@@ -2,7 +2,7 @@
 and worked demonstrations. Everything is a function of the task's name and a seed; nothing is downloaded.
 
     problem        47+85
-    demonstration  <think>7+5=12,4+8+1=13</think>\\boxed{132}
+    demonstration  <think>7+5=12,4+8=12,12+1=13</think>\\boxed{132}
 """
 
 import random
@@ -45,13 +45,14 @@ def rows(source: str) -> list[tuple[str, str]]:
 def demonstration(problem: str, *, corrupt: random.Random | None = None) -> str:
     """The worked answer to a problem of two_digit_sums; with `corrupt`, one digit of the final answer is another."""
     a, b = problem.split("+")
-    ones = int(a[1]) + int(b[1])
-    tens = f"{a[0]}+{b[0]}" + ("+1" if ones > 9 else "")
+    ones, tens = int(a[1]) + int(b[1]), int(a[0]) + int(b[0])
+    carry = ones // 10
     answer = list(str(int(a) + int(b)))
     if corrupt is not None:
         at = corrupt.randrange(len(answer))
         answer[at] = corrupt.choice([d for d in "0123456789" if d != answer[at]])
-    return f"<think>{a[1]}+{b[1]}={ones},{tens}={int(a[0]) + int(b[0]) + (ones > 9)}</think>\\boxed{{{''.join(answer)}}}<eos>"
+    steps = f"{a[1]}+{b[1]}={ones},{a[0]}+{b[0]}={tens},{tens}+{carry}={tens + carry}"
+    return f"<think>{steps}</think>\\boxed{{{''.join(answer)}}}<eos>"
 
 
 def make_model(folder: str | Path, seed: int) -> None:
