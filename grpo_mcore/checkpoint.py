@@ -15,6 +15,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from torch.distributed.checkpoint.api import CheckpointException
 
 from grpo_mcore import hf_weights, model
 from grpo_mcore.config import InputError
@@ -75,7 +76,7 @@ def write(folder: Path, state: dict, topology: Topology, progress: Progress, *, 
                 (partial / "run.json").write_text(json.dumps(dataclasses.asdict(progress)))
                 shutil.rmtree(folder, ignore_errors=True)
                 partial.rename(folder)
-        except (OSError, RuntimeError, CheckpointingException) as e:
+        except (OSError, RuntimeError, CheckpointingException, CheckpointException) as e:  # the last is a BaseException
             problem = f"could not be written: {str(e).strip().splitlines()[-1]}"
     problems = [p for p in collectives.gather(problem, topology) if p]
     if problems:
@@ -87,22 +88,25 @@ def write(folder: Path, state: dict, topology: Topology, progress: Progress, *, 
 
 def _no_room(partial: Path, state: dict) -> str | None:
     """Before anything is written, since Megatron's writer processes report a full disk late and obscurely."""
-    tensors: list[ShardedTensor] = []
+    needed, free = num_bytes(state), shutil.disk_usage(partial).free
+    return f"needs {needed / 1e6:.1f} MB, and the disk has {free / 1e6:.1f} MB free" if free < 1.05 * needed + 1e6 else None
 
-    def collect(x):
-        if isinstance(x, dict):
-            list(map(collect, x.values()))
-        elif isinstance(x, (list, tuple)):
-            list(map(collect, x))
+
+def num_bytes(state) -> int:
+    """Size of the whole tensors, over all ranks, of a sharded state."""
+    sizes: dict[tuple, int] = {}
+
+    def visit(x):
+        if isinstance(x, (dict, list, tuple)):
+            for value in x.values() if isinstance(x, dict) else x:
+                visit(value)
         elif isinstance(x, ShardedTensor):
-            tensors.append(x)
+            sizes[x.key, x.global_shape] = x.dtype.itemsize * torch.Size(x.global_shape).numel()
         elif isinstance(x, ShardedTensorFactory):  # gate and up of one fc1, which are saved apart
-            collect(x.build())
+            visit(x.build())
 
-    collect(state)
-    needed = sum({t.key + str(t.global_shape): t.dtype.itemsize * torch.Size(t.global_shape).numel() for t in tensors}.values())
-    free = shutil.disk_usage(partial).free
-    return f"needs {needed / 1e6:.0f} MB, and the disk has {free / 1e6:.0f} MB free" if free < 1.05 * needed + 1e6 else None
+    visit(state)
+    return sum(sizes.values())
 
 
 def restore(run_dir: str | Path, policy: Policy) -> Progress:

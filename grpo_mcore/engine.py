@@ -57,6 +57,9 @@ class Engine:
         self._version = LOADED
         self._requests = 0
 
+    async def process_id(self) -> int:
+        return os.getpid()
+
     async def ready(self, stop_token_ids: list[int]) -> None:
         self._stop_token_ids = stop_token_ids
 
@@ -194,6 +197,7 @@ def _environment(cfg: config.Engine, cuda: bool) -> dict[str, str]:
     env = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1"}
     if not cuda:
         env |= {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core is its own worker: one process less to start
             "TORCHDYNAMO_DISABLE": "1",  # two small samplers compile themselves at first use, 20 s, despite enforce_eager
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the default binds every engine to the same core
             "OMP_NUM_THREADS": str(cfg.num_threads),

@@ -1,0 +1,158 @@
+"""Real vLLM engines under Ray: what a refit delivers, how it is attested, and what a failing engine says.
+
+Not covered here: NCCL and IPC (they need GPUs); replacing an engine that died.
+"""
+
+import functools
+import os
+import signal
+
+import pytest
+import ray
+import torch
+
+from grpo_mcore import config, loss
+from grpo_mcore.engine import EngineError, Engines, Sampling
+from grpo_mcore.parallel import topology
+from grpo_mcore.policy import Policy
+from grpo_mcore.refit import Refit, RefitError
+from grpo_mcore.rollout import StaleError, rollout
+from grpo_mcore.types import Prompt
+from tests.dist import spawn
+from tests.test_policy import batch_of
+
+CANARY = [[5, 17, 33, 80, 2, 41], [60, 8, 9, 10, 11, 12, 13]]
+PROMPTS = [Prompt(i, "", "", (3 + i, 40, 7 * i % 91, 12)) for i in range(6)]
+pytestmark = pytest.mark.slow  # engines take 15 to 40 s to start
+
+
+def configuration(folder: str, run_dir: str, *overrides: str) -> config.Config:
+    path = f"{run_dir}/cfg.yaml"
+    with open(path, "w") as f:
+        f.write(f"""
+model: {folder}
+run_dir: {run_dir}
+num_steps: 1
+data: {{train: unused.jsonl, max_prompt_tokens: 16}}
+precision: {{params: float32}}
+rollout: {{max_response_tokens: 24, timeout_s: 60, prompts_per_step: 6, group_size: 4}}
+engine: {{num_engines: 2, dtype: float32, kv_cache_bytes: 33554432}}
+batch: {{global_batch_size: 24}}
+refit: {{timeout_s: 30, bucket_bytes: 20000}}
+""")
+    return config.load(path, overrides)
+
+
+class Session:
+    """A policy on this rank and, on the driver, two engines."""
+
+    def __init__(self, folder: str, run_dir: str, tp: int = 1, *overrides: str):
+        self.cfg = configuration(folder, run_dir, *overrides)
+        self.topo = topology.connect(tp=tp, device=torch.device("cpu"), timeout_s=120, seed=1)
+        self.engines = Engines(self.cfg, folder, cuda=False, stop_token_ids=[1]) if self.topo.is_driver else None
+        self.policy = Policy(folder, self.topo, params_dtype="float32", temperature=1.0, optimizer=config.Optimizer(lr=1e-2))
+        if self.engines:
+            self.engines.wait_until_ready()
+        self.refit = Refit(self.policy, self.engines, self.cfg, self.topo, CANARY)
+
+    def learn(self, seed: int) -> None:
+        b = batch_of(self.topo, max_tokens=100, seed=seed)
+        for m, logprobs in zip(b.microbatches, self.policy.logprobs(b.microbatches), strict=True):
+            m.old_logprobs_R = logprobs
+        self.policy.update(b, functools.partial(loss.grpo, cfg=config.Loss()), lr=1e-2)
+
+    def sample(self, version: int, seed: int = 0) -> list[list[tuple[int, ...]]]:
+        groups = rollout(self.engines, PROMPTS, group_size=4, temperature=1.0, max_tokens=24, seed=seed, version=version)
+        return [[r.token_ids for r in g.responses] for g in groups]
+
+    def close(self) -> None:
+        if self.engines:
+            self.engines.stop()
+        topology.disconnect()
+
+
+@pytest.fixture(scope="module")
+def session(model_folders, tmp_path_factory):
+    s = Session(model_folders["qwen2_tied"], str(tmp_path_factory.mktemp("run")))
+    yield s
+    s.close()
+
+
+def test_after_every_refit_the_engines_score_as_the_trainer_does(session):
+    errors = []
+    for version in range(3):
+        errors.append(session.refit(version)["refit/canary_abs_mean"].value)
+        session.learn(version)
+    assert max(errors) < 1e-4, errors  # float32 on both sides
+
+
+def test_the_engines_own_logprobs_equal_the_trainers_of_the_same_tokens(session):
+    """What the engine sampled with is what the trainer scores, on policy: the mismatch metrics' zero."""
+    from grpo_mcore import batch, metrics
+
+    session.refit(7)
+    groups = rollout(session.engines, PROMPTS, group_size=4, temperature=1.0, max_tokens=24, seed=5, version=7)
+    (b,) = batch.assemble(groups, torch.zeros(6, 4), global_batch_size=24, max_tokens=8192, aggregation="token_mean", max_response_tokens=24)
+    (ours,) = session.policy.logprobs(b.microbatches)
+    seen = metrics.mismatch(b.microbatches[0].rollout_logprobs_R, ours)
+    assert seen["mismatch/logprob_abs_max"].value < 1e-3
+    assert seen["mismatch/beyond_cap_frac"].value == 0
+    assert len({r.token_ids for g in groups for r in g.responses}) > 6  # siblings differ
+
+
+def test_the_same_seed_gives_the_same_tokens_whatever_the_order_of_engines(session):
+    session.refit(8)
+    first = session.sample(8)
+    assert session.sample(8) == first
+    assert session.sample(8, seed=1) != first
+    # Prompt i goes to engine i % 2; shifted by one, each goes to the other engine.
+    requests = [(p.token_ids, Sampling(4, 1.0, 24, seed=100 + i)) for i, p in enumerate(PROMPTS)]
+    plain = session.engines.generate(requests, "test")
+    shifted = session.engines.generate([requests[0], *requests], "test")[1:]
+    assert [[c.token_ids for c in cs] for cs in plain] == [[c.token_ids for c in cs] for cs in shifted]
+
+
+def test_a_response_sampled_with_other_weights_is_refused(session):
+    session.refit(9)
+    with pytest.raises(StaleError, match="version 9, the step needs 10"):
+        session.sample(10)
+
+
+def test_a_refit_that_leaves_an_engine_with_other_weights_is_caught_and_says_what_it_saw(session, monkeypatch):
+    weight = session.policy.backbone.decoder.layers[1].mlp.linear_fc2.weight
+    honest = session.policy.export
+
+    def corrupted():
+        for name, tensor in honest():
+            yield name, tensor * 1.5 if name == "model.layers.1.mlp.down_proj.weight" else tensor
+
+    monkeypatch.setattr(session.policy, "export", corrupted)
+    with pytest.raises(RefitError, match=r"version 11: engine 0 does not compute what the trainer computes: mean .* tolerance 0.001; worst at canary token"):
+        session.refit(11)
+    monkeypatch.undo()
+    assert session.refit(12)["refit/canary_abs_mean"].value < 1e-4
+    assert weight.isfinite().all()
+
+
+def test_a_dead_engine_is_named_with_its_phase_and_its_last_words(model_folders, tmp_path, session):
+    # Last in this module: the engine stays dead.
+    session.refit(13)
+    pid = ray.get(session.engines._actors[1].process_id.remote())
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(EngineError, match=r"rollout: engine 1 failed: .*(?s:.*)engine_1\.log"):
+        session.sample(13)
+
+
+def refit_on_two_ranks(folder: str, run_dir: str) -> list[float]:
+    session = Session(folder, run_dir, 2, "engine.num_engines=1")
+    errors = []
+    for version in range(2):
+        errors.append(session.refit(version)["refit/canary_abs_mean"].value)
+        session.learn(version)
+    session.close()
+    return errors
+
+
+def test_a_policy_split_over_two_ranks_refits_the_same(model_folders, tmp_path):
+    driver, other = spawn(refit_on_two_ranks, 2, model_folders["qwen2_untied"], str(tmp_path))
+    assert max(driver) < 1e-4 and len(other) == 2
