@@ -27,7 +27,7 @@ test: setup
 	$(BIN)/python -m pytest -m "not gpu and not slow"
 
 test-slow: setup
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "slow and not gpu"
 
 clean:
 	rm -rf .venv runs build *.egg-info

@@ -5,6 +5,7 @@ import time
 BEGAN = time.monotonic()  # imported first: the wall clock of a run includes the imports
 
 import argparse  # noqa: E402
+import ctypes  # noqa: E402
 import os  # noqa: E402
 import signal  # noqa: E402
 import sys  # noqa: E402
@@ -40,6 +41,16 @@ def parse(description: str, *options: str) -> Command:
                    {o.removeprefix("--"): getattr(args, o.removeprefix("--")) for o in options})
 
 
+def stop_on_sigterm() -> None:
+    """SIGTERM as Ctrl-C. To be called again after ray.init, which puts a handler of its own in place."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+
+
+def die_with_parent() -> None:
+    """Has Linux kill this process when the one that started it ends, however it ends."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
+
+
 def run(main: Callable[[], None]) -> None:
     """Runs main and exits: 0; 2 for bad input, in one line; 130 when stopped; 1 for any other error, with its traceback.
 
@@ -47,9 +58,10 @@ def run(main: Callable[[], None]) -> None:
     """
     # Megatron warns of every missing CUDA extension, one by one.
     warnings.filterwarnings("ignore", module=r"megatron\..*")
+    os.register_at_fork(after_in_child=die_with_parent)  # Megatron's checkpoint writers wait for a dead parent for ever
     driver = os.environ.get("RANK", "0") == "0"
     if driver:
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        stop_on_sigterm()
     try:
         main()
     except config.InputError as e:

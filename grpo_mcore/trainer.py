@@ -166,6 +166,7 @@ def open_run(cfg: config.Config) -> Iterator[Run]:
             print(f"{len(train_prompts)} prompts ({too_long} over-long left out), {len(eval_prompts)} for evaluation; starting {cfg.engine.num_engines} engines", flush=True)
             engines = Engines(cfg, local, cuda=device.type == "cuda", stop_token_ids=tokenizer.stop_token_ids)
             stack.callback(engines.stop)
+            entry.stop_on_sigterm()
             grader = stack.enter_context(reward.Grader(**dataclasses.asdict(cfg.reward)))
         topo = topology.connect(
             tp=cfg.parallel.tp, device=device, timeout_s=cfg.collective_timeout_s + cfg.rollout.timeout_s,

@@ -1,8 +1,11 @@
 """Converts: launch/convert.py to-megatron --hf FOLDER --out CHECKPOINT, or to-hf --checkpoint FOLDER --out HF_FOLDER."""
 
-# The guard below is not style: writing a checkpoint starts a process that imports this file again.
+from grpo_mcore import entry
+
+# The guard is not style: writing a checkpoint starts a process that imports this file again.
+if __name__ == "__mp_main__":
+    entry.die_with_parent()
 if __name__ == "__main__":
-    from grpo_mcore import entry
 
     def main() -> None:
         import argparse

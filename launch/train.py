@@ -1,8 +1,11 @@
 """Trains: torchrun --nproc-per-node N launch/train.py --cfg FILE [--dry-run] [key.sub=value ...]; N = 1 needs no torchrun."""
 
-# The guard below is not style: writing a checkpoint starts a process that imports this file again.
+from grpo_mcore import entry
+
+# The guard is not style: writing a checkpoint starts a process that imports this file again.
+if __name__ == "__mp_main__":
+    entry.die_with_parent()
 if __name__ == "__main__":
-    from grpo_mcore import entry
 
     def main() -> None:
         from grpo_mcore import config

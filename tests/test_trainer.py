@@ -1,0 +1,181 @@
+"""Whole runs through launch/train.py, with the real Megatron, Ray and vLLM: resume, layouts, stopping, bad input.
+
+Not covered here: that GRPO learns something worthwhile (configs/quickstart.yaml shows it); GPUs.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from grpo_mcore import arithmetic, metrics
+from tests.dist import ROOT, environment
+
+CONFIG = """
+model: {model}
+run_dir: {run_dir}
+num_steps: 4
+seed: 3
+device: cpu
+data: {{train: "arithmetic:two_digit_sums/train", prompt_template: "{{problem}}=", chat_template: false, max_prompt_tokens: 8}}
+precision: {{params: float32}}
+optimizer: {{lr: 1e-3}}
+rollout: {{prompts_per_step: 4, group_size: 4, max_response_tokens: 16, timeout_s: 120}}
+engine: {{num_engines: 1, dtype: float32, kv_cache_bytes: 33554432}}
+loss: {{kl_coef: 0.01}}
+batch: {{global_batch_size: 8, max_tokens_per_microbatch: 128}}
+eval: {{data: "arithmetic:two_digit_sums/heldout", every: 2, max_prompts: 8, samples_per_prompt: 2}}
+checkpoint: {{every: 1}}
+"""
+# Wall clock differs between runs, and nothing else may.
+CLOCKS = ("time/", "tokens_per_s", "refit/seconds")
+
+
+@pytest.fixture
+def cfg(tmp_path) -> Path:
+    arithmetic.make_model(tmp_path / "model", seed=0)
+    path = tmp_path / "cfg.yaml"
+    path.write_text(CONFIG.format(model=tmp_path / "model", run_dir=tmp_path / "run"))
+    return path
+
+
+def command(cfg: Path, *overrides: str, ranks: int = 0) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else [sys.executable]
+    return [*launcher, str(ROOT / "launch/train.py"), "--cfg", str(cfg), *overrides]
+
+
+def train(cfg: Path, *overrides: str, ranks: int = 0, code: int = 0, timeout_s: float = 240) -> str:
+    """Runs to the end; standard output and error together."""
+    done = subprocess.run(command(cfg, *overrides, ranks=ranks), cwd=cfg.parent, env=environment(), text=True, timeout=timeout_s, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == code, done.stdout[-4000:]
+    return done.stdout
+
+
+def rows(run_dir: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if not k.startswith(CLOCKS)} for row in metrics.read(run_dir)]
+
+
+def processes_with(marker: str) -> list[str]:
+    """Command lines of living processes whose environment holds `marker`."""
+    out = []
+    for p in Path("/proc").iterdir():
+        if p.name.isdigit() and int(p.name) != os.getpid():
+            try:
+                if marker.encode() in (p / "environ").read_bytes():
+                    out.append(f"{p.name} {(p / 'cmdline').read_bytes()[:80]}")
+            except OSError:
+                pass
+    return out
+
+
+def wait_until(condition, timeout_s: float, what) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, f"waited {timeout_s} s for {what()}"
+        time.sleep(0.2)
+
+
+def start_and_stop(cfg: Path, marker: str, when, how: int, ranks: int = 0) -> tuple[int, str]:
+    """Starts a run, sends it the signal `how` once `when()` holds; its exit code and output."""
+    log = cfg.parent / f"{marker}.log"
+    process = subprocess.Popen(command(cfg, "num_steps=400", ranks=ranks), cwd=cfg.parent, env=environment(TEST_MARKER=marker), stdout=log.open("w"), stderr=subprocess.STDOUT)
+    try:
+        wait_until(lambda: when() or process.poll() is not None, 180, lambda: f"the run to get going; {log.read_text()[-2000:]}")
+        process.send_signal(how)
+        process.wait(60)
+    finally:
+        process.kill()
+    # Ray's own agents notice by polling, some 60 s later, that their cluster is gone.
+    left = lambda: [p for p in processes_with(f"TEST_MARKER={marker}") if how != signal.SIGKILL or "Agent" not in p]  # noqa: E731
+    wait_until(lambda: not left(), 30, lambda: f"all processes to end; there remain {left()}")
+    return process.returncode, log.read_text()
+
+
+def steps_done(run_dir: Path) -> int:
+    return max((r["step"] for r in metrics.read(run_dir)), default=0)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_equals_uninterrupted_and_two_layouts_agree(cfg, tmp_path):
+    whole, killed = tmp_path / "run", tmp_path / "killed"
+    out = train(cfg)
+    assert "held-out accuracy" in out and (whole / "curves.png").stat().st_size > 5000
+    assert json.loads((whole / "summary.json").read_text()).keys() == {"eval_before", "eval_after", "seconds", "curve_png"}
+    expected = rows(whole)
+    assert [r["step"] for r in expected] == [0, 1, 2, 2, 3, 4, 4]
+
+    # kill -9 in the middle, then the same command
+    cfg.write_text(cfg.read_text().replace(str(whole), str(killed)))
+    start_and_stop(cfg, "killed", lambda: steps_done(killed) >= 2, signal.SIGKILL)
+    for late in sorted((killed / "checkpoints").glob("step_*"))[2:]:  # it may have come further than step 2 before it died
+        subprocess.run(["rm", "-r", late], check=True)
+    out = train(cfg)
+    assert "going on from step" in out
+    assert rows(killed) == expected
+
+    # On policy before the first update, in metrics of the real thing.
+    first = expected[1]
+    assert first["mismatch/logprob_abs_max"] < 1e-3 and first["mismatch/beyond_cap_frac"] == 0
+
+    # A finished run is only summarised again.
+    assert "is finished" in train(cfg)
+
+    # tp 2 and dp 2: the first step's metrics are the same, up to the order of float32 sums.
+    for name, overrides in (("tp2", ["parallel.tp=2"]), ("dp2", [])):
+        train(cfg, f"run_dir={tmp_path / name}", "num_steps=1", "eval.data=null", "checkpoint.every=0", *overrides, ranks=2)
+        (row,) = rows(tmp_path / name)
+        for key, value in first.items():
+            if key not in ("update/microbatches", "mismatch/logprob_abs_max", "mismatch/logprob_abs_mean", "mismatch/k3"):
+                assert row[key] == pytest.approx(value, rel=2e-4, abs=2e-6), (name, key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "ranks"), [(signal.SIGINT, 0), (signal.SIGTERM, 2)])
+def test_stopping_is_clean_leaves_no_process_and_says_how_to_go_on(cfg, tmp_path, how, ranks):
+    code, out = start_and_stop(cfg, f"stopped{ranks}", lambda: steps_done(tmp_path / "run") >= 1, how, ranks)
+    assert "stopped; the same command goes on from the last checkpoint" in out
+    if ranks == 0:
+        assert code == 130 and "Traceback" not in out
+    assert steps_done(tmp_path / "run") >= 1
+
+
+BAD_INPUT = {
+    "an unknown key": (["rollout.group_sise=4"], "did you mean rollout.group_size"),
+    "a wrong type": (["num_steps=many"], "must be of type int"),
+    "a tp that does not divide the ranks": (["parallel.tp=3"], "must divide the number of ranks"),
+    "a missing model": (["model=nowhere/model"], "neither a folder nor a hub name"),
+    "a missing data file": (["data.train=nowhere.jsonl"], "there is no such file"),
+    "a row without an answer": (["data.train=rows.jsonl"], "line 2"),
+    "sequences longer than the model's": (["rollout.max_response_tokens=600", "batch.max_tokens_per_microbatch=2048"], "the model was made for"),
+    "a run_dir that cannot be made": (["run_dir=cfg.yaml/run"], "cannot be written"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_line_with_a_remedy(cfg, case):
+    (cfg.parent / "rows.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n{"problem": "1+2"}\n')
+    overrides, words = BAD_INPUT[case]
+    out = train(cfg, *overrides, code=2, timeout_s=60)
+    lines = [line for line in out.splitlines() if "arn" not in line]
+    assert words in out and "Remedy:" in out and "Traceback" not in out
+    assert sum(line.startswith("error:") for line in lines) == 1
+
+
+@pytest.mark.slow
+def test_bad_input_under_torchrun_is_said_by_the_driver(cfg):
+    out = train(cfg, "parallel.tp=2", "model=nowhere/model", ranks=2, code=1, timeout_s=90)
+    assert out.count("error: model = 'nowhere/model'") == 1
+    out = train(cfg, "parallel.tp=4", ranks=4, code=1, timeout_s=120)
+    assert out.count("error: parallel.tp = 4: must divide the model's 2 key-value heads") == 1
+
+
+def test_dry_run_prints_derived_sizes_with_units_and_starts_nothing(cfg, tmp_path):
+    out = train(cfg, "--dry-run", timeout_s=60)
+    for words in ("16 responses (4 prompts x 4)", "8 responses (over all ranks)", "2 optimizer steps", "tp 1 x dp 1 = 1 ranks"):
+        assert words in out
+    assert not (tmp_path / "run").exists()
