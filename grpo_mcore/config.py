@@ -39,7 +39,7 @@ class Data:
 class WarmStart:
     """The supervised pass that makes `model` where it does not exist: a tiny Qwen2 on arithmetic demonstrations."""
 
-    task: str
+    task: Literal["two_digit_sums"]
     corrupted_frac: float = 0.4  # demonstrations whose final answer is wrong: leaves GRPO something to learn
     batch_size: int = 64  # demonstrations per optimizer step
     lr: float = 2e-3

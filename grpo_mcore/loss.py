@@ -19,7 +19,7 @@ def grpo(current_logprobs_R: torch.Tensor, batch: Microbatch, cfg: config.Loss) 
     """(loss, per-token statistics [R] without gradient) of one microbatch; loss = sum(weight_R * loss_R)."""
     log_ratio = (current_logprobs_R - batch.old_logprobs_R).clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT)
     ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_low)
+    clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
     unclipped_loss, clipped_loss = -ratio * batch.advantage_R, -clipped * batch.advantage_R
     loss_R = torch.maximum(unclipped_loss, clipped_loss)
     stats = {"ratio": ratio.detach(), "clip_frac": (clipped_loss > unclipped_loss).float()}

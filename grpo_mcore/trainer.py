@@ -238,6 +238,9 @@ def main(cfg: config.Config, argv: list[str]) -> None:
         return
     if cfg.warm_start is not None:
         if topology.rank() == 0:
+            for name, source in (("data.train", cfg.data.train), ("eval.data", cfg.eval.data)):
+                if source:
+                    prompts.read_rows(source, cfg.data, name)  # what is wrong with them should not wait for the warm start
             warm_start.ensure(cfg, argv)
         else:
             topology.wait_for_file(Path(cfg.model) / "config.json", cfg.collective_timeout_s)

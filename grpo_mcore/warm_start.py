@@ -41,7 +41,9 @@ def ensure(cfg: config.Config, argv: list[str]) -> None:
         return
     # One rank, whatever torchrun's environment says of this process.
     env = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "MASTER_")) and k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    subprocess.run([sys.executable, "-m", "grpo_mcore.warm_start", *argv], env=env, check=True, timeout=1800)
+    done = subprocess.run([sys.executable, "-m", "grpo_mcore.warm_start", *argv], env=env, timeout=cfg.collective_timeout_s)
+    if done.returncode:
+        raise RuntimeError(f"the warm start ended with {done.returncode}; its own words stand above")
 
 
 def make(cfg: config.Config) -> None:

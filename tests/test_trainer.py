@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_mcore import arithmetic, metrics
+from grpo_mcore import metrics
 from tests.dist import ROOT, environment
 
 CONFIG = """
@@ -25,7 +25,8 @@ device: cpu
 data: {{train: "arithmetic:two_digit_sums/train", prompt_template: "{{problem}}=", chat_template: false, max_prompt_tokens: 8}}
 precision: {{params: float32}}
 optimizer: {{lr: 1e-3}}
-rollout: {{prompts_per_step: 4, group_size: 4, max_response_tokens: 16, timeout_s: 120}}
+warm_start: {{task: two_digit_sums, stop_at_pass_rate: 0.1}}
+rollout: {{prompts_per_step: 4, group_size: 4, max_response_tokens: 40, timeout_s: 120}}
 engine: {{num_engines: 1, dtype: float32, kv_cache_bytes: 33554432}}
 loss: {{kl_coef: 0.01}}
 batch: {{global_batch_size: 8, max_tokens_per_microbatch: 128}}
@@ -36,11 +37,20 @@ checkpoint: {{every: 1}}
 CLOCKS = ("time/", "tokens_per_s", "refit/seconds")
 
 
+@pytest.fixture(scope="session")
+def taught(tmp_path_factory) -> Path:
+    """A model that is right now and then: without it rewards are all 0, and with them every gradient."""
+    folder = tmp_path_factory.mktemp("taught")
+    path = folder / "cfg.yaml"
+    path.write_text(CONFIG.format(model=folder / "model", run_dir=folder / "run"))
+    subprocess.run([sys.executable, "-m", "grpo_mcore.warm_start", "--cfg", str(path)], cwd=folder, env=environment(), check=True, timeout=300)
+    return folder / "model"
+
+
 @pytest.fixture
-def cfg(tmp_path) -> Path:
-    arithmetic.make_model(tmp_path / "model", seed=0)
+def cfg(tmp_path, taught) -> Path:
     path = tmp_path / "cfg.yaml"
-    path.write_text(CONFIG.format(model=tmp_path / "model", run_dir=tmp_path / "run"))
+    path.write_text(CONFIG.format(model=taught, run_dir=tmp_path / "run"))
     return path
 
 
@@ -118,8 +128,9 @@ def test_killed_and_resumed_equals_uninterrupted_and_two_layouts_agree(cfg, tmp_
     assert "going on from step" in out
     assert rows(killed) == expected
 
-    # On policy before the first update, in metrics of the real thing.
+    # What the engine sampled with is what the trainer scores, and there is something to learn.
     first = expected[1]
+    assert 0 < first["reward/mean"] < 1 and first["update/grad_norm"] > 0.01
     assert first["mismatch/logprob_abs_max"] < 1e-3 and first["mismatch/beyond_cap_frac"] == 0
 
     # A finished run is only summarised again.
@@ -148,8 +159,10 @@ BAD_INPUT = {
     "an unknown key": (["rollout.group_sise=4"], "did you mean rollout.group_size"),
     "a wrong type": (["num_steps=many"], "must be of type int"),
     "a tp that does not divide the ranks": (["parallel.tp=3"], "must divide the number of ranks"),
-    "a missing model": (["model=nowhere/model"], "neither a folder nor a hub name"),
+    "a missing model": (["model=nowhere/model", "warm_start=null"], "neither a folder nor a hub name"),
     "a missing data file": (["data.train=nowhere.jsonl"], "there is no such file"),
+    "a missing data file, before the warm start": (["data.train=nowhere.jsonl", "model=not_made_yet"], "there is no such file"),
+    "a model that another warm start made": (["warm_start.lr=1e-3"], "was not made by this warm_start"),
     "a row without an answer": (["data.train=rows.jsonl"], "line 2"),
     "sequences longer than the model's": (["rollout.max_response_tokens=600", "batch.max_tokens_per_microbatch=2048"], "the model was made for"),
     "a run_dir that cannot be made": (["run_dir=cfg.yaml/run"], "cannot be written"),
@@ -168,7 +181,7 @@ def test_bad_input_is_one_line_with_a_remedy(cfg, case):
 
 @pytest.mark.slow
 def test_bad_input_under_torchrun_is_said_by_the_driver(cfg):
-    out = train(cfg, "parallel.tp=2", "model=nowhere/model", ranks=2, code=1, timeout_s=90)
+    out = train(cfg, "parallel.tp=2", "model=nowhere/model", "warm_start=null", ranks=2, code=1, timeout_s=90)
     assert out.count("error: model = 'nowhere/model'") == 1
     out = train(cfg, "parallel.tp=4", ranks=4, code=1, timeout_s=120)
     assert out.count("error: parallel.tp = 4: must divide the model's 2 key-value heads") == 1
