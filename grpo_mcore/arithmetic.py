@@ -15,31 +15,41 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from grpo_mcore.config import InputError
 
 SPECIALS = ("<pad>", "<eos>", "<think>", "</think>", "\\boxed{")
-CHARACTERS = "0123456789+-*=,.}?: abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ()/<>!'\"&%"
+# No space: Qwen2's tokenizer class drops it.
+CHARACTERS = "0123456789+-*=,.}?:abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ()/<>!'\"&%"
 
 
-def _two_digit_sums() -> list[tuple[str, str]]:
-    return [(f"{a}+{b}", str(a + b)) for a in range(10, 100) for b in range(10, 100)]
+def _two_digit_sums() -> list[tuple[int, str, int]]:
+    return [(a, "+", b) for a in range(10, 100) for b in range(10, 100)]
 
 
-def _one_digit() -> list[tuple[str, str]]:
-    sums = [(f"{a} + {b}", str(a + b)) for a in range(1, 11) for b in range(1, 11)]
-    return sums + [(f"{a} * {b}", str(a * b)) for a in range(1, 10) for b in range(1, 10)]
+def _one_digit() -> list[tuple[int, str, int]]:
+    return [(a, "+", b) for a in range(1, 11) for b in range(1, 11)] + [(a, "*", b) for a in range(1, 10) for b in range(1, 10)]
 
 
-TASKS = {"two_digit_sums": (_two_digit_sums, 0.1), "one_digit": (_one_digit, 0.25)}  # problems, held-out share
+# problems, their format, held-out share
+TASKS = {"two_digit_sums": (_two_digit_sums, "{}{}{}", 0.1), "one_digit": (_one_digit, "{} {} {}", 0.25)}
 
 
 def rows(source: str) -> list[tuple[str, str]]:
-    """(problem, answer) of `TASK/train` or `TASK/heldout`: disjoint, in a fixed shuffled order. Raises InputError."""
+    """(problem, answer) of `TASK/train` or `TASK/heldout`, in a fixed shuffled order. Raises InputError.
+
+    The splits are disjoint, and a problem with its operands exchanged is in the same one.
+    """
     task, _, split = source.partition("/")
     if task not in TASKS or split not in ("train", "heldout"):
         raise InputError("data", f"arithmetic:{source}", f"must be arithmetic:TASK/train or /heldout with TASK one of {', '.join(TASKS)}", "name one of these")
-    make, held_out_frac = TASKS[task]
+    make, form, held_out_frac = TASKS[task]
     problems = make()
-    random.Random(0).shuffle(problems)
-    cut = int(len(problems) * held_out_frac)
-    return problems[:cut] if split == "heldout" else problems[cut:]
+    rng = random.Random(0)
+    rng.shuffle(problems)
+    pairs = sorted({(min(a, b), op, max(a, b)) for a, op, b in problems})
+    held_out = set(rng.sample(pairs, int(len(pairs) * held_out_frac)))
+    return [
+        (form.format(a, op, b), str(a + b if op == "+" else a * b))
+        for a, op, b in problems
+        if ((min(a, b), op, max(a, b)) in held_out) == (split == "heldout")
+    ]
 
 
 def demonstration(problem: str, *, corrupt: random.Random | None = None) -> str:

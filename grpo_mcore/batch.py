@@ -110,6 +110,8 @@ def microbatch(samples: Sequence[Sample], weights: Sequence[float]) -> Microbatc
     token_ids, position_ids, cu_seqlens = [], [], [0]
     positions, targets, sequences, advantages, weight_R, rollout_logprobs = [], [], [], [], [], []
     for index, (s, weight) in enumerate(zip(samples, weights, strict=True)):
+        if len(s.response.rollout_logprobs) != len(s.response.token_ids):
+            raise ValueError(f"a response to prompt {s.prompt.id} has {len(s.response.token_ids)} tokens, but {len(s.response.rollout_logprobs)} rollout log-probs")
         start, prompt_len, response_len = cu_seqlens[-1], len(s.prompt.token_ids), len(s.response.token_ids)
         token_ids += s.prompt.token_ids + s.response.token_ids
         position_ids += range(prompt_len + response_len)
@@ -120,8 +122,6 @@ def microbatch(samples: Sequence[Sample], weights: Sequence[float]) -> Microbatc
         weight_R += [weight] * response_len
         rollout_logprobs += s.response.rollout_logprobs
         cu_seqlens.append(start + prompt_len + response_len)
-    if len(rollout_logprobs) != len(targets):
-        raise ValueError(f"{len(targets)} response tokens, but {len(rollout_logprobs)} rollout log-probs")
     return Microbatch(
         token_ids_T=torch.tensor(token_ids),
         position_ids_T=torch.tensor(position_ids),

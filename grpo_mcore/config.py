@@ -7,6 +7,7 @@ data where those are opened. Nothing writes to a Config after `load`.
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -188,13 +189,24 @@ class Config:
         return self.responses_per_step // self.batch.global_batch_size
 
 
+class _Loader(yaml.SafeLoader):
+    """A key written twice in one mapping is an error: YAML would let the last one win."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise InputError(str(key), "twice", "is written twice in one section", "keep one of them")
+        return super().construct_mapping(node, deep)
+
+
 def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     """Config from a YAML file and `key.sub=value` overrides (values in YAML). Raises InputError."""
     path = Path(path)
     if not path.is_file():
         raise InputError("--cfg", str(path), "there is no such file", "give the path of a YAML file, such as configs/quickstart.yaml")
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.load(path.read_text(), _Loader)
     except yaml.YAMLError as e:
         raise InputError("--cfg", str(path), f"is not valid YAML ({' '.join(str(e).split())})", "mend the line it names") from e
     if not isinstance(tree, dict):
@@ -203,23 +215,26 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
         dotted, eq, text = override.partition("=")
         if not eq or not dotted:
             raise InputError("override", override, "must read key.sub=value", "write it without spaces around '='")
-        node, *_ = _descend(tree, dotted)
         try:
-            node[dotted.rpartition(".")[2]] = yaml.safe_load(text)
-        except yaml.YAMLError as e:
-            raise InputError("override", override, "its value is not valid YAML", "quote it for the shell") from e
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text  # a string with YAML's own characters in it
+        _section(tree, dotted)[dotted.rpartition(".")[2]] = value
     config = _build(Config, tree, "")
     check(config)
     return config
 
 
-def _descend(tree: dict, dotted: str) -> tuple[dict]:
+def _section(tree: dict, dotted: str) -> dict:
+    """The mapping that holds the last key of `dotted`; made where it is missing."""
     node = tree
     for key in dotted.split(".")[:-1]:
-        node = node.setdefault(key, {})
+        if node.get(key) is None:
+            node[key] = {}
+        node = node[key]
         if not isinstance(node, dict):
             raise InputError("override", dotted, f"{key!r} is a value, not a section", "name a key of the configuration")
-    return (node,)
+    return node
 
 
 def _build(cls: type, tree: dict, prefix: str):
@@ -269,19 +284,25 @@ _POSITIVE = """num_steps num_threads collective_timeout_s data.max_prompt_tokens
 rollout.group_size rollout.temperature rollout.max_response_tokens rollout.timeout_s engine.num_engines
 engine.max_running_responses engine.num_threads engine.start_timeout_s reward.num_processes reward.cpu_s reward.wall_s
 reward.memory_bytes batch.global_batch_size batch.max_tokens_per_microbatch refit.bucket_bytes refit.timeout_s eval.every
-eval.samples_per_prompt eval.temperature eval.top_p checkpoint.keep warm_start.batch_size warm_start.lr warm_start.max_steps""".split()
+eval.samples_per_prompt eval.max_prompts eval.max_response_tokens engine.kv_cache_bytes eval.temperature eval.top_p checkpoint.keep warm_start.batch_size warm_start.lr warm_start.max_steps""".split()
 _NOT_NEGATIVE = "loss.kl_coef loss.clip_low loss.clip_high optimizer.warmup_steps optimizer.weight_decay optimizer.clip_grad checkpoint.every".split()
+_FRACTIONS = "loss.clip_low eval.top_p optimizer.beta1 optimizer.beta2 optimizer.warmup_start_frac warm_start.corrupted_frac warm_start.stop_at_pass_rate".split()
 
 
 def check(config: Config) -> None:
     """The rules within and between fields that need neither model nor data nor ranks."""
-    for names, ok, words in ((_POSITIVE, lambda v: v > 0, "greater than 0"), (_NOT_NEGATIVE, lambda v: v >= 0, "0 or more")):
+    rules = (
+        (_POSITIVE, lambda v: 0 < v < math.inf, "greater than 0"),
+        (_NOT_NEGATIVE, lambda v: 0 <= v < math.inf, "0 or more"),
+        (_FRACTIONS, lambda v: 0 <= v <= 1, "between 0 and 1"),
+    )
+    for names, ok, words in rules:
         for name in names:
             value = config
             for key in name.split("."):
                 value = None if value is None else getattr(value, key)
             if value is not None and not ok(value):
-                raise InputError(name, value, f"must be {words}", "raise it")
+                raise InputError(name, value, f"must be {words}", "raise it" if value <= 0 else "lower it")
     if config.rollout.group_size < 2:
         raise InputError("rollout.group_size", config.rollout.group_size, "a group needs 2 responses to compare", "set it to 2 or more")
     if config.responses_per_step % config.batch.global_batch_size:
@@ -297,8 +318,6 @@ def check(config: Config) -> None:
             f"set it to {longest} or more, or shorten the sequences")
     if "{problem}" not in config.data.prompt_template:
         raise InputError("data.prompt_template", config.data.prompt_template, "must contain {problem}", "add it where the problem goes")
-    if config.eval.top_p > 1:
-        raise InputError("eval.top_p", config.eval.top_p, "is a probability", "set it to 1.0 or less")
 
 
 def check_ranks(config: Config, world_size: int) -> None:

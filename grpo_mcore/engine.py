@@ -220,8 +220,14 @@ def _engine_args(cfg: config.Config, folder: str, *, cuda: bool, load_weights: b
         disable_log_stats=True,
     )
     if not cuda:
-        # block_size: the CPU's default of 128 leaves short prompts without a prefix hit
-        args |= dict(worker_extension_cls="grpo_mcore.gloo_receiver.WorkerExtension", enforce_eager=True, block_size=32)
+        args |= dict(
+            worker_extension_cls="grpo_mcore.gloo_receiver.WorkerExtension",
+            enforce_eager=True,
+            block_size=32,  # the CPU's default of 128 leaves short prompts without a prefix hit
+            # A seeded request whose prompt is split over two engine steps rewinds its generator, which a CPU's cannot.
+            enable_chunked_prefill=False,
+            max_num_batched_tokens=max(cfg.max_total_tokens, 2048),
+        )
     if cfg.engine.kv_cache_bytes is not None:
         args["kv_cache_memory_bytes"] = cfg.engine.kv_cache_bytes
     return args

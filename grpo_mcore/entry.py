@@ -23,7 +23,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 @dataclass(frozen=True)
 class Command:
     config: config.Config
-    argv: list[str]  # as to be given to another program that takes --cfg and overrides
     dry_run: bool
     options: dict[str, str | None]  # the program's own
 
@@ -37,7 +36,7 @@ def parse(description: str, *options: str) -> Command:
         parser.add_argument(option)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     args = parser.parse_intermixed_args()
-    return Command(config.load(args.cfg, args.overrides), ["--cfg", args.cfg, *args.overrides], args.dry_run,
+    return Command(config.load(args.cfg, args.overrides), args.dry_run,
                    {o.removeprefix("--"): getattr(args, o.removeprefix("--")) for o in options})
 
 
@@ -65,10 +64,9 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except config.InputError as e:
-        if driver:
-            print(f"error: {e}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(2)  # torchrun ends the other ranks when the first fails; let the driver speak
+        if not driver:
+            time.sleep(60)  # the driver finds the same, and torchrun then ends this rank; if not, it is this rank's to say
+        print(f"error: {e}", file=sys.stderr, flush=True)
         code = 2
     except KeyboardInterrupt:
         if driver:

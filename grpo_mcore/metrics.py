@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import shutil
 import sys
 import time
@@ -40,7 +41,7 @@ class Max:
         return cls(values.max().item())
 
     def merge(self, other: "Max") -> "Max":
-        return max(self, other, key=lambda m: m.value)
+        return self if self.value >= other.value or math.isnan(self.value) else other  # NaN wins
 
 
 @dataclass(frozen=True)

