@@ -316,6 +316,8 @@ def check(config: Config) -> None:
             "batch.max_tokens_per_microbatch", config.batch.max_tokens_per_microbatch,
             f"must hold the longest sequence, {longest} tokens (data.max_prompt_tokens + rollout.max_response_tokens)",
             f"set it to {longest} or more, or shorten the sequences")
+    if config.reward.cpu_s > config.reward.wall_s:
+        raise InputError("reward.wall_s", config.reward.wall_s, f"must be reward.cpu_s = {config.reward.cpu_s} or more: a process has no more CPU time than clock time", "raise it")
     if "{problem}" not in config.data.prompt_template:
         raise InputError("data.prompt_template", config.data.prompt_template, "must contain {problem}", "add it where the problem goes")
 

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from grpo_mcore import arithmetic, config
 from grpo_mcore.config import InputError
+from grpo_mcore.reward import MAX_GOLD_CHARS
 from grpo_mcore.types import Prompt
 
 
@@ -78,6 +79,8 @@ def _row(row: dict, data: config.Data, name: str, where: str) -> tuple[str, str]
             raise InputError(f"{name}: {where}", row, f"has no column {key!r}", f"set {field}, or mend the row")
         if str(row[key] if row[key] is not None else "").strip() == "":
             raise InputError(f"{name}: {where}", row, f"its {key!r} is empty", "mend or remove the row")
+    if len(str(row[data.answer_key])) > MAX_GOLD_CHARS:
+        raise InputError(f"{name}: {where}", str(row[data.answer_key])[:80], f"its {data.answer_key!r} has more than {MAX_GOLD_CHARS} characters", "check data.answer_key, or remove the row")
     return str(row[data.problem_key]), str(row[data.answer_key])
 
 
