@@ -5,6 +5,7 @@ the RMSNorm and the packed attention below, their plain twins.
 """
 
 import math
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -35,25 +36,53 @@ class RMSNorm(torch.nn.Module):
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
+@dataclass
+class Blocks(PackedSeqParams):
+    """What PackedAttention needs to know of a packed batch; to the rest of Megatron it is one sequence of T tokens."""
+
+    lengths: list[int] = field(default_factory=list)  # of the blocks
+    masks: list[torch.Tensor | None] = field(default_factory=list)  # bool [L, L], True where row sees column; None: plainly causal
+
+
+def blocks_of(batch: Microbatch) -> Blocks:
+    bounds = batch.cu_seqlens.tolist()
+    masks = []
+    for start, end in zip(bounds, bounds[1:]):
+        branch = batch.branch_T[start:end]
+        tree = (branch == 0) | (branch[:, None] == branch)  # the prompt, and one's own response
+        masks.append(tree.tril_() if branch[-1] > 1 else None)
+    whole = torch.tensor([0, bounds[-1]], dtype=torch.int32)
+    return Blocks(
+        qkv_format="thd", cu_seqlens_q=whole, cu_seqlens_kv=whole, max_seqlen_q=batch.max_seqlen, max_seqlen_kv=batch.max_seqlen,
+        lengths=[end - start for start, end in zip(bounds, bounds[1:])], masks=masks)
+
+
 class PackedAttention(MegatronModule):
-    """Causal attention within each packed sequence: one SDPA call per sequence, on q, k, v of [T, heads, head_dim]."""
+    """Attention within each block of a packed batch: one SDPA call per block, on q, k, v of [T, heads, head_dim]."""
 
     def __init__(self, config, softmax_scale=None, **kwargs):
         super().__init__(config=config)
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
     def forward(self, query, key, value, attention_mask, packed_seq_params=None, **kwargs):
-        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        p: Blocks = packed_seq_params
         out = [
             F.scaled_dot_product_attention(
-                *(x.transpose(0, 1)[None] for x in qkv), is_causal=True, scale=self.scale, enable_gqa=True)[0].transpose(0, 1)
-            for qkv in zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
+                *(x.transpose(0, 1)[None] for x in qkv), attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True)[0].transpose(0, 1)
+            for mask, *qkv in zip(p.masks, *(x.split(p.lengths) for x in (query, key, value)), strict=True)
         ]
         return torch.cat(out).flatten(1)
 
 
 class Backbone(GPTModel):
     """GPTModel without its head's matrix product: returns [T, 1, D]; the head's weight is `head_weight`."""
+
+    def _preprocess(self, input_ids, position_ids, *args, packed_seq_params=None, **kwargs):
+        out = super()._preprocess(input_ids, position_ids, *args, packed_seq_params=packed_seq_params, **kwargs)
+        if not isinstance(packed_seq_params, Blocks):
+            return out
+        # RoPE's table by each token's position in its sequence: siblings go on from the same prompt.
+        return (out[0], out[1][position_ids[0]], *out[2:])
 
     def _postprocess(self, hidden_states, *args, **kwargs):
         return hidden_states
@@ -188,14 +217,15 @@ def _plain_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
 
 
+def shares_prompts(device: torch.device) -> bool:
+    """Whether siblings may stand behind one copy of their prompt: not in Transformer Engine's packed attention."""
+    return device.type == "cpu"
+
+
 def hidden_states(model: torch.nn.Module, batch: Microbatch) -> torch.Tensor:
     """hidden_RD of the positions that predict the response tokens of `batch` (on the model's device)."""
-    packed = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=batch.cu_seqlens,
-        cu_seqlens_kv=batch.cu_seqlens,
-        max_seqlen_q=batch.max_seqlen,
-        max_seqlen_kv=batch.max_seqlen,
-    )
+    packed = blocks_of(batch) if shares_prompts(batch.token_ids_T.device) else PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=batch.cu_seqlens, cu_seqlens_kv=batch.cu_seqlens,
+        max_seqlen_q=batch.max_seqlen, max_seqlen_kv=batch.max_seqlen)
     hidden_T1D = model(batch.token_ids_T[None], batch.position_ids_T[None], None, packed_seq_params=packed)
     return hidden_T1D[batch.position_R, 0]

@@ -97,7 +97,8 @@ def assemble(run: Run, groups: list[Group], advantages_PG: torch.Tensor) -> list
     cfg = run.cfg
     return batch.assemble(
         groups, advantages_PG, global_batch_size=cfg.batch.global_batch_size, max_tokens=cfg.batch.max_tokens_per_microbatch,
-        aggregation=cfg.loss.aggregation, max_response_tokens=cfg.rollout.max_response_tokens, shard=(run.topology.dp_rank, run.topology.dp))
+        aggregation=cfg.loss.aggregation, max_response_tokens=cfg.rollout.max_response_tokens, shard=(run.topology.dp_rank, run.topology.dp),
+        share_prompts=model.shares_prompts(run.topology.device))
 
 
 def score(run: Run, batches: list[GlobalBatch]) -> dict[str, metrics.Metric]:

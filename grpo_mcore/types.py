@@ -9,9 +9,15 @@ A worked example, P = 1 and G = 2:
     responses "12" EOS, "13"   token_ids (1, 2, EOS) and (1, 3); the second hit the length limit
     Microbatch of both, T = 4+3 + 4+2 = 13:
         token_ids_T  7 + 5 = 1 2 EOS 7 + 5 = 1 3        cu_seqlens 0 7 13
+        branch_T     0 0 0 0 1 1 1 0 0 0 0 1 1
         target_R     1 2 EOS 1 3                        R = 5
         position_R   3 4 5 10 11                        the token BEFORE each target: its hidden state predicts it
         sequence_R   0 0 0 1 1
+
+    and with a shared prompt, T = 4+3+2 = 9, one block in which no response sees the other:
+        token_ids_T  7 + 5 = 1 2 EOS 1 3                cu_seqlens 0 9
+        branch_T     0 0 0 0 1 1 1 2 2                  position_ids_T 0 1 2 3 4 5 6 4 5
+        position_R   3 4 5 3 7
 """
 
 from dataclasses import dataclass, field
@@ -50,9 +56,10 @@ class Microbatch:
     """Packed sequences, no padding: what one forward pass sees. See the module's docstring for an example."""
 
     token_ids_T: torch.Tensor  # int64
-    position_ids_T: torch.Tensor  # int64, restarts at 0 in each sequence
-    cu_seqlens: torch.Tensor  # int32 [S+1]
-    max_seqlen: int
+    position_ids_T: torch.Tensor  # int64, of the token within its sequence
+    branch_T: torch.Tensor  # int64, 0 in prompts, k in the k-th response of a block
+    cu_seqlens: torch.Tensor  # int32, bounds of the blocks: a prompt and the one or more responses that share it
+    max_seqlen: int  # longest sequence, a prompt and one response
     position_R: torch.Tensor  # int64, index into T of the hidden state that predicts target_R
     target_R: torch.Tensor  # int64
     sequence_R: torch.Tensor  # int64, which of the S sequences

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from grpo_mcore.batch import Sample, assemble, microbatch, pack
+from grpo_mcore.batch import Sample, assemble, blocks, microbatch, pack
 from grpo_mcore.types import GlobalBatch, Group, Prompt, Response
 
 EOS = 99
@@ -31,6 +31,7 @@ def test_the_worked_example_of_types():
     assert m.token_ids_T.tolist() == [*prompt, 1, 2, EOS, *prompt, 1, 3]
     assert m.position_ids_T.tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4, 5]
     assert m.cu_seqlens.tolist() == [0, 7, 13]
+    assert m.branch_T.tolist() == [0, 0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 1, 1]
     assert m.max_seqlen == 7
     assert m.position_R.tolist() == [3, 4, 5, 10, 11]
     assert m.target_R.tolist() == [1, 2, EOS, 1, 3]
@@ -43,6 +44,48 @@ def test_the_worked_example_of_types():
     dtypes = {name: getattr(m, name).dtype for name in ("token_ids_T", "position_ids_T", "position_R", "target_R", "sequence_R", "cu_seqlens")}
     assert dtypes.pop("cu_seqlens") == torch.int32  # what flash attention demands
     assert set(dtypes.values()) == {torch.int64}
+
+
+def test_the_worked_example_with_a_shared_prompt():
+    prompt = (7, 10, 5, 11)
+    (batch,) = assemble(
+        [group(0, prompt, (1, 2, EOS), (1, 3))], torch.tensor([[0.5, -0.5]]),
+        global_batch_size=2, max_tokens=9, aggregation="token_mean", max_response_tokens=4, share_prompts=True)
+    (m,) = batch.microbatches
+    assert m.token_ids_T.tolist() == [*prompt, 1, 2, EOS, 1, 3]
+    assert m.branch_T.tolist() == [0, 0, 0, 0, 1, 1, 1, 2, 2]
+    assert m.position_ids_T.tolist() == [0, 1, 2, 3, 4, 5, 6, 4, 5]
+    assert m.cu_seqlens.tolist() == [0, 9] and m.max_seqlen == 7
+    assert m.position_R.tolist() == [3, 4, 5, 3, 7]
+    assert m.target_R.tolist() == [1, 2, EOS, 1, 3]
+    assert m.sequence_R.tolist() == [0, 0, 0, 1, 1]
+    assert m.advantage_R.tolist() == [0.5, 0.5, 0.5, -0.5, -0.5]
+    assert m.rollout_logprobs_R.tolist() == [-1.0, -2.0, -99.0, -1.0, -3.0]
+    assert batch.num_tokens == 13  # of sequences, each with its prompt
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_shared_packing_keeps_every_sample_once_within_the_bound_and_order(ranks):
+    rng = random.Random(ranks)
+    for _ in range(20):
+        groups, advantages = random_groups(rng, P=8, G=4)
+        seen, counts = [], set()
+        for rank in range(ranks):
+            (batch,) = assemble(
+                groups, advantages, global_batch_size=32, max_tokens=60, aggregation="token_mean", max_response_tokens=20,
+                shard=(rank, ranks), share_prompts=True)
+            counts.add(len(batch.microbatches))
+            for m in batch.microbatches:
+                assert 0 < m.token_ids_T.numel() <= 60
+                seen += m.target_R.tolist()
+        assert len(counts) == 1
+        assert seen == [t for g in groups for r in g.responses for t in r.token_ids]
+
+
+def test_long_responses_keep_their_prompts_to_themselves():
+    long = [Sample(Prompt(0, "", "", (1, 2)), Response((3,) * n, (-1.0,) * n, False, 0), 1.0) for n in (300, 300, 100)]
+    sizes = [len(b) for b in blocks(long, share_prompts=True)]
+    assert sizes == [1, 2]  # 302 + 300 is beyond MAX_BLOCK_TOKENS = 512, 302 + 100 is not
 
 
 def random_groups(rng: random.Random, P: int, G: int) -> tuple[list[Group], torch.Tensor]:

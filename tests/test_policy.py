@@ -44,9 +44,10 @@ def make_policy(folder: str, topo, *, dtype: str = "float32") -> Policy:
     return Policy(folder, topo, params_dtype=dtype, temperature=TEMPERATURE, optimizer=config.Optimizer(lr=1e-3))
 
 
-def batch_of(topo, *, max_tokens: int, aggregation: str = "token_mean", seed: int = 0) -> GlobalBatch:
+def batch_of(topo, *, max_tokens: int, aggregation: str = "token_mean", seed: int = 0, share: bool = False) -> GlobalBatch:
     drawn, advantages = groups(seed)
-    (out,) = assemble(drawn, advantages, global_batch_size=16, max_tokens=max_tokens, aggregation=aggregation, max_response_tokens=24, shard=(topo.dp_rank, topo.dp))
+    (out,) = assemble(drawn, advantages, global_batch_size=16, max_tokens=max_tokens, aggregation=aggregation, max_response_tokens=24, shard=(topo.dp_rank, topo.dp),
+                      share_prompts=share)
     return out
 
 
@@ -55,10 +56,15 @@ def hf_logprobs(folder: str, b: GlobalBatch) -> list[torch.Tensor]:
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     out = []
     for m in b.microbatches:
-        bounds = m.cu_seqlens.tolist()
-        with torch.no_grad():
-            logits = torch.cat([hf(m.token_ids_T[None, i:j]).logits[0] for i, j in zip(bounds, bounds[1:])])
-        out.append((logits / TEMPERATURE).log_softmax(-1)[m.position_R].gather(1, m.target_R[:, None])[:, 0])
+        bounds, logprobs = m.cu_seqlens.tolist(), []
+        for i, j in zip(bounds, bounds[1:]):
+            tokens, branch = m.token_ids_T[i:j], m.branch_T[i:j]
+            for k in range(1, int(branch.max()) + 1):
+                prompt, response = tokens[branch == 0], tokens[branch == k]
+                with torch.no_grad():
+                    logits = hf(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
+                logprobs.append((logits / TEMPERATURE).log_softmax(-1).gather(1, response[:, None])[:, 0])
+        out.append(torch.cat(logprobs))
     return out
 
 
@@ -66,9 +72,12 @@ def parity_on_ranks(folders: dict[str, str], tp: int) -> dict[str, float]:
     topo = connect(tp)
     worst = {}
     for kind, folder in folders.items():
-        b = batch_of(topo, max_tokens=60)
-        ours = make_policy(folder, topo).logprobs(b.microbatches)
-        worst[kind] = max((a - h).abs().max().item() for a, h in zip(ours, hf_logprobs(folder, b), strict=True))
+        policy = make_policy(folder, topo)
+        worst[kind] = 0.0
+        for share in (False, True):
+            b = batch_of(topo, max_tokens=90, share=share)
+            pairs = zip(policy.logprobs(b.microbatches), hf_logprobs(folder, b), strict=True)
+            worst[kind] = max(worst[kind], *((ours - theirs).abs().max().item() for ours, theirs in pairs))
     topology.disconnect()
     return worst
 
@@ -81,17 +90,17 @@ def test_packed_logprobs_equal_hugging_faces_of_each_sequence_alone(model_folder
         assert max(worst.values()) < 1e-4, worst
 
 
-def one_update(folder: str, tp: int, max_tokens: int, wrong: bool = False) -> dict[str, dict]:
+def one_update(folder: str, tp: int, max_tokens: int, wrong: bool = False, share: bool = False) -> dict[str, dict]:
     """Loss, gradient norm and whole gradients (merged to Hugging Face tensors) of one optimizer step, by aggregation."""
     topo = connect(tp)
-    out = {a: _one_update(folder, topo, max_tokens, a, wrong) for a in ("token_mean", "sequence_mean", "constant")}
+    out = {a: _one_update(folder, topo, max_tokens, a, wrong, share) for a in ("token_mean", "sequence_mean", "constant")}
     topology.disconnect()
     return out
 
 
-def _one_update(folder: str, topo, max_tokens: int, aggregation: str, wrong: bool) -> dict:
+def _one_update(folder: str, topo, max_tokens: int, aggregation: str, wrong: bool, share: bool) -> dict:
     policy = make_policy(folder, topo)
-    b = batch_of(topo, max_tokens=max_tokens, aggregation=aggregation)
+    b = batch_of(topo, max_tokens=max_tokens, aggregation=aggregation, share=share)
     if wrong:  # the tempting one: each microbatch normalised by its own tokens, then averaged
         for m in b.microbatches:
             m.weight_R = torch.full_like(m.weight_R, 1 / (m.weight_R.numel() * len(b.microbatches) * topo.dp))
@@ -116,6 +125,8 @@ def test_loss_and_gradient_do_not_depend_on_microbatches_data_ranks_or_tensor_ra
         "dp 2": spawn(one_update, 2, folder, 1, 60),
         "tp 2": spawn(one_update, 2, folder, 2, 60),
         "tp 2 x dp 2": spawn(one_update, 4, folder, 2, 100),
+        "shared prompts": spawn(one_update, 1, folder, 1, 10_000, False, True),
+        "shared prompts, many microbatches, dp 2": spawn(one_update, 2, folder, 1, 90, False, True),
     }
     assert whole["token_mean"]["microbatches"] == 1
     assert others["many microbatches"][0]["token_mean"]["microbatches"] > 2
