@@ -11,10 +11,11 @@ setup: .venv/installed
 .venv/installed: requirements-cpu.lock setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
 	  { echo "make setup: $(PYTHON) is not Python 3.11, for which requirements-cpu.lock was made. Remedy: make PYTHON=/path/to/python3.11"; exit 1; }
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-cpu.lock || \
+	@echo "make setup: installing the locked versions into .venv (about 2 minutes, 4 GB)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-cpu.lock || \
 	  { echo "make setup: pip could not install the locked versions. If it did not find torch 2.13.0+cpu: that file lives in PyTorch's CPU wheel index. Remedy: set PIP_EXTRA_INDEX_URL to it, or PIP_FIND_LINKS to a folder that has the wheel."; exit 1; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
 quickstart: setup

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers.utils import logging
 
 from grpo_mcore.config import InputError
 
@@ -74,6 +75,7 @@ def make_model(folder: str | Path, seed: int) -> None:
     tokenizer.add_special_tokens(["<pad>", "<eos>"])
     tokenizer.add_tokens(["<think>", "</think>", "\\boxed{"])
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", clean_up_tokenization_spaces=False).save_pretrained(folder)
+    logging.disable_progress_bar()
     torch.manual_seed(seed)
     model = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=len(vocabulary), hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,

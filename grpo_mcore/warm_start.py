@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import warnings
 from pathlib import Path
 
 import torch
@@ -46,7 +45,7 @@ def ensure(cfg: config.Config) -> None:
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as resolved:
         resolved.write(config.to_yaml(cfg))
         resolved.flush()
-        done = subprocess.run([sys.executable, "-m", "grpo_mcore.warm_start", resolved.name], env=env, timeout=cfg.collective_timeout_s)
+        done = subprocess.run([sys.executable, "-W", "ignore", "-m", "grpo_mcore.warm_start", resolved.name], env=env, timeout=cfg.collective_timeout_s)
     if done.returncode:
         raise RuntimeError(f"the warm start ended with {done.returncode}; its own words stand above")
 
@@ -94,5 +93,4 @@ def teach(policy: Policy, cfg: config.Config) -> None:
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", module=r"megatron\..*")
     make(config.load(sys.argv[1]))
