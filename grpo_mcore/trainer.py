@@ -63,7 +63,7 @@ def train(run: Run) -> None:
         with time_of("rollout"):
             groups = sample(run, step)
         with time_of("reward"):
-            rewards_PG, verdicts = grade_and_share(run, groups)
+            rewards_PG, verdicts = grade(groups, run.tokenizer, run.grader) if run.grader else ([], [])
         groups, rewards_PG, verdicts = collectives.broadcast((groups, rewards_PG, verdicts), run.topology)
         advantages_PG = advantage.group_advantages(torch.tensor(rewards_PG), **dataclasses.asdict(cfg.advantage))
         batches = assemble(run, groups, advantages_PG)
@@ -86,10 +86,6 @@ def sample(run: Run, step: int) -> list[Group]:
         return []
     r = run.cfg.rollout
     return rollout(run.engines, drawn, group_size=r.group_size, temperature=r.temperature, max_tokens=r.max_response_tokens, seed=run.cfg.seed, version=step)
-
-
-def grade_and_share(run: Run, groups: list[Group]):
-    return grade(groups, run.tokenizer, run.grader) if run.grader else ([], [])
 
 
 def assemble(run: Run, groups: list[Group], advantages_PG: torch.Tensor) -> list[GlobalBatch]:

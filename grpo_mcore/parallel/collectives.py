@@ -28,7 +28,3 @@ def gather_shards(shard: torch.Tensor, topology: Topology) -> list[torch.Tensor]
     shards = [torch.empty_like(shard) for _ in range(topology.tp)]
     dist.all_gather(shards, shard.contiguous(), group=topology.tp_group)
     return shards
-
-
-def barrier(topology: Topology) -> None:
-    dist.barrier(group=topology.control_group)
