@@ -1,24 +1,83 @@
 """Groups and advantages to packed, balanced microbatches; owner of the loss mask and of the ONE loss denominator.
 
-Every rank sees all groups and plans the same way, so no collective is needed: a rank takes its part of the plan.
+Every rank sees all groups and plans the same way, so no collective is needed: a rank takes its part of the plan. The plan
+balances what ranks wait for, the cost of their sequences, and bounds what a device holds, the tokens of a microbatch.
 The denominator is a property of the global batch; every token's weight already carries it:
 
     token_mean      1 / (response tokens of the global batch)                        DAPO
     sequence_mean   1 / (own length x responses of the global batch)                 GRPO, arXiv 2402.03300
     constant        1 / (max_response_tokens x responses of the global batch)        Dr. GRPO
 
-so that loss = sum over tokens of weight * loss, whatever the packing, the microbatch size and the ranks.
+so that loss = sum over tokens of weight * loss, whatever the packing, the padding, the microbatch size and the ranks.
 """
 
+import math
+import sys
+from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from statistics import fmean
 
 import torch
 
+from grpo_mcore.parallel import context
 from grpo_mcore.types import GlobalBatch, Group, Microbatch, Prompt, Response
 
 # Attention within a block grows with the square of its length, so long responses keep their prompts to themselves.
 MAX_BLOCK_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a sequence costs, in units of one token's linear layers: tokens + head * response tokens + quadratic * tokens**2."""
+
+    head: float = 0.0  # the vocabulary's matrix product of one response token
+    quadratic: float = 0.0  # causal attention
+
+    def of(self, num_tokens: int, num_response_tokens: int) -> float:
+        return num_tokens + self.head * num_response_tokens + self.quadratic * num_tokens**2
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a global batch is cut into microbatches, the same on every rank, and which part is this rank's.
+
+    Raises ValueError for share_prompts with cp > 1.
+    """
+
+    max_tokens: int  # of a microbatch on one rank, padding included; its cp ranks together hold up to cp * max_tokens
+    dp: int = 1
+    dp_rank: int = 0
+    cp: int = 1
+    cp_rank: int = 0
+    align_tokens: int = 1  # a microbatch's tokens on one rank are a multiple of it: sequence parallelism, FP8
+    microbatch_multiple: int = 1  # the number of microbatches is a multiple of it: interleaved pipeline stages
+    share_prompts: bool = False  # siblings of a microbatch stand behind one copy of their prompt
+    one_sequence: bool = False  # packing off: every microbatch holds one sequence
+    cost: Cost = Cost()
+
+    def __post_init__(self):
+        if self.share_prompts and self.cp > 1:
+            raise ValueError(f"share_prompts with cp = {self.cp}: ring attention knows only the plain causal mask")
+
+    @property
+    def block_multiple(self) -> int:
+        """Every block's tokens, padding included, are a multiple of it."""
+        return 2 * self.cp if self.cp > 1 else 1
+
+    @property
+    def multiple(self) -> int:
+        """A whole microbatch's tokens, padding included, are a multiple of it."""
+        return math.lcm(self.cp * self.align_tokens, self.block_multiple)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a whole microbatch holds at most: what fits it before the padding of its end fits it after."""
+        return self.cp * self.max_tokens // self.multiple * self.multiple
+
+
+NO_BOUND = Packing(max_tokens=sys.maxsize)
 
 
 @dataclass(frozen=True)
@@ -39,32 +98,28 @@ def assemble(
     advantages_PG: torch.Tensor,
     *,
     global_batch_size: int,
-    max_tokens: int,
     aggregation: str,
     max_response_tokens: int,
-    shard: tuple[int, int] = (0, 1),
-    share_prompts: bool = False,
+    packing: Packing,
 ) -> list[GlobalBatch]:
     """One GlobalBatch per optimizer step: consecutive samples, in the order of the groups.
 
-    `shard` is (dp_rank, dp). With `share_prompts`, siblings of one microbatch stand behind one copy of their prompt. Raises ValueError if global_batch_size does not divide the samples, or dp it.
+    Raises ValueError if global_batch_size does not divide the samples, or dp it, or if they cannot be packed.
     """
     samples = [
         Sample(group.prompt, response, advantage)
         for group, row in zip(groups, advantages_PG.tolist(), strict=True)
         for response, advantage in zip(group.responses, row, strict=True)
     ]
-    rank, ranks = shard
-    if len(samples) % global_batch_size or global_batch_size % ranks:
-        raise ValueError(f"{len(samples)} samples, global_batch_size {global_batch_size}, {ranks} data ranks: each must divide the one before")
+    if len(samples) % global_batch_size or global_batch_size % packing.dp:
+        raise ValueError(f"{len(samples)} samples, global_batch_size {global_batch_size}, {packing.dp} data ranks: each must divide the one before")
     return [
-        _global_batch(samples[i : i + global_batch_size], shard, max_tokens, aggregation, max_response_tokens, share_prompts)
+        _global_batch(samples[i : i + global_batch_size], aggregation, max_response_tokens, packing)
         for i in range(0, len(samples), global_batch_size)
     ]
 
 
-def _global_batch(samples, shard, max_tokens, aggregation, max_response_tokens, share_prompts) -> GlobalBatch:
-    rank, ranks = shard
+def _global_batch(samples: Sequence[Sample], aggregation: str, max_response_tokens: int, packing: Packing) -> GlobalBatch:
     num_loss_tokens = sum(len(s.response.token_ids) for s in samples)
 
     def weight(s: Sample) -> float:
@@ -74,53 +129,111 @@ def _global_batch(samples, shard, max_tokens, aggregation, max_response_tokens, 
             return 1.0 / (len(s.response.token_ids) * len(samples))
         return 1.0 / (max_response_tokens * len(samples))
 
-    plan = pack_in_order(samples, ranks, max_tokens) if share_prompts else pack([s.num_tokens for s in samples], ranks, max_tokens)
+    if packing.share_prompts:
+        plan = pack_in_order(samples, packing)
+    else:
+        plan = pack([s.num_tokens for s in samples], [_cost([s], packing.cost) for s in samples], packing)
+    # [rank][block]
+    packed = [[block for b in bins for block in blocks([samples[i] for i in b], share_prompts=packing.share_prompts)] for bins in plan]
+    costs = [sum(_cost(block, packing.cost) for block in part) for part in packed]
     return GlobalBatch(
-        microbatches=[microbatch([samples[i] for i in b], [weight(samples[i]) for i in b], share_prompts=share_prompts) for b in plan[rank]],
+        microbatches=[microbatch([samples[i] for i in b], [weight(samples[i]) for i in b], packing) for b in plan[packing.dp_rank]],
         num_loss_tokens=num_loss_tokens,
         num_tokens=sum(s.num_tokens for s in samples),
+        packed_frac=sum(_num_tokens(block) for part in packed for block in part) / (packing.dp * len(plan[0]) * packing.cp * packing.max_tokens),
+        imbalance=max(costs) / fmean(costs) - 1,
     )
 
 
-def pack(lengths: Sequence[int], ranks: int, max_tokens: int) -> list[list[list[int]]]:
-    """[rank][microbatch][index into lengths]: equal counts of sequences per rank, equal counts of microbatches per
-    rank, none empty, none above max_tokens, tokens balanced over both. Deterministic.
+def pack(tokens: Sequence[int], costs: Sequence[float], packing: Packing) -> list[list[list[int]]]:
+    """[dp rank][microbatch][index into tokens]: equal numbers of microbatches per rank, as few as were found to do, none
+    empty, none above max_tokens with its padding; cost balanced over both. Deterministic.
 
-    Raises ValueError if one sequence alone is longer than max_tokens.
+    The dearest sequence first, to the cheapest rank, and in the same way to the cheapest microbatch that has room: the many
+    short ones of a long tail come last and level what the long ones left. For 1,024 log-normal lengths up to 24K on 8 ranks the
+    dearest rank is 0.003% above the mean (128 lengths: 0.16%) and no microbatch is needed beyond tokens / max_tokens. Largest
+    differencing comes closer yet, but nobody would notice, and takes ten times as long for 10,000 sequences on 128 ranks.
+
+    Raises ValueError, which names what does not fit.
     """
-    if max(lengths) > max_tokens:
-        raise ValueError(f"a sequence of {max(lengths)} tokens does not fit max_tokens_per_microbatch = {max_tokens}")
-    per_rank = _spread(range(len(lengths)), lengths, ranks, max_items=len(lengths) // ranks)
-    num_bins = max(-(-sum(lengths[i] for i in part) // max_tokens) for part in per_rank)
-    while True:
-        plan = [_spread(part, lengths, num_bins) for part in per_rank]
-        if all(sum(lengths[i] for i in b) <= max_tokens for bins in plan for b in bins):
+    padded = [_round_up(n, packing.block_multiple) for n in tokens]
+    per_rank: list[list[int]] = [[]]
+    for num_bins in _nums_microbatches(len(tokens), max(tokens), sum(padded), packing):
+        if min(map(len, per_rank)) < num_bins:  # else it would come out the same
+            per_rank = _spread(range(len(tokens)), padded, costs, packing.dp, max_tokens=math.inf, min_items=num_bins)
+        plan = [_spread(part, padded, costs, num_bins, max_tokens=packing.capacity, min_items=1) for part in per_rank]
+        if None not in plan:
             return plan
-        num_bins += 1  # ends at the latest with one sequence per microbatch
+    raise _unpackable(len(tokens), packing)
 
 
-def _spread(indices, lengths: Sequence[int], num_bins: int, max_items: int | None = None) -> list[list[int]]:
-    """Longest first, each to the lightest bin that has room; indices ascending within a bin."""
+def pack_in_order(samples: Sequence[Sample], packing: Packing) -> list[list[list[int]]]:
+    """Like `pack`, but consecutive samples stay together, so that siblings can share their prompt: cut where the running cost
+    comes nearest to equal parts. Shared prompts count once in tokens and cost.
+    """
+    whole = blocks(samples, share_prompts=True)
+    running = [0.0]  # cost of all samples so far, as if nothing were cut
+    for block in whole:
+        running += [running[-1] + _cost(block[:k], packing.cost) for k in range(1, len(block) + 1)]
+    halfway = [(a + b) / 2 for a, b in pairwise(running)]
+    longest, n = max(s.num_tokens for s in samples), len(samples)
+    for num_bins in _nums_microbatches(n, longest, sum(_num_tokens(block) for block in whole), packing):
+        parts = packing.dp * num_bins
+        cuts = [0]
+        for k in range(1, parts):
+            nearest = bisect(halfway, running[-1] * k / parts)
+            cuts.append(min(max(nearest, cuts[-1] + 1), n - (parts - k)))  # leaves a sample at least to each part
+        bins = [list(range(*ends)) for ends in pairwise([*cuts, n])]
+        if all(sum(_num_tokens(block) for block in blocks([samples[i] for i in b], share_prompts=True)) <= packing.capacity for b in bins):
+            return [bins[r * num_bins : (r + 1) * num_bins] for r in range(packing.dp)]
+    raise _unpackable(n, packing)
+
+
+def _nums_microbatches(num_sequences: int, longest: int, num_tokens: int, packing: Packing) -> range:
+    """The numbers of microbatches of a rank that may do, fewest first, for `num_tokens` over all ranks."""
+    if _round_up(longest, packing.block_multiple) > packing.capacity:
+        raise ValueError(
+            f"a sequence of {longest} tokens does not fit max_tokens_per_microbatch = {packing.max_tokens}"
+            f" on {packing.cp} context ranks: padded to a multiple of {packing.multiple}, at most {packing.capacity} do")
+    step = packing.microbatch_multiple
+    most = num_sequences // packing.dp // step * step
+    if not most or packing.one_sequence and most * packing.dp != num_sequences:
+        raise ValueError(
+            f"{num_sequences} sequences{', one a microbatch,' if packing.one_sequence else ''} do not make equal numbers of microbatches"
+            f" on {packing.dp} data ranks, a multiple of {step} on each")
+    fewest = most if packing.one_sequence else _round_up(-(-num_tokens // (packing.dp * packing.capacity)), step)
+    return range(fewest, most + 1, step)
+
+
+def _spread(
+    indices: Sequence[int], tokens: Sequence[int], costs: Sequence[float], num_bins: int, *, max_tokens: float, min_items: int
+) -> list[list[int]] | None:
+    """Dearest first, each to the cheapest bin that has room, at least min_items to each; indices ascending within a bin.
+    None if one finds no room.
+    """
     bins: list[list[int]] = [[] for _ in range(num_bins)]
-    loads = [0] * num_bins
-    for i in sorted(indices, key=lambda i: (-lengths[i], i)):
-        b = min((b for b in range(num_bins) if max_items is None or len(bins[b]) < max_items), key=lambda b: (loads[b], b))
+    load, held = [0.0] * num_bins, [0] * num_bins
+    missing = num_bins * min_items
+    for left, i in zip(range(len(indices), 0, -1), sorted(indices, key=lambda i: (-costs[i], i))):
+        room = [b for b in range(num_bins) if held[b] + tokens[i] <= max_tokens and (missing < left or len(bins[b]) < min_items)]
+        if not room:
+            return None
+        b = min(room, key=load.__getitem__)
+        missing -= len(bins[b]) < min_items
         bins[b].append(i)
-        loads[b] += lengths[i]
+        load[b] += costs[i]
+        held[b] += tokens[i]
     return [sorted(b) for b in bins]
 
 
-def pack_in_order(samples: Sequence[Sample], ranks: int, max_tokens: int) -> list[list[list[int]]]:
-    """Like `pack`, but consecutive samples stay together, so that siblings can share their prompt; balanced by their number.
+def _unpackable(num_sequences: int, packing: Packing) -> ValueError:
+    return ValueError(
+        f"no plan found for {num_sequences} sequences on {packing.dp} data ranks in microbatches of at most {packing.max_tokens} tokens,"
+        f" as many on each rank, a multiple of {packing.microbatch_multiple}: raise max_tokens_per_microbatch")
 
-    Raises ValueError if one sequence alone is longer than max_tokens.
-    """
-    n = len(samples) // ranks
-    for num_bins in range(1, n + 1):
-        plan = [[list(range(r * n + n * b // num_bins, r * n + n * (b + 1) // num_bins)) for b in range(num_bins)] for r in range(ranks)]
-        if all(_num_shared_tokens([samples[i] for i in b]) <= max_tokens for bins in plan for b in bins):
-            return plan
-    raise ValueError(f"a sequence of {max(s.num_tokens for s in samples)} tokens does not fit max_tokens_per_microbatch = {max_tokens}")
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
 
 
 def blocks(samples: Sequence[Sample], *, share_prompts: bool) -> list[list[Sample]]:
@@ -137,15 +250,30 @@ def blocks(samples: Sequence[Sample], *, share_prompts: bool) -> list[list[Sampl
     return out
 
 
-def _num_shared_tokens(samples: Sequence[Sample]) -> int:
-    return sum(len(b[0].prompt.token_ids) + sum(len(s.response.token_ids) for s in b) for b in blocks(samples, share_prompts=True))
+def _num_tokens(block: Sequence[Sample]) -> int:
+    return len(block[0].prompt.token_ids) + sum(len(s.response.token_ids) for s in block)
 
 
-def microbatch(samples: Sequence[Sample], weights: Sequence[float], *, share_prompts: bool = False) -> Microbatch:
-    """Packs whole sequences one behind the other."""
+def _cost(block: Sequence[Sample], cost: Cost) -> float:
+    return cost.of(_num_tokens(block), sum(len(s.response.token_ids) for s in block))
+
+
+def microbatch(samples: Sequence[Sample], weights: Sequence[float], packing: Packing = NO_BOUND) -> Microbatch:
+    """Packs whole sequences one behind the other, pads them, and takes this context rank's part.
+
+    Raises ValueError for a response without a rollout log-prob for each token.
+    """
     token_ids, position_ids, branches, cu_seqlens, positions = [], [], [], [], []
     targets, sequences, advantages, weight_R, rollout_logprobs = [], [], [], [], []
-    for block in blocks(samples, share_prompts=share_prompts):
+
+    def pad(multiple: int) -> None:
+        # Padding goes on with the block's last response, without a loss: last under a causal mask, it is seen by no other token.
+        n = -len(token_ids) % multiple
+        token_ids.extend([0] * n)
+        position_ids.extend(range(position_ids[-1] + 1, position_ids[-1] + 1 + n))
+        branches.extend([branches[-1]] * n)
+
+    for block in blocks(samples, share_prompts=packing.share_prompts):
         prompt = block[0].prompt.token_ids
         cu_seqlens.append(len(token_ids))
         token_ids += prompt
@@ -158,6 +286,8 @@ def microbatch(samples: Sequence[Sample], weights: Sequence[float], *, share_pro
             token_ids += response
             position_ids += range(len(prompt), len(prompt) + len(response))
             branches += [branch] * len(response)
+        pad(packing.block_multiple)
+    pad(packing.multiple)
     for index, (s, weight) in enumerate(zip(samples, weights, strict=True)):
         length = len(s.response.token_ids)
         if len(s.response.rollout_logprobs) != length:
@@ -167,16 +297,18 @@ def microbatch(samples: Sequence[Sample], weights: Sequence[float], *, share_pro
         advantages += [s.advantage] * length
         weight_R += [weight] * length
         rollout_logprobs += s.response.rollout_logprobs
-    return Microbatch(
+    whole = Microbatch(
         token_ids_T=torch.tensor(token_ids),
         position_ids_T=torch.tensor(position_ids),
         branch_T=torch.tensor(branches),
         cu_seqlens=torch.tensor([*cu_seqlens, len(token_ids)], dtype=torch.int32),
-        max_seqlen=max(s.num_tokens for s in samples),
+        max_seqlen=max(position_ids) + 1,
         position_R=torch.tensor(positions),
         target_R=torch.tensor(targets),
         sequence_R=torch.tensor(sequences),
         advantage_R=torch.tensor(advantages, dtype=torch.float32),
         weight_R=torch.tensor(weight_R, dtype=torch.float32),
         rollout_logprobs_R=torch.tensor(rollout_logprobs, dtype=torch.float32),
+        index_R=torch.arange(len(targets)),
     )
+    return context.split(whole, packing.cp_rank, packing.cp)

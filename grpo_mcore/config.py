@@ -50,12 +50,36 @@ class WarmStart:
 
 @dataclass(frozen=True)
 class Parallel:
-    tp: int = 1  # tensor parallel; data parallel is what remains of the ranks
+    """Sizes of the axes; data parallel is what remains of the ranks, and shards the optimizer."""
+
+    tp: int = 1  # tensor parallel
+    pp: int = 1  # pipeline stages
+    virtual_pp: int = 1  # model chunks of one stage; above 1 the schedule is interleaved
+    cp: int = 1  # context parallel
+    ep: int = 1  # expert parallel: not built, only 1
+    sequence_parallel: bool = False  # split activations by tokens between tp's matrix products
+    overlap_grad_reduce: bool = False  # reduce gradients during the backward pass
+    overlap_param_gather: bool = False  # gather updated weights during the next forward pass
+    recompute: Literal["none", "selective", "full"] = "none"  # activations, in the backward pass
+    recompute_modules: tuple[str, ...] = ("core_attn",)  # of selective: core_attn, mlp
+    recompute_num_layers: int = 1  # of full: layers between two kept activations
+
+    @property
+    def ranks_per_replica(self) -> int:
+        """Ranks that one copy of the model takes."""
+        return self.tp * self.pp * self.cp
 
 
 @dataclass(frozen=True)
 class Precision:
+    """The head, the norms, the residual stream and the optimizer never run in FP8."""
+
     params: Literal["float32", "bfloat16"] = "bfloat16"  # bfloat16 keeps float32 main weights in the optimizer
+    fp8: Literal["delayed", "tensorwise", "blockwise"] | None = None  # Transformer Engine's recipe for the layers' matrix products
+    fp8_format: Literal["hybrid", "e4m3"] = "hybrid"  # hybrid: gradients in e5m2
+    fp8_amax_history: int = 1024  # of delayed: steps whose largest value sets the scale
+    fp8_first_layers_bf16: int = 0  # layers at the start that stay in bfloat16
+    fp8_last_layers_bf16: int = 0  # layers at the end
 
 
 @dataclass(frozen=True)
@@ -265,6 +289,10 @@ def _coerce(hint, value, name: str):
         if not isinstance(value, dict):
             raise InputError(name, value, "must be a section of keys", f"write its keys below `{name}:`")
         return _build(kind, value, name + ".")
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
+            raise InputError(name, value, "must be a list of names", "write it as [one, two]")
+        return tuple(value)
     if typing.get_origin(kind) is Literal:
         if value not in typing.get_args(kind):
             raise InputError(name, value, f"must be one of {', '.join(map(str, typing.get_args(kind)))}", "choose one of them")
@@ -280,12 +308,14 @@ def _coerce(hint, value, name: str):
     return value
 
 
-_POSITIVE = """num_steps num_threads collective_timeout_s data.max_prompt_tokens parallel.tp optimizer.lr rollout.prompts_per_step
+_POSITIVE = """num_steps num_threads collective_timeout_s data.max_prompt_tokens parallel.tp parallel.pp
+parallel.virtual_pp parallel.cp parallel.ep parallel.recompute_num_layers precision.fp8_amax_history optimizer.lr rollout.prompts_per_step
 rollout.group_size rollout.temperature rollout.max_response_tokens rollout.timeout_s engine.num_engines
 engine.max_running_responses engine.num_threads engine.start_timeout_s reward.num_processes reward.cpu_s reward.wall_s
 reward.memory_bytes batch.global_batch_size batch.max_tokens_per_microbatch refit.bucket_bytes refit.timeout_s eval.every
 eval.samples_per_prompt eval.max_prompts eval.max_response_tokens engine.kv_cache_bytes eval.temperature eval.top_p checkpoint.keep warm_start.batch_size warm_start.lr warm_start.max_steps""".split()
-_NOT_NEGATIVE = "loss.kl_coef loss.clip_low loss.clip_high optimizer.warmup_steps optimizer.weight_decay optimizer.clip_grad checkpoint.every".split()
+_NOT_NEGATIVE = """loss.kl_coef loss.clip_low loss.clip_high optimizer.warmup_steps optimizer.weight_decay optimizer.clip_grad checkpoint.every
+precision.fp8_first_layers_bf16 precision.fp8_last_layers_bf16""".split()
 _FRACTIONS = "loss.clip_low eval.top_p optimizer.beta1 optimizer.beta2 optimizer.warmup_start_frac warm_start.corrupted_frac warm_start.stop_at_pass_rate".split()
 
 
@@ -318,23 +348,55 @@ def check(config: Config) -> None:
             f"set it to {longest} or more, or shorten the sequences")
     if config.reward.cpu_s > config.reward.wall_s:
         raise InputError("reward.wall_s", config.reward.wall_s, f"must be reward.cpu_s = {config.reward.cpu_s} or more: a process has no more CPU time than clock time", "raise it")
+    _check_parallel(config.parallel)
+    _check_precision(config.precision, config.device)
     if "{problem}" not in config.data.prompt_template:
         raise InputError("data.prompt_template", config.data.prompt_template, "must contain {problem}", "add it where the problem goes")
 
 
+def _check_parallel(p: Parallel) -> None:
+    if p.ep > 1:
+        raise InputError("parallel.ep", p.ep, "expert parallelism is not built: the model families here are dense", "leave it at 1")
+    if p.sequence_parallel and p.tp == 1:
+        raise InputError("parallel.sequence_parallel", True, "splits what tp ranks would each hold whole, and parallel.tp is 1", "raise parallel.tp, or set it to false")
+    if p.virtual_pp > 1 and p.pp == 1:
+        raise InputError("parallel.virtual_pp", p.virtual_pp, "cuts a pipeline stage into chunks, and parallel.pp is 1", "raise parallel.pp, or set it to 1")
+    if p.overlap_param_gather and not p.overlap_grad_reduce:
+        raise InputError("parallel.overlap_param_gather", True, "needs parallel.overlap_grad_reduce", "set both, or neither")
+    known = ("core_attn", "mlp")
+    for name in p.recompute_modules:
+        if name not in known:
+            raise InputError("parallel.recompute_modules", name, f"must be of {', '.join(known)}", "choose among them")
+
+
+def _check_precision(p: Precision, device: str) -> None:
+    if p.fp8 is None:
+        return
+    if p.params != "bfloat16":
+        raise InputError("precision.fp8", p.fp8, f"needs precision.params = bfloat16, which is {p.params}", "change one of them")
+    if device == "cpu":
+        raise InputError("precision.fp8", p.fp8, "needs a GPU with FP8 matrix products (Hopper or newer), and device is cpu", "set precision.fp8=null, or run on a GPU")
+    if p.fp8 == "delayed" and (p.fp8_first_layers_bf16 or p.fp8_last_layers_bf16):
+        raise InputError("precision.fp8", p.fp8, "cannot leave single layers in bfloat16: its scales are kept for the whole model",
+                         "set fp8_first_layers_bf16 and fp8_last_layers_bf16 to 0, or choose tensorwise or blockwise")
+
+
 def check_ranks(config: Config, world_size: int) -> None:
     """The rules between the configuration and the number of ranks."""
-    tp = config.parallel.tp
-    if world_size % tp:
-        raise InputError("parallel.tp", tp, f"must divide the number of ranks, {world_size}", "change it or --nproc-per-node")
-    dp = world_size // tp
-    if config.batch.global_batch_size % dp:
-        raise InputError("batch.global_batch_size", config.batch.global_batch_size, f"must be a multiple of the {dp} data-parallel ranks", "change one of them")
+    p = config.parallel
+    if world_size % p.ranks_per_replica:
+        name = max(("tp", "pp", "cp"), key=lambda axis: getattr(p, axis))
+        raise InputError(f"parallel.{name}", getattr(p, name), f"tp {p.tp} x pp {p.pp} x cp {p.cp} must divide the number of ranks, {world_size}", "change an axis or --nproc-per-node")
+    dp = world_size // p.ranks_per_replica
+    least = dp * (p.pp if p.virtual_pp > 1 else 1)
+    if config.batch.global_batch_size % least:
+        each = f"the {dp} data-parallel ranks" + (f" x the {p.pp} pipeline stages, which are interleaved" if p.virtual_pp > 1 else "")
+        raise InputError("batch.global_batch_size", config.batch.global_batch_size, f"must be a multiple of {each}", "change one of them")
 
 
 def describe(config: Config, world_size: int) -> str:
     """The resolved configuration as YAML, then the derived sizes with their units."""
-    tp = config.parallel.tp
+    p = config.parallel
     sizes = {
         "responses per step": f"{config.responses_per_step} responses ({config.rollout.prompts_per_step} prompts x {config.rollout.group_size})",
         "responses per optimizer step": f"{config.batch.global_batch_size} responses (over all ranks)",
@@ -342,7 +404,7 @@ def describe(config: Config, world_size: int) -> str:
         "tokens per microbatch": f"at most {config.batch.max_tokens_per_microbatch} tokens (per data-parallel rank)",
         "longest sequence": f"{config.max_total_tokens} tokens (prompt and response)",
         "optimizer steps of the run": f"{config.num_steps * config.optimizer_steps_per_step} optimizer steps ({config.num_steps} steps)",
-        "ranks by axis": f"tp {tp} x dp {world_size // tp} = {world_size} ranks; {config.engine.num_engines} engines",
+        "ranks by axis": f"tp {p.tp} x cp {p.cp} x pp {p.pp} x dp {world_size // p.ranks_per_replica} = {world_size} ranks; {config.engine.num_engines} engines",
     }
     width = max(map(len, sizes))
     return to_yaml(config) + "\n# derived\n" + "\n".join(f"# {k:{width}}  {v}" for k, v in sizes.items())

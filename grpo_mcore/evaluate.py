@@ -78,7 +78,7 @@ def evaluate_model(cfg: config.Config, source: str | None) -> dict:
         folder = source
         if (Path(source) / checkpoint.HF).is_dir():
             folder = f"{scratch}/hf"
-            topo = topology.connect(tp=1, device=torch.device("cpu"), timeout_s=cfg.collective_timeout_s, seed=cfg.seed)
+            topo = topology.connect(config.Parallel(), device=torch.device("cpu"), timeout_s=cfg.collective_timeout_s, seed=cfg.seed)
             checkpoint.to_hf(source, folder, topo)
             topology.disconnect()
         folder = hf_weights.local_folder(folder)

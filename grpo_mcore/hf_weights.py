@@ -20,11 +20,12 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import cached_file
 
-from grpo_mcore.config import InputError
-from grpo_mcore.model import has_qk_norm, has_qkv_bias, head_dim
-from grpo_mcore.parallel.collectives import gather_shards
+from grpo_mcore.config import InputError, Parallel
+from grpo_mcore.model import Backbone, has_qk_norm, has_qkv_bias, head_dim, stage_of
+from grpo_mcore.parallel.collectives import from_stage, gather_shards
 from grpo_mcore.parallel.topology import Topology
 
+HEAD = "output_layer.weight"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_FILE_BYTES = 5 << 30
 # What makes a folder a model besides its weights.
@@ -41,11 +42,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class Row:
-    """One Megatron parameter and the HF tensors it is made of. `{i}` is the layer."""
+    """One Megatron parameter and the HF tensors it is made of."""
 
     megatron: str
-    hf: tuple[str, ...]
+    hf: dict[str, tuple[int, ...]]  # name -> shape
     layout: Layout
+    stage: int  # pipeline rank that holds it
 
 
 def _split_qkv(tensors, hf_config, tp, rank):
@@ -77,75 +79,95 @@ GATE_UP = Layout(
 VOCAB = Layout(_split_vocab, lambda ss, c: [torch.cat(list(ss))[: c.vocab_size]])
 
 
-def table(hf_config, *, transformer_engine: bool) -> list[Row]:
+def table(hf_config, parallel: Parallel = Parallel(), *, transformer_engine: bool = False) -> list[Row]:
     """Every parameter of the model, in the order of its layers. Transformer Engine fuses each layer norm into the linear
     map behind it, and the parameter's name says so."""
-    hf, mc = "model.layers.{i}.", "decoder.layers.{i}."
     attention_norm, mlp_norm = (
         ("self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight") if transformer_engine
         else ("input_layernorm.weight", "pre_mlp_layernorm.weight"))
-    qkv = [Row(f"{mc}self_attention.linear_qkv.{kind}", tuple(f"{hf}self_attn.{x}_proj.{kind}" for x in "qkv"), QKV)
-           for kind in (("weight", "bias") if has_qkv_bias(hf_config) else ("weight",))]
-    qk_norm = [Row(f"{mc}self_attention.{x}_layernorm.weight", (f"{hf}self_attn.{x}_norm.weight",), SAME)
-               for x in ("qk" if has_qk_norm(hf_config) else "")]
-    layer = [
-        Row(mc + attention_norm, (hf + "input_layernorm.weight",), SAME),
-        *qkv,
-        *qk_norm,
-        Row(mc + "self_attention.linear_proj.weight", (hf + "self_attn.o_proj.weight",), COLUMNS),
-        Row(mc + mlp_norm, (hf + "post_attention_layernorm.weight",), SAME),
-        Row(mc + "mlp.linear_fc1.weight", (hf + "mlp.gate_proj.weight", hf + "mlp.up_proj.weight"), GATE_UP),
-        Row(mc + "mlp.linear_fc2.weight", (hf + "mlp.down_proj.weight",), COLUMNS),
-    ]
-    rows = [Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), VOCAB)]
+    d, ffn, size = hf_config.hidden_size, hf_config.intermediate_size, head_dim(hf_config)
+    heads = {"q": hf_config.num_attention_heads * size, "k": hf_config.num_key_value_heads * size, "v": hf_config.num_key_value_heads * size}
+    vocabulary = (hf_config.vocab_size, d)
+
+    def layer(i: int) -> Iterator[Row]:
+        stage = stage_of(hf_config, i, parallel)
+
+        def row(megatron: str, hf: dict[str, tuple[int, ...]], layout: Layout) -> Row:
+            return Row(f"decoder.layers.{i}.{megatron}", {f"model.layers.{i}.{name}": shape for name, shape in hf.items()}, layout, stage)
+
+        yield row(attention_norm, {"input_layernorm.weight": (d,)}, SAME)
+        yield row("self_attention.linear_qkv.weight", {f"self_attn.{x}_proj.weight": (n, d) for x, n in heads.items()}, QKV)
+        if has_qkv_bias(hf_config):
+            yield row("self_attention.linear_qkv.bias", {f"self_attn.{x}_proj.bias": (n,) for x, n in heads.items()}, QKV)
+        for x in "qk" if has_qk_norm(hf_config) else "":
+            yield row(f"self_attention.{x}_layernorm.weight", {f"self_attn.{x}_norm.weight": (size,)}, SAME)
+        yield row("self_attention.linear_proj.weight", {"self_attn.o_proj.weight": (d, heads["q"])}, COLUMNS)
+        yield row(mlp_norm, {"post_attention_layernorm.weight": (d,)}, SAME)
+        yield row("mlp.linear_fc1.weight", {"mlp.gate_proj.weight": (ffn, d), "mlp.up_proj.weight": (ffn, d)}, GATE_UP)
+        yield row("mlp.linear_fc2.weight", {"mlp.down_proj.weight": (d, ffn)}, COLUMNS)
+
+    rows = [Row("embedding.word_embeddings.weight", {"model.embed_tokens.weight": vocabulary}, VOCAB, 0)]
     for i in range(hf_config.num_hidden_layers):
-        rows += [Row(r.megatron.format(i=i), tuple(n.format(i=i) for n in r.hf), r.layout) for r in layer]
-    rows.append(Row("decoder.final_layernorm.weight", ("model.norm.weight",), SAME))
+        rows += layer(i)
+    rows.append(Row("decoder.final_layernorm.weight", {"model.norm.weight": (d,)}, SAME, parallel.pp - 1))
     if not hf_config.tie_word_embeddings:
-        rows.append(Row("output_layer.weight", ("lm_head.weight",), VOCAB))
+        rows.append(Row(HEAD, {"lm_head.weight": vocabulary}, VOCAB, parallel.pp - 1))
     return rows
 
 
-def _rows_of(model: torch.nn.Module, hf_config) -> Iterator[tuple[Row, torch.nn.Parameter]]:
-    """The table beside the model's own parameters; a name that only one of them has is an error."""
-    parameters = dict(model.named_parameters())
-    rows = table(hf_config, transformer_engine="decoder.layers.0.mlp.linear_fc1.layer_norm_weight" in parameters)
-    if {r.megatron for r in rows} != set(parameters):
-        raise RuntimeError(f"the weight table and the Megatron model differ in {sorted({r.megatron for r in rows} ^ set(parameters))}")
+def _rows_of(chunks: Sequence[Backbone], hf_config, topology: Topology) -> Iterator[tuple[Row, torch.nn.Parameter | None]]:
+    """The table beside this rank's parameters (None: another stage's); a name that only one of them has is an error."""
+    parameters = {chunk.global_name(name): p for chunk in chunks for name, p in chunk.named_parameters()}
+    rows = table(hf_config, topology.parallel, transformer_engine=any(name.endswith("linear_fc1.layer_norm_weight") for name in parameters))
+    if hf_config.tie_word_embeddings and (copy := parameters.pop(HEAD, None)) is not None:  # the last of several stages has a copy
+        yield Row(HEAD, rows[0].hf, VOCAB, topology.pp_rank), copy
+    mine = {row.megatron for row in rows if row.stage == topology.pp_rank}
+    if mine != set(parameters):
+        raise RuntimeError(f"the weight table and the Megatron model differ in {sorted(mine ^ set(parameters))}")
     for row in rows:
-        yield row, parameters[row.megatron]
+        yield row, parameters.get(row.megatron)
 
 
 @torch.no_grad()
-def load(model: torch.nn.Module, hf_config, folder: str | Path, topology: Topology) -> None:
-    """Fills `model` with its tp shard of the folder's weights, one tensor at a time, converted to the parameters' dtype.
+def load(chunks: Sequence[Backbone], hf_config, folder: str | Path, topology: Topology) -> None:
+    """Fills the chunks with their shards of the folder's weights, one tensor at a time, converted to the parameters' dtype.
 
     Raises InputError naming every missing, extra or misshapen tensor.
     """
-    rows = list(_rows_of(model, hf_config))
     with Reader(folder) as reader:
-        reader.check_names({n for row, _ in rows for n in row.hf}, tied=hf_config.tie_word_embeddings)
-        for row, parameter in rows:
-            shard = row.layout.split([reader.read(n) for n in row.hf], hf_config, topology.tp, topology.tp_rank)
-            if shard.shape != parameter.shape:
-                raise InputError(f"tensor {', '.join(row.hf)}", tuple(shard.shape), f"its shard must have shape {tuple(parameter.shape)}", f"mend {folder}: its config.json and its weights disagree")
-            parameter.copy_(shard)
+        reader.check_names({name for row in table(hf_config) for name in row.hf}, tied=hf_config.tie_word_embeddings)
+        for row, parameter in _rows_of(chunks, hf_config, topology):
+            if parameter is not None:
+                whole = [reader.read(name, shape) for name, shape in row.hf.items()]
+                parameter.copy_(row.layout.split(whole, hf_config, topology.tp, topology.tp_rank))
 
 
 @torch.no_grad()
-def export(model: torch.nn.Module, hf_config, topology: Topology) -> Iterator[tuple[str, torch.Tensor]]:
-    """(HF name, whole tensor) one after the other, in layer order. Collective over the tp ranks: all must iterate."""
-    for row, parameter in _rows_of(model, hf_config):
-        yield from zip(row.hf, row.layout.merge(gather_shards(parameter.detach(), topology), hf_config), strict=True)
+def export(chunks: Sequence[Backbone], hf_config, topology: Topology) -> Iterator[tuple[str, torch.Tensor]]:
+    """(HF name, whole tensor) one after the other, in layer order, on the driver.
+
+    Collective over the driver's replica, whose ranks must all iterate; on the others it is empty.
+    """
+    if not topology.in_driver_replica:
+        return
+    first = next(chunks[0].parameters())
+    for row, parameter in _rows_of(chunks, hf_config, topology):
+        if row.megatron == HEAD and hf_config.tie_word_embeddings:
+            continue
+        if row.stage == topology.pp_rank:
+            tensors = row.layout.merge(gather_shards(parameter.detach(), topology), hf_config)
+        else:
+            tensors = [torch.empty(shape, dtype=first.dtype, device=first.device) for shape in row.hf.values()]
+        if topology.tp_rank == 0:
+            for name, tensor in zip(row.hf, tensors, strict=True):
+                tensor = from_stage(tensor.contiguous(), row.stage, topology)
+                if topology.is_driver:
+                    yield name, tensor
 
 
-def shapes(model: torch.nn.Module, hf_config, tp: int) -> list[tuple[str, tuple[int, ...]]]:
-    """(HF name, whole shape) of what `export` yields, in its order, without communication."""
-    return [
-        (name, tuple(tensor.shape))
-        for row, parameter in _rows_of(model, hf_config)
-        for name, tensor in zip(row.hf, row.layout.merge([parameter.detach().to("meta")] * tp, hf_config), strict=True)
-    ]
+def shapes(hf_config) -> dict[str, tuple[int, ...]]:
+    """HF name -> shape of what `export` yields, in its order."""
+    return {name: shape for row in table(hf_config) for name, shape in row.hf.items()}
 
 
 class Reader:
@@ -171,8 +193,12 @@ class Reader:
         self.where.clear()
         self._files.clear()
 
-    def read(self, name: str) -> torch.Tensor:
-        return self.where[name].get_tensor(name)
+    def read(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
+        """Raises InputError if the tensor has not the shape given."""
+        tensor = self.where[name].get_tensor(name)
+        if shape is not None and tuple(tensor.shape) != shape:
+            raise InputError(f"tensor {name}", tuple(tensor.shape), f"must have shape {shape}", f"mend {self.folder}: its config.json and its weights disagree")
+        return tensor
 
     def dtype(self) -> torch.dtype:
         """The one dtype of all tensors. Raises InputError if they differ."""

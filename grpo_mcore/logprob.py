@@ -20,10 +20,9 @@ def logprobs_and_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(logprob_R, entropy_R) of softmax(hidden @ weight.T / temperature), float32, with gradients for both.
 
-    weight_VD is this rank's shard of equal rows; rows at or beyond `vocab_size` pad the vocabulary and take no part.
+    hidden_RD comes from vocab.rows. weight_VD is this rank's shard of equal rows; rows at or beyond `vocab_size` pad the vocabulary and take no part.
     """
     start = vocab.first_row(weight_VD.shape[0], tp_group)
     weight_VD = weight_VD[: max(vocab_size - start, 0)]
-    hidden_RD = vocab.to_shards(hidden_RD, tp_group)
     partials = reference.linear_logprob(hidden_RD, weight_VD, target_R - start, temperature=temperature)
     return vocab.combine(*partials, tp_group)

@@ -38,7 +38,7 @@ class Max:
 
     @classmethod
     def of(cls, values: torch.Tensor) -> "Max":
-        return cls(values.max().item())
+        return cls(values.max().item() if values.numel() else -math.inf)
 
     def merge(self, other: "Max") -> "Max":
         return self if self.value >= other.value or math.isnan(self.value) else other  # NaN wins

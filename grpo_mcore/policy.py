@@ -1,7 +1,7 @@
 """The policy: Megatron's model, DDP and optimizer, and the two things a step asks of them: log-probs and an update."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -9,7 +9,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
 from grpo_mcore import config, hf_weights, metrics, model
 from grpo_mcore.logprob import logprobs_and_entropy
-from grpo_mcore.parallel import pipeline
+from grpo_mcore.parallel import collectives, context, pipeline
 from grpo_mcore.parallel.topology import Topology
 from grpo_mcore.types import GlobalBatch, Microbatch
 
@@ -20,54 +20,70 @@ LossFunction = Callable[[torch.Tensor, Microbatch], tuple[torch.Tensor, dict[str
 class FrozenPolicy:
     """Scores, never learns: the reference of the KL term."""
 
-    def __init__(self, folder: str, topology: Topology, *, params_dtype: str, temperature: float):
+    def __init__(self, folder: str, topology: Topology, *, precision: config.Precision, temperature: float):
         """`folder` is a Hugging Face folder; log-probs are taken of logits / temperature."""
         self.folder, self.topology, self.temperature = folder, topology, temperature
         self.hf_config = model.load_hf_config(folder)
-        self.backbone = model.build(self.hf_config, tp=topology.tp, params_dtype=getattr(torch, params_dtype), device=topology.device)
-        hf_weights.load(self.backbone, self.hf_config, folder, topology)
-        self.backbone.requires_grad_(False)
-        self.module: torch.nn.Module = self.backbone  # what the schedule calls
+        self.chunks = model.build(self.hf_config, topology=topology, precision=precision)
+        hf_weights.load(self.chunks, self.hf_config, folder, topology)
+        self.modules: list[torch.nn.Module] = [chunk.requires_grad_(False) for chunk in self.chunks]  # what the schedule calls
 
     @torch.no_grad()
-    def logprobs(self, microbatches: Sequence[Microbatch], *, temperature: float | None = None) -> list[torch.Tensor]:
-        """float32 [R] per microbatch, on the CPU. `temperature` None: the policy's own."""
-        outputs = pipeline.run(self.module, list(microbatches), lambda stage, m: self._score(stage, m, temperature or self.temperature))
-        return [logprobs.cpu() for logprobs, _ in outputs]
+    def logprobs(self, microbatches: Sequence[Microbatch], *, temperature: float | None = None) -> list[torch.Tensor | None]:
+        """float32 [R] per microbatch, on the CPU; Nones but on the last stage. `temperature` None: the policy's own. Collective."""
+        outputs = pipeline.run(self.modules, list(microbatches), lambda chunk, m: self._score(chunk, m, temperature or self.temperature))
+        return [None if output is None else output[0].cpu() for output in outputs]
 
-    def _score(self, stage: torch.nn.Module, batch: Microbatch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def logprobs_everywhere(self, batch: Microbatch, *, temperature: float) -> torch.Tensor:
+        """float32 [R] of one microbatch that every data rank holds, before its cp split, on every rank. Collective."""
+        (mine,) = self.logprobs([batch], temperature=temperature)
+        t = self.topology
+        parts = collectives.gather((batch.index_R, mine) if t.reports and t.dp_rank == 0 else None, t)
+        return context.merge([part for part in parts if part is not None])
+
+    def _score(self, chunk: torch.nn.Module, batch: Microbatch, temperature: float):
+        """A chunk's output: of the last one (logprob_R, entropy_R)."""
         batch = _to(batch, self.topology.device)
+        hidden = model.hidden_states(chunk, batch, self.topology)
+        backbone = model.unwrapped(chunk)
+        if not backbone.post_process:
+            return hidden
         return logprobs_and_entropy(
-            model.hidden_states(stage, batch), self.backbone.head_weight, batch.target_R, temperature=temperature,
-            vocab_size=self.hf_config.vocab_size, tp_group=self.topology.tp_group if self.topology.tp > 1 else None)
+            hidden, backbone.head_weight, batch.target_R, temperature=temperature,
+            vocab_size=self.hf_config.vocab_size, tp_group=self.topology.head_group)
 
-    def export(self):
-        """(HF name, tensor) of the weights as they are now; collective over the tp ranks."""
-        return hf_weights.export(self.backbone, self.hf_config, self.topology)
+    def export(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(HF name, tensor) of the weights as they are now, on the driver; collective over its replica, which all ranks may call."""
+        return hf_weights.export(self.chunks, self.hf_config, self.topology)
 
 
 class Policy(FrozenPolicy):
-    """Learns. Weights of biases and norms are not decayed (Megatron's rule)."""
+    """Learns. The optimizer's state is sharded over data ranks. Weights of biases and norms are not decayed (Megatron's rule)."""
 
-    def __init__(self, folder: str, topology: Topology, *, params_dtype: str, temperature: float, optimizer: config.Optimizer):
-        super().__init__(folder, topology, params_dtype=params_dtype, temperature=temperature)
-        self.backbone.requires_grad_(True)
-        self.module = DistributedDataParallel(
-            self.backbone.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=False), self.backbone)
-        bf16 = params_dtype == "bfloat16"
+    def __init__(self, folder: str, topology: Topology, *, precision: config.Precision, temperature: float, optimizer: config.Optimizer):
+        super().__init__(folder, topology, precision=precision, temperature=temperature)
+        overlap = topology.parallel
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=overlap.overlap_grad_reduce, overlap_param_gather=overlap.overlap_param_gather)
+        # The chunks behind the first reduce their gradients while others compute: they need no buckets.
+        self.modules = [
+            DistributedDataParallel(chunk.config, ddp, chunk.requires_grad_(True), disable_bucketing=index > 0) for index, chunk in enumerate(self.chunks)]
+        if overlap.overlap_grad_reduce:
+            pipeline.overlap_grad_reduce(self.chunks[0].config, self.modules)
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam", lr=optimizer.lr, adam_beta1=optimizer.beta1, adam_beta2=optimizer.beta2, adam_eps=optimizer.eps,
-                weight_decay=optimizer.weight_decay, clip_grad=optimizer.clip_grad, bf16=bf16, params_dtype=getattr(torch, params_dtype),
-                use_distributed_optimizer=False),
-            [self.module])
+                weight_decay=optimizer.weight_decay, clip_grad=optimizer.clip_grad, bf16=precision.params == "bfloat16", params_dtype=getattr(torch, precision.params),
+                use_distributed_optimizer=True, overlap_param_gather=overlap.overlap_param_gather),
+            self.modules)
 
     def update(self, batch: GlobalBatch, loss: LossFunction, *, lr: float) -> dict[str, metrics.Metric]:
-        """One optimizer step. Returns this rank's metrics: merge those of the data ranks for the whole.
+        """One optimizer step. Collective. Returns this rank's metrics: those of the ranks that report, merged, are the whole.
 
-        Raises FloatingPointError if the gradient is not finite; the weights are unchanged then.
+        Raises FloatingPointError on all ranks if the gradient is not finite; the weights are unchanged then.
         """
-        self.module.zero_grad_buffer()
+        for module in self.modules:
+            module.zero_grad_buffer()
         self.optimizer.zero_grad()
 
         def after(output, m: Microbatch):
@@ -78,25 +94,36 @@ class Policy(FrozenPolicy):
             parts["update/loss"] = metrics.Sum(value.item())
             return value, parts
 
-        parts = pipeline.run(self.module, batch.microbatches, lambda stage, m: self._score(stage, m, self.temperature), after)
+        parts = pipeline.run(self.modules, batch.microbatches, lambda chunk, m: self._score(chunk, m, self.temperature), after)
+        self._check_gradient()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self._check_gradient()
         _, grad_norm, _ = self.optimizer.step()
+        if not self.topology.is_last_stage:
+            return {}
         out = metrics.merge(parts)
-        # A sum over microbatches and data ranks, and a mean over optimizer steps.
-        out["update/loss"] = metrics.Mean(out["update/loss"].value, 1 / self.topology.dp)
+        # A sum over microbatches and the ranks that share the tokens, and a mean over optimizer steps.
+        out["update/loss"] = metrics.Mean(out["update/loss"].value, 1 / (self.topology.dp * self.topology.cp))
         out["update/grad_norm"] = metrics.Mean(float(grad_norm), 1) if grad_norm is not None else metrics.Mean(0.0, 0)
         return out
 
-    def gradients(self) -> dict[str, torch.Tensor]:
-        """This rank's reduced gradient by Megatron name, as the last `update` left it (clipped in place by its step)."""
-        return {name: p.main_grad for name, p in self.backbone.named_parameters()}
+    def export(self) -> Iterator[tuple[str, torch.Tensor]]:
+        self.finish_param_gather()
+        return super().export()
+
+    def finish_param_gather(self) -> None:
+        """Makes the updated weights whole now; with overlap_param_gather they else become so in the next forward pass."""
+        if self.topology.parallel.overlap_param_gather:
+            for module in self.modules:
+                module.start_param_sync(force_sync=True)
 
     def _check_gradient(self) -> None:
-        bad = [name for name, grad in self.gradients().items() if not grad.isfinite().all()]
-        if bad:
-            raise FloatingPointError(f"update: the gradient of {bad[0]} (and {len(bad) - 1} more) is not finite; the last checkpoint is good")
+        largest = [torch.linalg.vector_norm(buffer.grad_data, float("inf")) for module in self.modules for buffer in module.buffers]
+        if not collectives.on_any_rank(not torch.stack(largest).isfinite().all().item(), self.topology):
+            return
+        bad = [name for chunk in self.chunks for name, p in chunk.named_parameters() if not p.main_grad.isfinite().all()]
+        names = [name for part in collectives.gather(bad, self.topology) for name in part]
+        raise FloatingPointError(f"update: the gradient of {names[0]} (and {len(names) - 1} more) is not finite; the last checkpoint is good")
 
 
 def _to(batch: Microbatch, device: torch.device) -> Microbatch:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from grpo_mcore import batch, config, hf_weights, metrics
+from grpo_mcore import batch, config, hf_weights, metrics, model
 from grpo_mcore.engine import Engines
 from grpo_mcore.parallel.topology import Topology
 from grpo_mcore.policy import Policy
@@ -29,8 +29,9 @@ class Refit:
         """`engines` is None on all ranks but the driver; `canary` are token sequences of at least 2 tokens."""
         self._policy, self._engines, self._cfg, self._topology = policy, engines, cfg.refit, topology
         self._canary = [list(ids) for ids in canary]
+        self._packing = model.packing(policy.hf_config, topology, cfg.precision, max_tokens=sum(map(len, canary)))
         dtype = getattr(torch, cfg.engine.dtype)
-        self._infos = [TensorInfo(name, dtype, shape) for name, shape in hf_weights.shapes(policy.backbone, policy.hf_config, topology.tp)]
+        self._infos = [TensorInfo(name, dtype, shape) for name, shape in hf_weights.shapes(policy.hf_config).items()]
         exact = cfg.engine.dtype == cfg.precision.params == "float32"
         self._tolerance = cfg.refit.canary_tolerance or (1e-3 if exact else 0.15)
         if engines is not None:
@@ -41,7 +42,7 @@ class Refit:
             engines.wait(refs, "refit (joining the transfer group)", cfg.refit.timeout_s)
 
     def __call__(self, version: int) -> dict[str, metrics.Metric]:
-        """Raises EngineError if an engine fails or is late, RefitError if the canary differs."""
+        """The driver's metrics (elsewhere none). Raises EngineError if an engine fails or is late, RefitError if the canary differs."""
         start = time.perf_counter()
         stream = (tensor for _, tensor in self._policy.export())
         if self._engines is None:
@@ -57,6 +58,8 @@ class Refit:
             self._engines.wait(refs, f"refit to version {version}", self._cfg.timeout_s)
         seconds = time.perf_counter() - start
         error = self._attest(version)
+        if self._engines is None:
+            return {}
         return {
             "refit/canary_abs_mean": metrics.Mean(error, 1),
             "refit/bytes": metrics.Mean(float(sum(i.num_bytes for i in self._infos)), 1),
@@ -69,7 +72,8 @@ class Refit:
             batch.Sample(Prompt(0, "", "", tuple(ids[:1])), Response(tuple(ids[1:]), (0.0,) * (len(ids) - 1), False, version), 0.0)
             for ids in self._canary
         ]
-        (ours,) = self._policy.logprobs([batch.microbatch(samples, [0.0] * len(samples))], temperature=1.0)
+        packed = batch.microbatch(samples, [0.0] * len(samples), self._packing)
+        ours = self._policy.logprobs_everywhere(packed, temperature=1.0)
         if self._engines is None:
             return 0.0
         answers = self._engines.wait(self._engines.call("score", [(self._canary,)] * len(self._engines)), f"canary of version {version}", self._cfg.timeout_s)

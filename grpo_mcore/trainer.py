@@ -73,7 +73,7 @@ def train(run: Run) -> None:
             lr = learning_rate(cfg.optimizer, step, cfg.num_steps)
             updates = [run.policy.update(b, functools.partial(loss.grpo, cfg=cfg.loss), lr=lr) for b in batches]
         run.progress = checkpoint.Progress(step + 1, run.stream.cursor, run.seconds())
-        write_step(run, groups, verdicts, [refit_metrics, mismatch, *updates], batches, lr)
+        write_step(run, groups, verdicts, refit_metrics, [mismatch, *updates], batches, lr)
         if cfg.checkpoint.every and ((step + 1) % cfg.checkpoint.every == 0 or step + 1 == cfg.num_steps):
             with time_of("checkpoint"):
                 checkpoint.save(cfg.run_dir, run.policy, run.progress, keep=cfg.checkpoint.keep)
@@ -92,9 +92,8 @@ def assemble(run: Run, groups: list[Group], advantages_PG: torch.Tensor) -> list
     """One GlobalBatch per optimizer step: this rank's part."""
     cfg = run.cfg
     return batch.assemble(
-        groups, advantages_PG, global_batch_size=cfg.batch.global_batch_size, max_tokens=cfg.batch.max_tokens_per_microbatch,
-        aggregation=cfg.loss.aggregation, max_response_tokens=cfg.rollout.max_response_tokens, shard=(run.topology.dp_rank, run.topology.dp),
-        share_prompts=model.shares_prompts(run.topology.device))
+        groups, advantages_PG, global_batch_size=cfg.batch.global_batch_size, aggregation=cfg.loss.aggregation, max_response_tokens=cfg.rollout.max_response_tokens,
+        packing=model.packing(run.policy.hf_config, run.topology, cfg.precision, max_tokens=cfg.batch.max_tokens_per_microbatch))
 
 
 def score(run: Run, batches: list[GlobalBatch]) -> dict[str, metrics.Metric]:
@@ -103,7 +102,8 @@ def score(run: Run, batches: list[GlobalBatch]) -> dict[str, metrics.Metric]:
     for b in batches:
         for m, logprobs_R in zip(b.microbatches, run.policy.logprobs(b.microbatches), strict=True):
             m.old_logprobs_R = logprobs_R
-            parts.append(metrics.mismatch(m.rollout_logprobs_R, logprobs_R))
+            if logprobs_R is not None:  # the last pipeline stage
+                parts.append(metrics.mismatch(m.rollout_logprobs_R, logprobs_R))
         if run.reference is not None:
             for m, logprobs_R in zip(b.microbatches, run.reference.logprobs(b.microbatches), strict=True):
                 m.ref_logprobs_R = logprobs_R
@@ -118,10 +118,10 @@ def evaluate_and_write(run: Run, step: int) -> None:
     run.writer.say(f"evaluation after {step} steps: {result}")
 
 
-def write_step(run: Run, groups: list[Group], verdicts: list[reward.Verdict], parts: list[dict], batches: list[GlobalBatch], lr: float) -> None:
+def write_step(run: Run, groups: list[Group], verdicts: list[reward.Verdict], refit_metrics: dict, parts: list[dict], batches: list[GlobalBatch], lr: float) -> None:
     """One row of metrics, of all ranks. Collective."""
-    mine = metrics.merge(parts) if run.topology.tp_rank == 0 else {}  # tp ranks hold the same numbers: count them once
-    merged = metrics.merge(collectives.gather(mine, run.topology))
+    mine = metrics.merge(parts) if run.topology.reports else {}
+    merged = metrics.merge([refit_metrics, *collectives.gather(mine, run.topology)])
     if run.writer is None:
         return
     rewards = [v.reward for v in verdicts]
@@ -138,6 +138,8 @@ def write_step(run: Run, groups: list[Group], verdicts: list[reward.Verdict], pa
         **{name: metric.value for name, metric in sorted(merged.items())},
         "update/lr": lr,
         "update/microbatches": float(sum(len(b.microbatches) for b in batches)),
+        "update/packed_frac": sum(b.packed_frac for b in batches) / len(batches),
+        "update/imbalance": max(b.imbalance for b in batches),
         **times,
         "tokens_per_s": sum(b.num_tokens for b in batches) / sum(s for name, s in times.items() if name not in ("time/eval_s", "time/checkpoint_s")),
     }
@@ -149,7 +151,7 @@ def write_step(run: Run, groups: list[Group], verdicts: list[reward.Verdict], pa
 def open_run(cfg: config.Config) -> Iterator[Run]:
     """Everything `train` needs. What can be wrong with the input is found before anything expensive starts."""
     hf_config = model.load_hf_config(local := local_folder(cfg.model))
-    model.check_tp(hf_config, cfg.parallel.tp)
+    model.check_parallel(hf_config, cfg.parallel, cfg.precision)
     check_lengths(cfg, hf_config)
     tokenizer = prompts.Tokenizer(local)
     train_prompts, too_long = prompts.load(cfg.data.train, cfg.data, tokenizer, "data.train")
@@ -166,10 +168,10 @@ def open_run(cfg: config.Config) -> Iterator[Run]:
             entry.stop_on_sigterm()
             grader = stack.enter_context(reward.Grader(**dataclasses.asdict(cfg.reward)))
         topo = topology.connect(
-            tp=cfg.parallel.tp, device=device, timeout_s=cfg.collective_timeout_s + cfg.rollout.timeout_s,
+            cfg.parallel, device=device, timeout_s=cfg.collective_timeout_s + cfg.rollout.timeout_s,
             seed=cfg.seed, num_threads=cfg.num_threads)
-        policy = Policy(local, topo, params_dtype=cfg.precision.params, temperature=cfg.rollout.temperature, optimizer=cfg.optimizer)
-        reference = FrozenPolicy(local, topo, params_dtype=cfg.precision.params, temperature=cfg.rollout.temperature) if cfg.loss.kl_coef > 0 else None
+        policy = Policy(local, topo, precision=cfg.precision, temperature=cfg.rollout.temperature, optimizer=cfg.optimizer)
+        reference = FrozenPolicy(local, topo, precision=cfg.precision, temperature=cfg.rollout.temperature) if cfg.loss.kl_coef > 0 else None
         progress = checkpoint.restore(cfg.run_dir, policy)
         timer = metrics.Timer()
         if driver:

@@ -1,7 +1,7 @@
 """What flows through a step. No behaviour.
 
 Shapes: P prompts, G responses of a group, N = P*G responses, S sequences of a microbatch, T packed tokens of it,
-R response tokens of it (the positions that carry a loss), V vocabulary shard, D hidden.
+R response tokens of it (the positions that carry a loss; with context parallelism T and R are of this rank), V vocabulary shard, D hidden.
 
 A worked example, P = 1 and G = 2:
 
@@ -18,6 +18,12 @@ A worked example, P = 1 and G = 2:
         token_ids_T  7 + 5 = 1 2 EOS 1 3                cu_seqlens 0 9
         branch_T     0 0 0 0 1 1 1 2 2                  position_ids_T 0 1 2 3 4 5 6 4 5
         position_R   3 4 5 3 7
+
+    and the first of them on cp = 2 context ranks: each block is padded to a multiple of 2 * cp = 4 and cut into 4 chunks, of
+    which rank 0 holds the outer and rank 1 the inner two (parallel/context.py); T = 8+8, _ is padding:
+        whole        7 + 5 = 1 2 EOS _ 7 + 5 = 1 3 _ _  cu_seqlens 0 8 16 and max_seqlen 8 on both ranks
+        rank 0       7 + EOS _ 7 + _ _                  index_R -           position_R -          R = 0
+        rank 1       5 = 1 2 5 = 1 3                    index_R 0 1 2 3 4   position_R 1 2 3 5 6
 """
 
 from dataclasses import dataclass, field
@@ -53,19 +59,25 @@ class Group:
 
 @dataclass
 class Microbatch:
-    """Packed sequences, no padding: what one forward pass sees. See the module's docstring for an example."""
+    """Packed sequences: what one forward pass of one rank sees. See the module's docstring for an example.
+
+    Padding stands at the end of a block, goes on with its last response and is no response token.
+    """
 
     token_ids_T: torch.Tensor  # int64
     position_ids_T: torch.Tensor  # int64, of the token within its sequence
     branch_T: torch.Tensor  # int64, 0 in prompts, k in the k-th response of a block
+    # Of all context ranks together, padding included:
     cu_seqlens: torch.Tensor  # int32, bounds of the blocks: a prompt and the one or more responses that share it
     max_seqlen: int  # longest sequence, a prompt and one response
+    # This rank's again:
     position_R: torch.Tensor  # int64, index into T of the hidden state that predicts target_R
     target_R: torch.Tensor  # int64
     sequence_R: torch.Tensor  # int64, which of the S sequences
     advantage_R: torch.Tensor  # float32
     weight_R: torch.Tensor  # float32, loss_mask over the global denominator: loss = sum(weight_R * per-token loss)
     rollout_logprobs_R: torch.Tensor  # float32, recorded by the engine
+    index_R: torch.Tensor  # int64, which of the response tokens of all context ranks together; ascending
     old_logprobs_R: torch.Tensor | None = None  # float32, the trainer's, before the step's first update
     ref_logprobs_R: torch.Tensor | None = None  # float32, the frozen reference's
 
@@ -76,4 +88,6 @@ class GlobalBatch:
 
     microbatches: list[Microbatch] = field(default_factory=list)
     num_loss_tokens: int = 0  # over all data ranks
-    num_tokens: int = 0  # packed tokens over all data ranks, prompts included
+    num_tokens: int = 0  # of all sequences over all data ranks, prompts included
+    packed_frac: float = 0.0  # tokens without padding, shared prompts once, over all that the microbatches of all ranks could hold
+    imbalance: float = 0.0  # cost of the dearest data rank over the ranks' mean, minus 1: 0 if none waits for another

@@ -1,4 +1,4 @@
-"""Hugging Face -> Megatron -> Hugging Face, bit for bit, on one and two tp ranks; and what is refused.
+"""Hugging Face -> Megatron -> Hugging Face, bit for bit, on tensor and pipeline ranks; and what is refused.
 
 Not covered here: that the model computes the same (test_policy.py); the program around it (test_launch.py).
 """
@@ -10,44 +10,49 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from grpo_mcore import hf_weights, model
+from grpo_mcore import config, hf_weights, model
 from grpo_mcore.config import InputError
 from grpo_mcore.parallel import topology
 from tests import models
 from tests.dist import spawn
 
 
-def round_trip(folders: dict[str, str], tp: int, out: str) -> dict[str, list]:
-    topo = topology.connect(tp=tp, device=torch.device("cpu"), timeout_s=60, seed=1)
-    described = {}
+def chunks_of(folder, topo, precision=config.Precision(params="float32")) -> tuple:
+    """(chunks with the folder's weights, its config)"""
+    hf_config = model.load_hf_config(str(folder))
+    chunks = model.build(hf_config, topology=topo, precision=precision)
+    hf_weights.load(chunks, hf_config, folder, topo)
+    return chunks, hf_config
+
+
+def round_trip(folders: dict[str, str], axes: dict[str, int], out: str) -> None:
+    topo = topology.connect(config.Parallel(**axes), device=torch.device("cpu"), timeout_s=60, seed=1)
     for kind, folder in folders.items():
-        hf_config = model.load_hf_config(folder)
         with hf_weights.Reader(folder) as reader:
-            backbone = model.build(hf_config, tp=tp, params_dtype=reader.dtype(), device=topo.device)
-        hf_weights.load(backbone, hf_config, folder, topo)
-        described[kind] = hf_weights.shapes(backbone, hf_config, tp)
-        hf_weights.save_folder(f"{out}/{kind}", hf_weights.export(backbone, hf_config, topo), folder, write=topo.is_driver)
+            precision = config.Precision(params=str(reader.dtype()).removeprefix("torch."))
+        chunks, hf_config = chunks_of(folder, topo, precision)
+        hf_weights.save_folder(f"{out}/{kind}", hf_weights.export(chunks, hf_config, topo), folder, write=topo.is_driver)
     topology.disconnect()
-    return described
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-def test_round_trip_is_bit_exact_in_every_family(model_folders, tmp_path, tp):
-    bf16 = models.make("qwen3", tmp_path / "bf16", torch.bfloat16)
-    folders = {**model_folders, "qwen3_bf16": bf16}
-    described, *_ = spawn(round_trip, tp, folders, tp, str(tmp_path))
+@pytest.mark.parametrize(("ranks", "axes"), [(1, {}), (2, {"tp": 2}), (4, {"tp": 2, "pp": 2}), (2, {"pp": 2, "virtual_pp": 2})], ids=str)
+def test_round_trip_is_bit_exact_in_every_family(model_folders, tmp_path, ranks, axes):
+    folders = {**model_folders, "qwen3_bf16": models.make("qwen3", tmp_path / "bf16", torch.bfloat16)}
+    if "virtual_pp" in axes:
+        folders = {"qwen2_deep": model_folders["qwen2_deep"]}  # the only one with 4 layers
+    spawn(round_trip, ranks, folders, axes, str(tmp_path))
     for kind, folder in folders.items():
         before, after = load_file(f"{folder}/model.safetensors"), load_file(f"{tmp_path}/{kind}/model.safetensors")
         assert set(before) == set(after)
         for name, tensor in before.items():
             assert tensor.dtype == after[name].dtype and torch.equal(tensor, after[name]), (kind, name)
-        assert dict(described[kind]) == {name: tuple(t.shape) for name, t in before.items()}
+        assert hf_weights.shapes(model.load_hf_config(folder)) == {name: tuple(t.shape) for name, t in before.items()}
         assert json.load(open(f"{tmp_path}/{kind}/config.json")) == json.load(open(f"{folder}/config.json"))
 
 
 @pytest.fixture
 def alone():
-    yield topology.connect(tp=1, device=torch.device("cpu"), timeout_s=60, seed=1)
+    yield topology.connect(config.Parallel(), device=torch.device("cpu"), timeout_s=60, seed=1)
     topology.disconnect()
 
 
@@ -56,9 +61,7 @@ def load_changed(folder: str, tmp_path, alone, change) -> None:
     tensors = load_file(tmp_path / "changed/model.safetensors")
     change(tensors)
     save_file(tensors, tmp_path / "changed/model.safetensors", metadata={"format": "pt"})
-    hf_config = model.load_hf_config(str(tmp_path / "changed"))
-    backbone = model.build(hf_config, tp=1, params_dtype=torch.float32, device=alone.device)
-    hf_weights.load(backbone, hf_config, tmp_path / "changed", alone)
+    chunks_of(tmp_path / "changed", alone)
 
 
 def test_a_missing_tensor_is_named(model_folders, tmp_path, alone):
@@ -86,10 +89,8 @@ def test_a_tied_head_that_is_written_twice_is_accepted_only_if_equal(model_folde
 def test_large_models_are_written_in_several_files_and_read_back(model_folders, tmp_path, alone, monkeypatch):
     monkeypatch.setattr(hf_weights, "MAX_FILE_BYTES", 40_000)
     folder = model_folders["qwen2_untied"]
-    hf_config = model.load_hf_config(folder)
-    backbone = model.build(hf_config, tp=1, params_dtype=torch.float32, device=alone.device)
-    hf_weights.load(backbone, hf_config, folder, alone)
-    hf_weights.save_folder(tmp_path / "split", hf_weights.export(backbone, hf_config, alone), folder)
+    chunks, hf_config = chunks_of(folder, alone)
+    hf_weights.save_folder(tmp_path / "split", hf_weights.export(chunks, hf_config, alone), folder)
     assert len(list((tmp_path / "split").glob("*.safetensors"))) > 2
     with hf_weights.Reader(tmp_path / "split") as reader:
         for name, tensor in load_file(f"{folder}/model.safetensors").items():
@@ -99,7 +100,7 @@ def test_large_models_are_written_in_several_files_and_read_back(model_folders, 
 @pytest.mark.parametrize("tp", [3, 4])
 def test_a_tp_that_does_not_divide_the_heads_is_refused_with_those_that_do(model_folders, tp):
     with pytest.raises(InputError, match=r"parallel\.tp = .*must divide.*use one of 1, 2"):
-        model.check_tp(model.load_hf_config(model_folders["qwen2_tied"]), tp)
+        model.check_parallel(model.load_hf_config(model_folders["qwen2_tied"]), config.Parallel(tp=tp))
 
 
 def test_unsupported_models_are_refused_by_name(model_folders, tmp_path):

@@ -46,11 +46,11 @@ refit: {{timeout_s: 30, bucket_bytes: 20000}}
 class Session:
     """A policy on this rank and, on the driver, two engines."""
 
-    def __init__(self, folder: str, run_dir: str, tp: int = 1, *overrides: str):
+    def __init__(self, folder: str, run_dir: str, axes: dict[str, int] = {}, *overrides: str):
         self.cfg = configuration(folder, run_dir, *overrides)
-        self.topo = topology.connect(tp=tp, device=torch.device("cpu"), timeout_s=120, seed=1)
+        self.topo = topology.connect(config.Parallel(**axes), device=torch.device("cpu"), timeout_s=120, seed=1)
         self.engines = Engines(self.cfg, folder, cuda=False, stop_token_ids=[1]) if self.topo.is_driver else None
-        self.policy = Policy(folder, self.topo, params_dtype="float32", temperature=1.0, optimizer=config.Optimizer(lr=1e-2))
+        self.policy = Policy(folder, self.topo, precision=config.Precision(params="float32"), temperature=1.0, optimizer=config.Optimizer(lr=1e-2))
         if self.engines:
             self.engines.wait_until_ready()
         self.refit = Refit(self.policy, self.engines, self.cfg, self.topo, CANARY)
@@ -92,7 +92,7 @@ def test_the_engines_own_logprobs_equal_the_trainers_of_the_same_tokens(session)
 
     session.refit(7)
     groups = rollout(session.engines, PROMPTS, group_size=4, temperature=1.0, max_tokens=24, seed=5, version=7)
-    (b,) = batch.assemble(groups, torch.zeros(6, 4), global_batch_size=24, max_tokens=8192, aggregation="token_mean", max_response_tokens=24)
+    (b,) = batch.assemble(groups, torch.zeros(6, 4), global_batch_size=24, aggregation="token_mean", max_response_tokens=24, packing=batch.Packing(max_tokens=8192))
     (ours,) = session.policy.logprobs(b.microbatches)
     seen = metrics.mismatch(b.microbatches[0].rollout_logprobs_R, ours)
     assert seen["mismatch/logprob_abs_max"].value < 1e-3
@@ -128,7 +128,7 @@ def test_a_response_sampled_with_other_weights_is_refused(session):
 
 
 def test_a_refit_that_leaves_an_engine_with_other_weights_is_caught_and_says_what_it_saw(session, monkeypatch):
-    weight = session.policy.backbone.decoder.layers[1].mlp.linear_fc2.weight
+    weight = session.policy.chunks[0].decoder.layers[1].mlp.linear_fc2.weight
     honest = session.policy.export
 
     def corrupted():
@@ -152,16 +152,17 @@ def test_a_dead_engine_is_named_with_its_phase_and_its_last_words(model_folders,
         session.sample(13)
 
 
-def refit_on_two_ranks(folder: str, run_dir: str) -> list[float]:
-    session = Session(folder, run_dir, 2, "engine.num_engines=1")
-    errors = []
+def refit_on_ranks(folder: str, run_dir: str, axes: dict[str, int]) -> list[dict]:
+    session = Session(folder, run_dir, axes, "engine.num_engines=1")
+    seen = []
     for version in range(2):
-        errors.append(session.refit(version)["refit/canary_abs_mean"].value)
+        seen.append(session.refit(version))
         session.learn(version)
     session.close()
-    return errors
+    return seen
 
 
-def test_a_policy_split_over_two_ranks_refits_the_same(model_folders, tmp_path):
-    driver, other = spawn(refit_on_two_ranks, 2, model_folders["qwen2_untied"], str(tmp_path))
-    assert max(driver) < 1e-4 and len(other) == 2
+@pytest.mark.parametrize("axes", [{"tp": 2, "sequence_parallel": True}, {"pp": 2}, {"cp": 2}], ids=str)
+def test_a_policy_split_over_two_ranks_refits_the_same(model_folders, tmp_path, axes):
+    driver, other = spawn(refit_on_ranks, 2, model_folders["qwen2_untied"], str(tmp_path), axes)
+    assert max(seen["refit/canary_abs_mean"].value for seen in driver) < 1e-4 and other == [{}, {}]

@@ -21,6 +21,13 @@ def gather(value, topology: Topology) -> list:
     return out
 
 
+def on_any_rank(flag: bool, topology: Topology) -> bool:
+    """Whether the flag is set on any rank."""
+    tensor = torch.tensor(int(flag))
+    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=topology.control_group)
+    return bool(tensor)
+
+
 def gather_shards(shard: torch.Tensor, topology: Topology) -> list[torch.Tensor]:
     """The equal-shaped shards of one parameter, in tp order, on every tp rank."""
     if topology.tp == 1:
@@ -28,3 +35,10 @@ def gather_shards(shard: torch.Tensor, topology: Topology) -> list[torch.Tensor]
     shards = [torch.empty_like(shard) for _ in range(topology.tp)]
     dist.all_gather(shards, shard.contiguous(), group=topology.tp_group)
     return shards
+
+
+def from_stage(tensor: torch.Tensor, stage: int, topology: Topology) -> torch.Tensor:
+    """One stage's `tensor` on the other stages of its pipeline, in place."""
+    if topology.pp > 1:
+        dist.broadcast(tensor, group=topology.pp_group, group_src=stage)
+    return tensor

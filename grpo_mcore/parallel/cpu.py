@@ -11,6 +11,7 @@ import importlib
 import types
 
 import torch
+from torch.optim.adam import adam as adamw
 
 # Megatron's modules that pass the literal device="cuda" to a tensor factory, in 0.16.1 to 0.19.
 _MODULES_WITH_CUDA_LITERALS = """utils optimizer.optimizer optimizer.clip_grads pipeline_parallel.schedules transformer.utils
@@ -44,6 +45,31 @@ def _on_cpu(factory):
     return on_cpu
 
 
+class Adam(torch.optim.Optimizer):
+    """AdamW that counts its steps in the parameter group, as Transformer Engine's does.
+
+    Megatron's sharded optimizer saves and loads that layout; with torch's AdamW, which keeps one `step` tensor a
+    parameter, a resumed run silently shares one counter among all of them.
+    """
+
+    def __init__(self, params, lr, betas, eps, weight_decay, adam_w_mode=True):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.decoupled = adam_w_mode
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            parameters = [p for p in group["params"] if p.grad is not None]
+            for p in parameters:
+                if not self.state[p]:
+                    self.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            adamw(
+                parameters, [p.grad for p in parameters], [self.state[p]["exp_avg"] for p in parameters], [self.state[p]["exp_avg_sq"] for p in parameters],
+                [], [torch.tensor(float(group["step"] - 1)) for _ in parameters], fused=True, amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1],
+                lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False, decoupled_weight_decay=self.decoupled)
+
+
 @functools.cache
 def install() -> None:
     """Patch once per process, before anything of Megatron is built."""
@@ -75,3 +101,7 @@ def install() -> None:
         return out.replace("torch.", "torch.cuda.", 1) if isinstance(out, str) else out
 
     torch.Tensor.type = type_as_cuda
+
+    optimizer, sharded = importlib.import_module("megatron.core.optimizer"), importlib.import_module("megatron.core.optimizer.distrib_optimizer")
+    optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = Adam, False
+    sharded.Adam, sharded.HAVE_APEX_OR_TE, sharded.USING_TE_OPTIMIZER = Adam, True, True

@@ -9,28 +9,64 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from grpo_mcore.config import Parallel
 from grpo_mcore.parallel import cpu
 
 
 @dataclass(frozen=True)
 class Topology:
-    """Sizes and coordinates of the axes tp (tensor) and dp (data). Make it with `connect`."""
+    """Sizes and coordinates of every axis, and the groups to talk in. Make it with `connect`."""
 
+    parallel: Parallel
+    device: torch.device
     world_size: int
     rank: int
-    tp: int
     tp_rank: int
+    pp_rank: int
+    cp_rank: int
     dp: int
     dp_rank: int
-    device: torch.device
     tp_group: dist.ProcessGroup
-    dp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    cp_group: dist.ProcessGroup
     control_group: dist.ProcessGroup  # all ranks, gloo: Python objects travel here
+
+    @property
+    def tp(self) -> int:
+        return self.parallel.tp
+
+    @property
+    def pp(self) -> int:
+        return self.parallel.pp
+
+    @property
+    def cp(self) -> int:
+        return self.parallel.cp
 
     @property
     def is_driver(self) -> bool:
         """The one rank that talks to engines, files and the console."""
         return self.rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank has the head, and with it log-probs and losses."""
+        return self.pp_rank == self.pp - 1
+
+    @property
+    def head_group(self) -> dist.ProcessGroup | None:
+        """The ranks that share the vocabulary; None if one has it whole."""
+        return self.tp_group if self.tp > 1 else None
+
+    @property
+    def in_driver_replica(self) -> bool:
+        """Whether this rank's shards are part of the copy of the model that the driver has a part of."""
+        return self.dp_rank == 0 and self.cp_rank == 0
+
+    @property
+    def reports(self) -> bool:
+        """Whether this rank's loss terms count: one of the tp ranks that compute the same ones."""
+        return self.is_last_stage and self.tp_rank == 0
 
 
 def world_size() -> int:
@@ -51,7 +87,7 @@ def pick_device(device: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def connect(*, tp: int, device: torch.device, timeout_s: float, seed: int, num_threads: int = 1) -> Topology:
+def connect(parallel: Parallel, *, device: torch.device, timeout_s: float, seed: int, num_threads: int = 1) -> Topology:
     """Joins torchrun's ranks (or makes a world of one), builds Megatron's process groups and seeds its generators.
 
     `num_threads` are this rank's CPU threads. `timeout_s` bounds every collective: a rank that waits longer fails, and torchrun ends the others.
@@ -71,18 +107,26 @@ def connect(*, tp: int, device: torch.device, timeout_s: float, seed: int, num_t
     else:
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tp, distributed_timeout_minutes=timeout_s / 60)
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pp if parallel.virtual_pp > 1 else None,
+        context_parallel_size=parallel.cp,
+        distributed_timeout_minutes=timeout_s / 60,
+    )
     model_parallel_cuda_manual_seed(seed)
     return Topology(
+        parallel=parallel,
+        device=device,
         world_size=dist.get_world_size(),
         rank=dist.get_rank(),
-        tp=tp,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
         dp=parallel_state.get_data_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
-        device=device,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
-        dp_group=parallel_state.get_data_parallel_group(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        cp_group=parallel_state.get_context_parallel_group(),
         control_group=dist.new_group(backend="gloo", timeout=timeout),
     )
 

@@ -40,8 +40,16 @@ class _Gather(torch.autograd.Function):
         return grad[ctx.rank], None
 
 
-def to_shards(hidden_RD: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """The hidden states as every rank's head may read them. group None: not split."""
+def rows(hidden_TD: torch.Tensor, position_R: torch.Tensor, group: dist.ProcessGroup | None, *, sequence_parallel: bool) -> torch.Tensor:
+    """hidden_RD of the given positions, as every rank's head may read them. group None: the vocabulary is not split.
+
+    With sequence_parallel, hidden_TD is this rank's T/tp tokens: gathered here, and in the backward summed and scattered.
+    """
+    if sequence_parallel:
+        from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+
+        return gather_from_sequence_parallel_region(hidden_TD, group=group)[position_R]
+    hidden_RD = hidden_TD[position_R]
     return hidden_RD if group is None else _ToShards.apply(hidden_RD, group)
 
 
