@@ -17,6 +17,9 @@ from typing import Literal
 import yaml
 
 
+FP8_ALIGN = 16  # cuBLAS: every dimension of an FP8 matrix product is a multiple of it
+
+
 class InputError(Exception):
     """What a user got wrong, in one line: field, value seen, constraint, remedy. Shown without a traceback."""
 
@@ -169,6 +172,10 @@ class Eval:
 class Checkpoint:
     every: int = 10  # steps; also after the last; 0 keeps none
     keep: int = 2  # the newest ones
+    keep_best: int = 0  # besides, those with the highest best_metric
+    best_metric: str = "reward/mean"  # of metrics.jsonl, such as eval/mean@8
+    asynchronous: bool = True  # written in the background while the next step runs
+    timeout_s: float = 1800.0  # of one save
 
 
 @dataclass(frozen=True)
@@ -281,7 +288,7 @@ def _build(cls: type, tree: dict, prefix: str):
 
 def _coerce(hint, value, name: str):
     """`value` as the field's type, or InputError."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     if value is None and types.NoneType in options:
         return None
     kind = next(o for o in options if o is not types.NoneType)
@@ -313,8 +320,8 @@ parallel.virtual_pp parallel.cp parallel.ep parallel.recompute_num_layers precis
 rollout.group_size rollout.temperature rollout.max_response_tokens rollout.timeout_s engine.num_engines
 engine.max_running_responses engine.num_threads engine.start_timeout_s reward.num_processes reward.cpu_s reward.wall_s
 reward.memory_bytes batch.global_batch_size batch.max_tokens_per_microbatch refit.bucket_bytes refit.timeout_s eval.every
-eval.samples_per_prompt eval.max_prompts eval.max_response_tokens engine.kv_cache_bytes eval.temperature eval.top_p checkpoint.keep warm_start.batch_size warm_start.lr warm_start.max_steps""".split()
-_NOT_NEGATIVE = """loss.kl_coef loss.clip_low loss.clip_high optimizer.warmup_steps optimizer.weight_decay optimizer.clip_grad checkpoint.every
+eval.samples_per_prompt eval.max_prompts eval.max_response_tokens engine.kv_cache_bytes eval.temperature eval.top_p checkpoint.keep checkpoint.timeout_s warm_start.batch_size warm_start.lr warm_start.max_steps""".split()
+_NOT_NEGATIVE = """loss.kl_coef loss.clip_low loss.clip_high optimizer.warmup_steps optimizer.weight_decay optimizer.clip_grad checkpoint.every checkpoint.keep_best
 precision.fp8_first_layers_bf16 precision.fp8_last_layers_bf16""".split()
 _FRACTIONS = "loss.clip_low eval.top_p optimizer.beta1 optimizer.beta2 optimizer.warmup_start_frac warm_start.corrupted_frac warm_start.stop_at_pass_rate".split()
 
@@ -341,13 +348,20 @@ def check(config: Config) -> None:
             f"must divide the {config.responses_per_step} responses of a step (rollout.prompts_per_step x rollout.group_size)",
             "choose a divisor")
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    if longest > config.batch.max_tokens_per_microbatch:
+    align, cp = packed_alignment(config.parallel, config.precision), config.parallel.cp
+    needed = -(-longest // (cp * align * (2 if cp > 1 else 1))) * align * (2 if cp > 1 else 1)  # a rank's share of it, padded
+    if needed > config.batch.max_tokens_per_microbatch:
+        share = "" if needed == longest else f"; with its padding {needed} on each of {cp} context ranks"
         raise InputError(
             "batch.max_tokens_per_microbatch", config.batch.max_tokens_per_microbatch,
-            f"must hold the longest sequence, {longest} tokens (data.max_prompt_tokens + rollout.max_response_tokens)",
-            f"set it to {longest} or more, or shorten the sequences")
+            f"must hold the longest sequence, {longest} tokens (data.max_prompt_tokens + rollout.max_response_tokens){share}",
+            f"set it to {needed} or more, or shorten the sequences")
     if config.reward.cpu_s > config.reward.wall_s:
         raise InputError("reward.wall_s", config.reward.wall_s, f"must be reward.cpu_s = {config.reward.cpu_s} or more: a process has no more CPU time than clock time", "raise it")
+    c, e = config.checkpoint, config.eval
+    if c.keep_best and c.best_metric.startswith("eval/") and (e.data is None or c.every % e.every):
+        raise InputError("checkpoint.best_metric", c.best_metric, f"is known of a checkpoint only if eval.every = {e.every} divides checkpoint.every = {c.every}, and eval.data is given",
+                         "change one of them")
     _check_parallel(config.parallel)
     _check_precision(config.precision, config.device)
     if "{problem}" not in config.data.prompt_template:
@@ -379,6 +393,12 @@ def _check_precision(p: Precision, device: str) -> None:
     if p.fp8 == "delayed" and (p.fp8_first_layers_bf16 or p.fp8_last_layers_bf16):
         raise InputError("precision.fp8", p.fp8, "cannot leave single layers in bfloat16: its scales are kept for the whole model",
                          "set fp8_first_layers_bf16 and fp8_last_layers_bf16 to 0, or choose tensorwise or blockwise")
+
+
+def packed_alignment(parallel: Parallel, precision: Precision) -> int:
+    """What a microbatch's tokens on one rank must be a multiple of: equal parts for sequence parallelism, and FP8's
+    matrix products (also of such a part alone)."""
+    return (parallel.tp if parallel.sequence_parallel else 1) * (FP8_ALIGN if precision.fp8 else 1)
 
 
 def check_ranks(config: Config, world_size: int) -> None:

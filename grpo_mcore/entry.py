@@ -5,13 +5,14 @@ import time
 BEGAN = time.monotonic()  # imported first: the wall clock of a run includes the imports
 
 import argparse  # noqa: E402
+import contextlib  # noqa: E402
 import ctypes  # noqa: E402
 import os  # noqa: E402
 import signal  # noqa: E402
 import sys  # noqa: E402
 import traceback  # noqa: E402
 import warnings  # noqa: E402
-from collections.abc import Callable  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 
 from grpo_mcore import config  # noqa: E402
@@ -45,15 +46,52 @@ def stop_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
 
 
+class Preempted(BaseException):
+    """SIGTERM came. Carries what to tell the user."""
+
+
+class Preemption:
+    """SIGTERM while training: the run saves and leaves at the next place where it is whole.
+
+    Only the driver listens, and tells the others (torchrun and SLURM signal every rank, at slightly different times).
+    """
+
+    def __init__(self):
+        self.asked = False
+        self._may_interrupt = False
+
+    def listen(self, driver: bool) -> None:
+        signal.signal(signal.SIGTERM, self._on_signal if driver else signal.SIG_IGN)
+
+    def _on_signal(self, *_) -> None:
+        self.asked = True
+        if self._may_interrupt:
+            raise Preempted
+
+    @contextlib.contextmanager
+    def may_interrupt(self) -> Iterator[None]:
+        """Around work that can be given up and done again: it ends at once when SIGTERM comes, or has come."""
+        try:
+            self._may_interrupt = True
+            if self.asked:
+                raise Preempted
+            yield
+        except Preempted:
+            pass
+        finally:
+            self._may_interrupt = False
+
+
 def die_with_parent() -> None:
     """Has Linux kill this process when the one that started it ends, however it ends."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs main and exits: 0; 2 for bad input, in one line; 130 when stopped; 1 for any other error, with its traceback.
+    """Runs main and exits: 0; 2 for bad input, in one line; 130 when stopped; 143 when SIGTERM made it save and leave; 1 for
+    any other error, with its traceback.
 
-    SIGTERM stops the driver as Ctrl-C does. The other ranks own nothing that must be closed: they just end.
+    Before training begins SIGTERM stops the driver as Ctrl-C does. The other ranks own nothing that must be closed: they just end.
     """
     # Megatron warns of every missing CUDA extension, one by one.
     warnings.filterwarnings("ignore", module=r"megatron\..*")
@@ -72,11 +110,16 @@ def run(main: Callable[[], None]) -> None:
         if driver:
             print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
         code = 130
+    except Preempted as e:
+        if driver:
+            print(e, file=sys.stderr, flush=True)
+        code = 143
     except Exception as e:
+        from grpo_mcore.checkpoint import AttestationError
         from grpo_mcore.engine import EngineError
         from grpo_mcore.refit import RefitError
 
-        if isinstance(e, (EngineError, RefitError, FloatingPointError)):
+        if isinstance(e, (AttestationError, EngineError, RefitError, FloatingPointError)):
             print(f"error: {e}", file=sys.stderr, flush=True)  # it says all that the traceback would
         else:
             traceback.print_exc()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from grpo_mcore import checkpoint, config, hf_weights, model, prompts, reward
+from grpo_mcore import checkpoint, config, convert, hf_weights, model, prompts, reward
 from grpo_mcore.engine import LOADED, Engines
 from grpo_mcore.parallel import topology
 from grpo_mcore.rollout import rollout
@@ -73,14 +73,12 @@ def evaluate_model(cfg: config.Config, source: str | None) -> dict:
     """
     if cfg.eval.data is None:
         raise config.InputError("eval.data", None, "names nothing to evaluate on", "set eval.data=FILE")
-    source = source or str(checkpoint.latest(cfg.run_dir) or cfg.model)
+    source = source or str(next(iter(checkpoint.published(cfg.run_dir)), cfg.model))
     with tempfile.TemporaryDirectory() as scratch:
         folder = source
         if (Path(source) / checkpoint.HF).is_dir():
             folder = f"{scratch}/hf"
-            topo = topology.connect(config.Parallel(), device=torch.device("cpu"), timeout_s=cfg.collective_timeout_s, seed=cfg.seed)
-            checkpoint.to_hf(source, folder, topo)
-            topology.disconnect()
+            convert.to_hf(source, folder)
         folder = hf_weights.local_folder(folder)
         model.load_hf_config(folder)
         tokenizer = prompts.Tokenizer(folder)

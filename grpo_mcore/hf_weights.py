@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import cached_file
 
@@ -28,6 +27,7 @@ from grpo_mcore.parallel.topology import Topology
 HEAD = "output_layer.weight"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_FILE_BYTES = 5 << 30
+SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float16: "F16"}
 # What makes a folder a model besides its weights.
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 
@@ -217,43 +217,57 @@ class Reader:
                 raise InputError("model", str(self.folder), f"{shown} {word}", "give the folder whose config.json belongs to these weights")
 
 
-def save_folder(folder: str | Path, tensors: Iterator[tuple[str, torch.Tensor]], side_files_from: str | Path, *, write: bool = True) -> None:
+def save_folder(
+    folder: str | Path, tensors: Iterator[tuple[str, torch.Tensor]], side_files_from: str | Path, *, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, write: bool = True,
+) -> None:
     """Writes a Hugging Face folder: the tensors, in files of at most MAX_FILE_BYTES, and the side files of another folder.
 
+    `shapes` foretells the tensors, in their order, all of `dtype`: each goes to its place in its file as it comes, and no two are held.
     Collective with `export`: ranks with write=False only take part in the gathering. The folder appears whole or not at all.
     """
+    if not write:
+        for _ in tensors:
+            pass
+        return
     folder = Path(folder)
     partial = folder.with_name(folder.name + ".partial")
-    if write:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    part, size, weight_map, total = {}, 0, {}, 0
-
-    def flush():
-        name = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
-        save_file(part, partial / name, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(part, name))
-        part.clear()
-
-    for name, tensor in tensors:
-        if not write:
-            continue
-        nbytes = tensor.numel() * tensor.element_size()
-        if part and size + nbytes > MAX_FILE_BYTES:
-            flush()
-            size = 0
-        part[name] = tensor.cpu().contiguous().clone()
-        size, total = size + nbytes, total + nbytes
-    if not write:
-        return
-    flush()
-    if len(set(weight_map.values())) == 1:
-        (partial / next(iter(weight_map.values()))).rename(partial / WEIGHTS)
-    else:
-        (partial / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1))
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    size = {name: dtype.itemsize * torch.Size(shape).numel() for name, shape in shapes.items()}
+    parts: list[list[str]] = [[]]
+    for name in shapes:
+        if parts[-1] and sum(size[n] for n in parts[-1]) + size[name] > MAX_FILE_BYTES:
+            parts.append([])
+        parts[-1].append(name)
+    files = [WEIGHTS] if len(parts) == 1 else [f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
+    for part, file in zip(parts, files, strict=True):
+        with (partial / file).open("wb") as f:
+            place = _write_header(f, {name: shapes[name] for name in part}, size, dtype)
+            for expected, (name, tensor) in zip(part, tensors):
+                if (name, tuple(tensor.shape), tensor.dtype) != (expected, shapes[expected], dtype):
+                    raise RuntimeError(f"{name} {tuple(tensor.shape)} {tensor.dtype} came where {expected} {shapes[expected]} {dtype} was foretold")
+                f.seek(place.pop(name))
+                f.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            if place:
+                raise RuntimeError(f"{next(iter(place))} was foretold and did not come")
+    if len(parts) > 1:
+        weight_map = {name: file for part, file in zip(parts, files, strict=True) for name in part}
+        (partial / INDEX).write_text(json.dumps({"metadata": {"total_size": sum(size.values())}, "weight_map": weight_map}, indent=1))
     copy_side_files(side_files_from, partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
+
+
+def _write_header(f, shapes: dict[str, tuple[int, ...]], size: dict[str, int], dtype: torch.dtype) -> dict[str, int]:
+    """The head of a safetensors file (https://huggingface.co/docs/safetensors, "Format"), and each tensor's place in it, sorted by name."""
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name in sorted(shapes):
+        header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": shapes[name], "data_offsets": [offset, offset + size[name]]}
+        offset += size[name]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    f.write(len(text).to_bytes(8, "little") + text)
+    return {name: 8 + len(text) + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
 
 
 def copy_side_files(source: str | Path, target: str | Path) -> None:

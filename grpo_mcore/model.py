@@ -19,13 +19,12 @@ from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from grpo_mcore.batch import Cost, Packing
-from grpo_mcore.config import InputError, Parallel, Precision
+from grpo_mcore.config import FP8_ALIGN, InputError, Parallel, Precision, packed_alignment
 from grpo_mcore.parallel import context, pipeline, vocab
 from grpo_mcore.parallel.topology import Topology
 from grpo_mcore.types import Microbatch
 
 FAMILIES = ("qwen2", "qwen3", "llama")
-FP8_ALIGN = 16  # cuBLAS: every dimension of an FP8 matrix product
 
 
 class RMSNorm(torch.nn.Module):
@@ -178,12 +177,6 @@ def check_parallel(hf_config, parallel: Parallel, precision: Precision = Precisi
 
 def _divisors(n: int) -> str:
     return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
-
-
-def packed_alignment(parallel: Parallel, precision: Precision) -> int:
-    """What a microbatch's tokens on one rank must be a multiple of: equal parts for sequence parallelism, and FP8's
-    matrix products (also of a gathered part's shards)."""
-    return (parallel.tp if parallel.sequence_parallel else 1) * (FP8_ALIGN if precision.fp8 else 1)
 
 
 def attention_share(hf_config) -> Cost:

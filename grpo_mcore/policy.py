@@ -22,7 +22,7 @@ class FrozenPolicy:
 
     def __init__(self, folder: str, topology: Topology, *, precision: config.Precision, temperature: float):
         """`folder` is a Hugging Face folder; log-probs are taken of logits / temperature."""
-        self.folder, self.topology, self.temperature = folder, topology, temperature
+        self.folder, self.topology, self.precision, self.temperature = folder, topology, precision, temperature
         self.hf_config = model.load_hf_config(folder)
         self.chunks = model.build(self.hf_config, topology=topology, precision=precision)
         hf_weights.load(self.chunks, self.hf_config, folder, topology)

@@ -38,6 +38,8 @@ class Run:
     reference: FrozenPolicy | None
     progress: checkpoint.Progress
     refit: Refit
+    checkpoints: checkpoint.Checkpoints
+    preemption: entry.Preemption
     timer: metrics.Timer
     engines: Engines | None
     grader: reward.Grader | None
@@ -50,21 +52,23 @@ class Run:
 
 
 def train(run: Run) -> None:
-    """GRPO from the restored step to num_steps. Every rank runs it; comments name what only the driver does."""
+    """GRPO from the restored step to num_steps. Every rank runs it; comments name what only the driver does.
+
+    Raises entry.Preempted, with the last completed step saved, if SIGTERM came.
+    """
     cfg, time_of = run.cfg, run.timer
     for step in range(run.progress.step, cfg.num_steps + 1):  # the policy has completed exactly `step` steps: its version
         with time_of("refit"):
             refit_metrics = run.refit(version=step)
         if cfg.eval.data and (step % cfg.eval.every == 0 or step == cfg.num_steps):
-            with time_of("eval"):
+            with time_of("eval"), run.preemption.may_interrupt():
                 evaluate_and_write(run, step)
         if step == cfg.num_steps:
             break
-        with time_of("rollout"):
-            groups = sample(run, step)
-        with time_of("reward"):
-            rewards_PG, verdicts = grade(groups, run.tokenizer, run.grader) if run.grader else ([], [])
-        groups, rewards_PG, verdicts = collectives.broadcast((groups, rewards_PG, verdicts), run.topology)
+        work = collectives.broadcast(sample_and_grade(run, step), run.topology)
+        if work is None:
+            return leave(run)
+        groups, rewards_PG, verdicts = work
         advantages_PG = advantage.group_advantages(torch.tensor(rewards_PG), **dataclasses.asdict(cfg.advantage))
         batches = assemble(run, groups, advantages_PG)
         with time_of("logprob"):
@@ -74,16 +78,36 @@ def train(run: Run) -> None:
             updates = [run.policy.update(b, functools.partial(loss.grpo, cfg=cfg.loss), lr=lr) for b in batches]
         run.progress = checkpoint.Progress(step + 1, run.stream.cursor, run.seconds())
         write_step(run, groups, verdicts, refit_metrics, [mismatch, *updates], batches, lr)
-        if cfg.checkpoint.every and ((step + 1) % cfg.checkpoint.every == 0 or step + 1 == cfg.num_steps):
-            with time_of("checkpoint"):
-                checkpoint.save(cfg.run_dir, run.policy, run.progress, keep=cfg.checkpoint.keep)
+        with time_of("checkpoint"):
+            run.checkpoints.poll()
+            if cfg.checkpoint.every and ((step + 1) % cfg.checkpoint.every == 0 or step + 1 == cfg.num_steps):
+                run.checkpoints.save(run.progress)
+    run.checkpoints.wait()
 
 
-def sample(run: Run, step: int) -> list[Group]:
-    """The step's groups (driver; elsewhere empty). Every rank moves its prompt cursor."""
+def sample_and_grade(run: Run, step: int) -> tuple[list[Group], list, list] | None:
+    """(groups, rewards_PG, verdicts) on the driver, unless SIGTERM came; elsewhere None. Every rank moves its prompt cursor."""
     drawn = run.stream.next(run.cfg.rollout.prompts_per_step)
-    if run.engines is None:
-        return []
+    with run.preemption.may_interrupt():
+        if run.engines is not None:
+            with run.timer("rollout"):
+                groups = sample(run, drawn, step)
+            with run.timer("reward"):
+                return groups, *grade(groups, run.tokenizer, run.grader)
+    return None
+
+
+def leave(run: Run) -> None:
+    """Saves the last completed step, whose weights no update has touched yet, and ends the run."""
+    if run.progress.step > run.checkpoints.newest_step:
+        run.checkpoints.save(run.progress)
+    run.checkpoints.wait()
+    saved = f"step {run.progress.step} is saved" if run.progress.step else "no step was completed"
+    raise entry.Preempted(f"stopped by SIGTERM: {saved}; the same command goes on from there")
+
+
+def sample(run: Run, drawn: list, step: int) -> list[Group]:
+    """The step's groups, from the engines."""
     r = run.cfg.rollout
     return rollout(run.engines, drawn, group_size=r.group_size, temperature=r.temperature, max_tokens=r.max_response_tokens, seed=run.cfg.seed, version=step)
 
@@ -172,7 +196,8 @@ def open_run(cfg: config.Config) -> Iterator[Run]:
             seed=cfg.seed, num_threads=cfg.num_threads)
         policy = Policy(local, topo, precision=cfg.precision, temperature=cfg.rollout.temperature, optimizer=cfg.optimizer)
         reference = FrozenPolicy(local, topo, precision=cfg.precision, temperature=cfg.rollout.temperature) if cfg.loss.kl_coef > 0 else None
-        progress = checkpoint.restore(cfg.run_dir, policy)
+        checkpoints = checkpoint.Checkpoints(cfg.run_dir, policy, cfg.checkpoint)
+        progress = checkpoints.restore()
         timer = metrics.Timer()
         if driver:
             if progress.step:
@@ -181,10 +206,12 @@ def open_run(cfg: config.Config) -> Iterator[Run]:
             stack.callback(writer.close)
             timer = metrics.Timer(writer.phase)
             engines.wait_until_ready()
+        preemption = entry.Preemption()
+        preemption.listen(driver)
         canary = [p.token_ids[:CANARY_TOKENS] for p in train_prompts[:NUM_CANARIES]]
         yield Run(
             cfg, topo, tokenizer, prompts.Stream(train_prompts, cfg.seed, progress.cursor), eval_prompts, policy, reference,
-            progress, Refit(policy, engines, cfg, topo, canary), timer, engines, grader, writer, progress.seconds)
+            progress, Refit(policy, engines, cfg, topo, canary), checkpoints, preemption, timer, engines, grader, writer, progress.seconds)
         topology.disconnect()
 
 
@@ -228,9 +255,9 @@ def show_summary(summary: dict) -> None:
 
 def main(cfg: config.Config) -> None:
     """From a checked configuration to a trained policy; a finished run is only summarised again."""
-    done = checkpoint.latest(cfg.run_dir)
+    done = checkpoint.published(cfg.run_dir)
     summary = Path(cfg.run_dir) / "summary.json"
-    if done is not None and summary.is_file() and checkpoint.progress_of(done).step >= cfg.num_steps:
+    if done and summary.is_file() and checkpoint.progress_of(done[0]).step >= cfg.num_steps:
         if topology.rank() == 0:
             print(f"{cfg.run_dir} is finished: step {cfg.num_steps} of {cfg.num_steps}. Remove the folder, name another run_dir, or raise num_steps.")
             show_summary(json.loads(summary.read_text()))

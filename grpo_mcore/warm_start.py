@@ -59,7 +59,7 @@ def make(cfg: config.Config) -> None:
     policy = Policy(str(made), topo, precision=config.Precision(params="float32"), temperature=1.0, optimizer=config.Optimizer(lr=cfg.warm_start.lr))
     teach(policy, cfg)
     (made / RECORD).write_text(json.dumps({"seed": cfg.seed, **dataclasses.asdict(cfg.warm_start)}))
-    hf_weights.save_folder(folder, policy.export(), made)
+    hf_weights.save_folder(folder, policy.export(), made, shapes=hf_weights.shapes(policy.hf_config), dtype=torch.float32)
     shutil.rmtree(made)
     topology.disconnect()
 

@@ -23,18 +23,18 @@ if __name__ == "__main__":
 
         import torch
 
-        from grpo_mcore import checkpoint, config, hf_weights
+        from grpo_mcore import config, convert, hf_weights
         from grpo_mcore.parallel import topology
 
         if Path(args.out).exists():
             raise config.InputError("--out", args.out, "exists already", "remove it, or name another folder")
-        source = hf_weights.local_folder(args.hf) if args.command == "to-megatron" else args.checkpoint
-        topo = topology.connect(tp=1, device=torch.device("cpu"), timeout_s=600, seed=0)
-        if args.command == "to-megatron":
-            checkpoint.from_hf(source, args.out, topo)
+        if args.command == "to-hf":
+            convert.to_hf(args.checkpoint, args.out)
         else:
-            checkpoint.to_hf(source, args.out, topo)
-        topology.disconnect()
+            source = hf_weights.local_folder(args.hf)
+            topo = topology.connect(config.Parallel(), device=torch.device("cpu"), timeout_s=600, seed=0)
+            convert.from_hf(source, args.out, topo)
+            topology.disconnect()
         print(f"wrote {args.out}")
 
     entry.run(main)

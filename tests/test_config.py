@@ -83,7 +83,7 @@ def test_a_configuration_cannot_be_written_to(minimal):
     ("rollout.group_sise=3", "rollout.group_sise = 3: there is no such key. Remedy: did you mean rollout.group_size."),
     ("optimiser.lr=1.0", "optimiser = {'lr': 1.0}: there is no such key. Remedy: did you mean optimizer."),
     # Nothing is near: all keys of the section are shown.
-    ("checkpoint.xyzzy=3", "checkpoint.xyzzy = 3: there is no such key. Remedy: known keys here: every, keep."),
+    ("checkpoint.xyzzy=3", "checkpoint.xyzzy = 3: there is no such key. Remedy: known keys here: every, keep, keep_best, best_metric, asynchronous, timeout_s."),
 ])
 def test_an_unknown_key_is_refused_with_a_suggestion(minimal, override, message):
     assert refused(load, minimal, [override]) == message
@@ -162,7 +162,7 @@ def test_what_has_no_default_is_required(tmp_path, line):
     assert refused(load, path) == f"{name} = None: is required. Remedy: add `{name}:` to the configuration."
 
 
-MUST_BE_POSITIVE = """num_steps num_threads collective_timeout_s data.max_prompt_tokens parallel.tp optimizer.lr rollout.prompts_per_step
+MUST_BE_POSITIVE = """num_steps num_threads collective_timeout_s data.max_prompt_tokens parallel.tp parallel.pp parallel.virtual_pp parallel.cp parallel.ep parallel.recompute_num_layers precision.fp8_amax_history checkpoint.timeout_s optimizer.lr rollout.prompts_per_step
 rollout.group_size rollout.temperature rollout.max_response_tokens rollout.timeout_s engine.num_engines
 engine.max_running_responses engine.num_threads engine.start_timeout_s reward.num_processes reward.cpu_s reward.wall_s
 reward.memory_bytes batch.global_batch_size batch.max_tokens_per_microbatch refit.bucket_bytes refit.timeout_s eval.every
@@ -195,6 +195,22 @@ def test_a_coefficient_may_be_zero_but_not_negative(minimal, name):
     (["batch.max_tokens_per_microbatch=8191"], "batch.max_tokens_per_microbatch = 8191: must hold the longest sequence, 8192 tokens "
                                                "(data.max_prompt_tokens + rollout.max_response_tokens). Remedy: set it to 8192 or more, or shorten the sequences."),
     (["data.prompt_template=Solve it."], "data.prompt_template = 'Solve it.': must contain {problem}. Remedy: add it where the problem goes."),
+    # 8192 tokens on 4 context ranks: 2048 each; aligned to sequence parallelism over 3 tp ranks, 2 zigzag chunks: 6 * 342 = 2052
+    (["parallel.cp=4", "parallel.tp=3", "parallel.sequence_parallel=true", "batch.max_tokens_per_microbatch=2051"],
+     "batch.max_tokens_per_microbatch = 2051: must hold the longest sequence, 8192 tokens (data.max_prompt_tokens + rollout.max_response_tokens); "
+     "with its padding 2052 on each of 4 context ranks. Remedy: set it to 2052 or more, or shorten the sequences."),
+    (["parallel.ep=2"], "parallel.ep = 2: expert parallelism is not built: the model families here are dense. Remedy: leave it at 1."),
+    (["parallel.sequence_parallel=true"], "parallel.sequence_parallel = True: splits what tp ranks would each hold whole, and parallel.tp is 1. Remedy: raise parallel.tp, or set it to false."),
+    (["parallel.virtual_pp=2"], "parallel.virtual_pp = 2: cuts a pipeline stage into chunks, and parallel.pp is 1. Remedy: raise parallel.pp, or set it to 1."),
+    (["parallel.overlap_param_gather=true"], "parallel.overlap_param_gather = True: needs parallel.overlap_grad_reduce. Remedy: set both, or neither."),
+    (["parallel.recompute_modules=[core_attn, moe]"], "parallel.recompute_modules = 'moe': must be of core_attn, mlp. Remedy: choose among them."),
+    (["precision.fp8=tensorwise", "precision.params=float32"], "precision.fp8 = 'tensorwise': needs precision.params = bfloat16, which is float32. Remedy: change one of them."),
+    (["precision.fp8=blockwise", "device=cpu"], "precision.fp8 = 'blockwise': needs a GPU with FP8 matrix products (Hopper or newer), and device is cpu. "
+                                                "Remedy: set precision.fp8=null, or run on a GPU."),
+    (["precision.fp8=delayed", "precision.fp8_last_layers_bf16=1", "device=cuda"], "precision.fp8 = 'delayed': cannot leave single layers in bfloat16: its scales are kept for the whole model. "
+     "Remedy: set fp8_first_layers_bf16 and fp8_last_layers_bf16 to 0, or choose tensorwise or blockwise."),
+    (["checkpoint.keep_best=2", "checkpoint.best_metric=eval/mean@8"], "checkpoint.best_metric = 'eval/mean@8': is known of a checkpoint only if eval.every = 10 divides checkpoint.every = 10, "
+     "and eval.data is given. Remedy: change one of them."),
     (["eval.top_p=1.5"], "eval.top_p = 1.5: must be between 0 and 1. Remedy: lower it."),
 ])
 def test_rules_between_fields_name_field_value_constraint_and_remedy(minimal, overrides, message):
@@ -206,9 +222,13 @@ def test_what_just_fits_is_accepted(minimal):
 
 
 @pytest.mark.parametrize("overrides, world_size, message", [
-    (["parallel.tp=3"], 4, "parallel.tp = 3: must divide the number of ranks, 4. Remedy: change it or --nproc-per-node."),
-    (["parallel.tp=4"], 2, "parallel.tp = 4: must divide the number of ranks, 2. Remedy: change it or --nproc-per-node."),
+    (["parallel.tp=3"], 4, "parallel.tp = 3: tp 3 x pp 1 x cp 1 must divide the number of ranks, 4. Remedy: change an axis or --nproc-per-node."),
+    (["parallel.tp=4"], 2, "parallel.tp = 4: tp 4 x pp 1 x cp 1 must divide the number of ranks, 2. Remedy: change an axis or --nproc-per-node."),
+    (["parallel.tp=2", "parallel.cp=4"], 12, "parallel.cp = 4: tp 2 x pp 1 x cp 4 must divide the number of ranks, 12. Remedy: change an axis or --nproc-per-node."),
     # 6 ranks / tp 2 = dp 3
+    # 6 ranks / pp 2 = dp 3, with interleaved stages of 2: 64 is no multiple of 6
+    (["parallel.pp=2", "parallel.virtual_pp=2"], 12, "batch.global_batch_size = 64: must be a multiple of the 6 data-parallel ranks x the 2 pipeline stages, which are interleaved. "
+                                                      "Remedy: change one of them."),
     (["parallel.tp=2"], 6, "batch.global_batch_size = 64: must be a multiple of the 3 data-parallel ranks. Remedy: change one of them."),
 ])
 def test_rules_between_configuration_and_ranks(minimal, overrides, world_size, message):
@@ -231,7 +251,7 @@ def test_the_description_of_the_quickstart_shows_its_derived_sizes_with_units():
         "# tokens per microbatch at most 4096 tokens (per data-parallel rank)",
         "# longest sequence 48 tokens (prompt and response)",
         "# optimizer steps of the run 200 optimizer steps (100 steps)",
-        "# ranks by axis tp 1 x dp 2 = 2 ranks; 2 engines",
+        "# ranks by axis tp 1 x cp 1 x pp 1 x dp 2 = 2 ranks; 2 engines",
     ]
 
 

@@ -18,7 +18,7 @@ LEVELS = [
     ["config", "types"],
     ["kernels", "parallel"],
     ["prompts", "arithmetic", "math_answer", "reward", "advantage", "batch", "logprob", "loss"],
-    ["model", "hf_weights", "policy", "engine", "refit", "weight_transfer", "gloo_receiver", "checkpoint", "metrics"],
+    ["model", "hf_weights", "policy", "engine", "refit", "weight_transfer", "gloo_receiver", "checkpoint", "stored", "convert", "metrics"],
     ["rollout", "evaluate", "warm_start", "curves"],
     ["trainer", "trainer_async", "entry"],
 ]
@@ -26,11 +26,11 @@ LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 # Library -> the modules that may import it.
 LIBRARIES = {
-    "torch.distributed": {"parallel", "weight_transfer", "gloo_receiver", "checkpoint"},  # checkpoint: only an exception's type
+    "torch.distributed": {"parallel", "weight_transfer", "gloo_receiver", "checkpoint", "stored"},  # the last two: its checkpoint format
     "triton": {"kernels"},
     "vllm": {"engine", "refit", "rollout", "gloo_receiver", "weight_transfer"},
     "ray": {"engine", "refit", "rollout"},
-    "megatron": {"parallel", "model", "policy", "refit", "checkpoint"},
+    "megatron": {"parallel", "model", "policy", "refit", "checkpoint", "convert"},
     "transformers": {"prompts", "model", "hf_weights", "arithmetic"},
 }
 

@@ -22,7 +22,7 @@ def tokens(*, old, advantage, weight, ref=None, dtype=torch.float32) -> Microbat
     empty = torch.empty(0)
     return Microbatch(
         token_ids_T=empty, position_ids_T=empty, branch_T=empty, cu_seqlens=empty, max_seqlen=0, position_R=empty, target_R=empty, sequence_R=empty,
-        rollout_logprobs_R=empty, advantage_R=torch.tensor(advantage, dtype=dtype), weight_R=torch.tensor(weight, dtype=dtype),
+        rollout_logprobs_R=empty, index_R=empty, advantage_R=torch.tensor(advantage, dtype=dtype), weight_R=torch.tensor(weight, dtype=dtype),
         old_logprobs_R=torch.tensor(old, dtype=dtype), ref_logprobs_R=None if ref is None else torch.tensor(ref, dtype=dtype))
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from grpo_mcore import batch, config, hf_weights, loss, metrics, model
+from grpo_mcore import batch, config, hf_weights, loss, metrics
 from grpo_mcore.batch import assemble
 from grpo_mcore.parallel import collectives, topology
 from grpo_mcore.policy import Policy, learning_rate
@@ -51,7 +51,7 @@ def batch_of(topo, *, max_tokens: int, aggregation: str = "token_mean", seed: in
     drawn, advantages = groups(seed)
     packing = batch.Packing(
         max_tokens=max_tokens, dp=topo.dp, dp_rank=topo.dp_rank, cp=topo.cp, cp_rank=topo.cp_rank,
-        align_tokens=model.packed_alignment(topo.parallel, config.Precision()), microbatch_multiple=topo.pp if topo.parallel.virtual_pp > 1 else 1,
+        align_tokens=config.packed_alignment(topo.parallel, config.Precision()), microbatch_multiple=topo.pp if topo.parallel.virtual_pp > 1 else 1,
         share_prompts=share, one_sequence=one_sequence)
     (out,) = assemble(drawn, advantages, global_batch_size=16, aggregation=aggregation, max_response_tokens=24, packing=packing)
     return out
