@@ -5,20 +5,23 @@ import time
 BEGAN = time.monotonic()  # imported first: the wall clock of a run includes the imports
 
 import argparse  # noqa: E402
-import contextlib  # noqa: E402
 import ctypes  # noqa: E402
 import os  # noqa: E402
 import signal  # noqa: E402
 import sys  # noqa: E402
 import traceback  # noqa: E402
 import warnings  # noqa: E402
-from collections.abc import Callable, Iterator  # noqa: E402
+from collections.abc import Callable  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
+from typing import TypeVar  # noqa: E402
 
 from grpo_mcore import config  # noqa: E402
 
 # Before torch is imported: threads that spin while they wait slow every other process of a small machine, up to 8 x.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -68,16 +71,15 @@ class Preemption:
         if self._may_interrupt:
             raise Preempted
 
-    @contextlib.contextmanager
-    def may_interrupt(self) -> Iterator[None]:
-        """Around work that can be given up and done again: it ends at once when SIGTERM comes, or has come."""
+    def unless_asked(self, work: Callable[[], Result]) -> Result | None:
+        """work(), which can be given up and done again: None, at once, when SIGTERM comes, or has come."""
         try:
             self._may_interrupt = True
-            if self.asked:
-                raise Preempted
-            yield
+            result = None if self.asked else work()
+            self._may_interrupt = False
+            return result
         except Preempted:
-            pass
+            return None
         finally:
             self._may_interrupt = False
 
@@ -95,6 +97,7 @@ def run(main: Callable[[], None]) -> None:
     """
     # Megatron warns of every missing CUDA extension, one by one.
     warnings.filterwarnings("ignore", module=r"megatron\..*")
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # names that Megatron uses
     os.register_at_fork(after_in_child=die_with_parent)  # Megatron's checkpoint writers wait for a dead parent for ever
     driver = os.environ.get("RANK", "0") == "0"
     if driver:

@@ -61,8 +61,8 @@ def train(run: Run) -> None:
         with time_of("refit"):
             refit_metrics = run.refit(version=step)
         if cfg.eval.data and (step % cfg.eval.every == 0 or step == cfg.num_steps):
-            with time_of("eval"), run.preemption.may_interrupt():
-                evaluate_and_write(run, step)
+            with time_of("eval"):
+                run.preemption.unless_asked(lambda: evaluate_and_write(run, step))
         if step == cfg.num_steps:
             break
         work = collectives.broadcast(sample_and_grade(run, step), run.topology)
@@ -88,13 +88,16 @@ def train(run: Run) -> None:
 def sample_and_grade(run: Run, step: int) -> tuple[list[Group], list, list] | None:
     """(groups, rewards_PG, verdicts) on the driver, unless SIGTERM came; elsewhere None. Every rank moves its prompt cursor."""
     drawn = run.stream.next(run.cfg.rollout.prompts_per_step)
-    with run.preemption.may_interrupt():
-        if run.engines is not None:
-            with run.timer("rollout"):
-                groups = sample(run, drawn, step)
-            with run.timer("reward"):
-                return groups, *grade(groups, run.tokenizer, run.grader)
-    return None
+    if run.engines is None:
+        return None
+
+    def work():
+        with run.timer("rollout"):
+            groups = sample(run, drawn, step)
+        with run.timer("reward"):
+            return groups, *grade(groups, run.tokenizer, run.grader)
+
+    return run.preemption.unless_asked(work)
 
 
 def leave(run: Run) -> None:
