@@ -25,7 +25,7 @@ device: cpu
 data: {{train: "arithmetic:two_digit_sums/train", prompt_template: "{{problem}}=", chat_template: false, max_prompt_tokens: 8}}
 precision: {{params: float32}}
 optimizer: {{lr: 1e-3}}
-warm_start: {{task: two_digit_sums, stop_at_pass_rate: 0.1}}
+warm_start: {{task: two_digit_sums, stop_at_pass_rate: 0.25}}
 rollout: {{prompts_per_step: 4, group_size: 4, max_response_tokens: 40, timeout_s: 120}}
 engine: {{num_engines: 1, dtype: float32, kv_cache_bytes: 33554432}}
 loss: {{kl_coef: 0.01}}
