@@ -186,6 +186,7 @@ class Config:
     data: Data
     seed: int = 42
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    deterministic: bool = False  # the trainer's arithmetic on a GPU, slower; a CPU's is anyway
     num_threads: int = 1  # CPU threads of one trainer rank
     collective_timeout_s: float = 1800.0  # longest wait of a rank for the others, beyond rollout.timeout_s
     warm_start: WarmStart | None = None

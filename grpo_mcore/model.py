@@ -179,8 +179,8 @@ def _divisors(n: int) -> str:
     return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
 
 
-def attention_share(hf_config) -> Cost:
-    """What attention and the head cost beside the layers' matrix products, for balancing."""
+def cost_of(hf_config) -> Cost:
+    """What a sequence's head and attention cost beside its layers' matrix products, for balancing."""
     width, d = hf_config.num_attention_heads * head_dim(hf_config), hf_config.hidden_size
     kv_width = hf_config.num_key_value_heads * head_dim(hf_config)
     layer = d * (2 * width + 2 * kv_width + 3 * hf_config.intermediate_size)  # multiplications of one token
@@ -333,7 +333,7 @@ def packing(hf_config, topology: Topology, precision: Precision, *, max_tokens: 
         microbatch_multiple=parallel.pp if parallel.virtual_pp > 1 else 1,
         # Siblings behind one copy of their prompt need an attention that knows trees: PackedAttention alone, and not over cp.
         share_prompts=topology.device.type == "cpu" and parallel.cp == 1,
-        cost=attention_share(hf_config))
+        cost=cost_of(hf_config))
 
 
 def hidden_states(stage: torch.nn.Module, batch: Microbatch, topology: Topology) -> torch.Tensor:

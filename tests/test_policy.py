@@ -47,11 +47,12 @@ def make_policy(folder: str, topo, *, dtype: str = "float32") -> Policy:
     return Policy(folder, topo, precision=config.Precision(params=dtype), temperature=TEMPERATURE, optimizer=config.Optimizer(lr=1e-3))
 
 
-def batch_of(topo, *, max_tokens: int, aggregation: str = "token_mean", seed: int = 0, share: bool = False, one_sequence: bool = False) -> GlobalBatch:
+def batch_of(topo, *, max_tokens: int, aggregation: str = "token_mean", seed: int = 0, share: bool = False, one_sequence: bool = False,
+             precision: config.Precision = config.Precision()) -> GlobalBatch:
     drawn, advantages = groups(seed)
     packing = batch.Packing(
         max_tokens=max_tokens, dp=topo.dp, dp_rank=topo.dp_rank, cp=topo.cp, cp_rank=topo.cp_rank,
-        align_tokens=config.packed_alignment(topo.parallel, config.Precision()), microbatch_multiple=topo.pp if topo.parallel.virtual_pp > 1 else 1,
+        align_tokens=config.packed_alignment(topo.parallel, precision), microbatch_multiple=topo.pp if topo.parallel.virtual_pp > 1 else 1,
         share_prompts=share, one_sequence=one_sequence)
     (out,) = assemble(drawn, advantages, global_batch_size=16, aggregation=aggregation, max_response_tokens=24, packing=packing)
     return out

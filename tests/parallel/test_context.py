@@ -1,6 +1,6 @@
 """The zigzag split of context parallelism: a worked example, and that nothing is lost, doubled or moved.
 
-Not covered here: attention over the split (only Transformer Engine's ring has it).
+Not covered here: attention over the split (test_policy.py); Transformer Engine's ring.
 """
 
 import random
