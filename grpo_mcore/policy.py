@@ -20,12 +20,14 @@ LossFunction = Callable[[torch.Tensor, Microbatch], tuple[torch.Tensor, dict[str
 class FrozenPolicy:
     """Scores, never learns: the reference of the KL term."""
 
-    def __init__(self, folder: str, topology: Topology, *, precision: config.Precision, temperature: float):
-        """`folder` is a Hugging Face folder; log-probs are taken of logits / temperature."""
+    def __init__(self, folder: str, topology: Topology, *, precision: config.Precision, temperature: float, load_weights: bool = True):
+        """`folder` is a Hugging Face folder; log-probs are taken of logits / temperature. Without `load_weights`, of which a
+        benchmark has no need, its config.json is enough, and the weights are Megatron's random ones."""
         self.folder, self.topology, self.precision, self.temperature = folder, topology, precision, temperature
         self.hf_config = model.load_hf_config(folder)
         self.chunks = model.build(self.hf_config, topology=topology, precision=precision)
-        hf_weights.load(self.chunks, self.hf_config, folder, topology)
+        if load_weights:
+            hf_weights.load(self.chunks, self.hf_config, folder, topology)
         self.modules: list[torch.nn.Module] = [chunk.requires_grad_(False) for chunk in self.chunks]  # what the schedule calls
 
     @torch.no_grad()
@@ -60,8 +62,10 @@ class FrozenPolicy:
 class Policy(FrozenPolicy):
     """Learns. The optimizer's state is sharded over data ranks. Weights of biases and norms are not decayed (Megatron's rule)."""
 
-    def __init__(self, folder: str, topology: Topology, *, precision: config.Precision, temperature: float, optimizer: config.Optimizer):
-        super().__init__(folder, topology, precision=precision, temperature=temperature)
+    def __init__(
+        self, folder: str, topology: Topology, *, precision: config.Precision, temperature: float, optimizer: config.Optimizer, load_weights: bool = True
+    ):
+        super().__init__(folder, topology, precision=precision, temperature=temperature, load_weights=load_weights)
         overlap = topology.parallel
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=overlap.overlap_grad_reduce, overlap_param_gather=overlap.overlap_param_gather)
@@ -89,10 +93,8 @@ class Policy(FrozenPolicy):
         def after(output, m: Microbatch):
             logprobs_R, entropy_R = output
             value, stats = loss(logprobs_R, _to(m, self.topology.device))
-            parts = {f"update/{name}": metrics.Mean.of(stat) for name, stat in stats.items()}
-            parts["update/entropy"] = metrics.Mean.of(entropy_R.detach())
-            parts["update/loss"] = metrics.Sum(value.item())
-            return value, parts
+            # Read after the last microbatch: to read a number waits for the GPU.
+            return value, {**stats, "entropy": entropy_R.detach(), "loss": value.detach().clone()}
 
         parts = pipeline.run(self.modules, batch.microbatches, lambda chunk, m: self._score(chunk, m, self.temperature), after)
         self._check_gradient()
@@ -101,9 +103,9 @@ class Policy(FrozenPolicy):
         _, grad_norm, _ = self.optimizer.step()
         if not self.topology.is_last_stage:
             return {}
-        out = metrics.merge(parts)
+        out = metrics.merge([{f"update/{name}": metrics.Mean.of(x) for name, x in part.items()} for part in parts])
         # A sum over microbatches and the ranks that share the tokens, and a mean over optimizer steps.
-        out["update/loss"] = metrics.Mean(out["update/loss"].value, 1 / (self.topology.dp * self.topology.cp))
+        out["update/loss"] = metrics.Mean(out["update/loss"].total, 1 / (self.topology.dp * self.topology.cp))
         out["update/grad_norm"] = metrics.Mean(float(grad_norm), 1) if grad_norm is not None else metrics.Mean(0.0, 0)
         return out
 
@@ -118,8 +120,8 @@ class Policy(FrozenPolicy):
                 module.start_param_sync(force_sync=True)
 
     def _check_gradient(self) -> None:
-        largest = [torch.linalg.vector_norm(buffer.grad_data, float("inf")) for module in self.modules for buffer in module.buffers]
-        if not collectives.on_any_rank(not torch.stack(largest).isfinite().all().item(), self.topology):
+        ends = [x for module in self.modules for buffer in module.buffers for x in torch.aminmax(buffer.grad_data)]  # NaN is an end
+        if not collectives.on_any_rank(not torch.stack(ends).isfinite().all().item(), self.topology):
             return
         bad = [name for chunk in self.chunks for name, p in chunk.named_parameters() if not p.main_grad.isfinite().all()]
         names = [name for part in collectives.gather(bad, self.topology) for name in part]
