@@ -364,7 +364,7 @@ def check(config: Config) -> None:
         raise InputError("checkpoint.best_metric", c.best_metric, f"is known of a checkpoint only if eval.every = {e.every} divides checkpoint.every = {c.every}, and eval.data is given",
                          "change one of them")
     _check_parallel(config.parallel)
-    _check_precision(config.precision, config.device)
+    check_precision(config.precision, config.device)
     if "{problem}" not in config.data.prompt_template:
         raise InputError("data.prompt_template", config.data.prompt_template, "must contain {problem}", "add it where the problem goes")
 
@@ -384,13 +384,14 @@ def _check_parallel(p: Parallel) -> None:
             raise InputError("parallel.recompute_modules", name, f"must be of {', '.join(known)}", "choose among them")
 
 
-def _check_precision(p: Precision, device: str) -> None:
+def check_precision(p: Precision, device: str) -> None:
+    """`device` auto: not known yet."""
     if p.fp8 is None:
         return
     if p.params != "bfloat16":
         raise InputError("precision.fp8", p.fp8, f"needs precision.params = bfloat16, which is {p.params}", "change one of them")
     if device == "cpu":
-        raise InputError("precision.fp8", p.fp8, "needs a GPU with FP8 matrix products (Hopper or newer), and device is cpu", "set precision.fp8=null, or run on a GPU")
+        raise InputError("precision.fp8", p.fp8, "needs a GPU with FP8 matrix products (Hopper or newer), and this is a CPU", "set precision.fp8=null, or run on a GPU")
     if p.fp8 == "delayed" and (p.fp8_first_layers_bf16 or p.fp8_last_layers_bf16):
         raise InputError("precision.fp8", p.fp8, "cannot leave single layers in bfloat16: its scales are kept for the whole model",
                          "set fp8_first_layers_bf16 and fp8_last_layers_bf16 to 0, or choose tensorwise or blockwise")

@@ -184,6 +184,7 @@ def open_run(cfg: config.Config) -> Iterator[Run]:
     train_prompts, too_long = prompts.load(cfg.data.train, cfg.data, tokenizer, "data.train")
     eval_prompts = prompts.load(cfg.eval.data, cfg.data, tokenizer, "eval.data")[0][: cfg.eval.max_prompts] if cfg.eval.data else []
     device = topology.pick_device(cfg.device)
+    config.check_precision(cfg.precision, device.type)
     driver = topology.rank() == 0
     with contextlib.ExitStack() as stack:
         engines = grader = writer = None

@@ -205,7 +205,7 @@ def test_a_coefficient_may_be_zero_but_not_negative(minimal, name):
     (["parallel.overlap_param_gather=true"], "parallel.overlap_param_gather = True: needs parallel.overlap_grad_reduce. Remedy: set both, or neither."),
     (["parallel.recompute_modules=[core_attn, moe]"], "parallel.recompute_modules = 'moe': must be of core_attn, mlp. Remedy: choose among them."),
     (["precision.fp8=tensorwise", "precision.params=float32"], "precision.fp8 = 'tensorwise': needs precision.params = bfloat16, which is float32. Remedy: change one of them."),
-    (["precision.fp8=blockwise", "device=cpu"], "precision.fp8 = 'blockwise': needs a GPU with FP8 matrix products (Hopper or newer), and device is cpu. "
+    (["precision.fp8=blockwise", "device=cpu"], "precision.fp8 = 'blockwise': needs a GPU with FP8 matrix products (Hopper or newer), and this is a CPU. "
                                                 "Remedy: set precision.fp8=null, or run on a GPU."),
     (["precision.fp8=delayed", "precision.fp8_last_layers_bf16=1", "device=cuda"], "precision.fp8 = 'delayed': cannot leave single layers in bfloat16: its scales are kept for the whole model. "
      "Remedy: set fp8_first_layers_bf16 and fp8_last_layers_bf16 to 0, or choose tensorwise or blockwise."),
