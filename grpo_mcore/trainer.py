@@ -83,6 +83,8 @@ def train(run: Run) -> None:
             if cfg.checkpoint.every and ((step + 1) % cfg.checkpoint.every == 0 or step + 1 == cfg.num_steps):
                 run.checkpoints.save(run.progress)
     run.checkpoints.wait()
+    if run.preemption.asked:  # on the driver, whose last evaluation may be missing
+        raise entry.Preempted("stopped by SIGTERM after the last step; the same command evaluates it")
 
 
 def sample_and_grade(run: Run, step: int) -> tuple[list[Group], list, list] | None:

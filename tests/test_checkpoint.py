@@ -66,12 +66,12 @@ def restore_then_go_on(folder: str, run_dir: str, axes: dict, dtype: str):
 @pytest.mark.parametrize(
     ("before", "after", "dtype"),
     [
-        ((1, {}), (1, {}), "float32"),
+        pytest.param((1, {}), (1, {}), "float32", marks=pytest.mark.slow),
         ((1, {}), (1, {}), "bfloat16"),
         ((4, {"tp": 2}), (4, {"tp": 2}), "float32"),  # tp 2 x dp 2
         ((4, {"tp": 2}), (2, {"pp": 2}), "float32"),
-        ((2, {"pp": 2, "virtual_pp": 2}), (2, {"tp": 2, "sequence_parallel": True}), "bfloat16"),
-        ((2, {"overlap_grad_reduce": True, "overlap_param_gather": True}), (2, {"cp": 2}), "float32"),
+        pytest.param((2, {"pp": 2, "virtual_pp": 2}), (2, {"tp": 2, "sequence_parallel": True}), "bfloat16", marks=pytest.mark.slow),
+        pytest.param((2, {"overlap_grad_reduce": True, "overlap_param_gather": True}), (2, {"cp": 2}), "float32", marks=pytest.mark.slow),
     ], ids=str)
 def test_restoring_and_stepping_equals_never_having_stopped(model_folders, tmp_path, before, after, dtype):
     folder = model_folders["qwen2_deep"]

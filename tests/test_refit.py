@@ -162,7 +162,7 @@ def refit_on_ranks(folder: str, run_dir: str, axes: dict[str, int]) -> list[dict
     return seen
 
 
-@pytest.mark.parametrize("axes", [{"tp": 2, "sequence_parallel": True}, {"pp": 2}, {"cp": 2}], ids=str)
+@pytest.mark.parametrize("axes", [{"tp": 2, "sequence_parallel": True}, {"pp": 2}, pytest.param({"cp": 2}, marks=pytest.mark.slow)], ids=str)
 def test_a_policy_split_over_two_ranks_refits_the_same(model_folders, tmp_path, axes):
     driver, other = spawn(refit_on_ranks, 2, model_folders["qwen2_untied"], str(tmp_path), axes)
     assert max(seen["refit/canary_abs_mean"].value for seen in driver) < 1e-4 and other == [{}, {}]
