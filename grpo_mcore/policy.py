@@ -66,19 +66,19 @@ class Policy(FrozenPolicy):
         self, folder: str, topology: Topology, *, precision: config.Precision, temperature: float, optimizer: config.Optimizer, load_weights: bool = True
     ):
         super().__init__(folder, topology, precision=precision, temperature=temperature, load_weights=load_weights)
-        overlap = topology.parallel
+        axes = topology.parallel
         ddp = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=overlap.overlap_grad_reduce, overlap_param_gather=overlap.overlap_param_gather)
+            grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=axes.overlap_grad_reduce, overlap_param_gather=axes.overlap_param_gather)
         # The chunks behind the first reduce their gradients while others compute: they need no buckets.
         self.modules = [
             DistributedDataParallel(chunk.config, ddp, chunk.requires_grad_(True), disable_bucketing=index > 0) for index, chunk in enumerate(self.chunks)]
-        if overlap.overlap_grad_reduce:
+        if axes.overlap_grad_reduce:
             pipeline.overlap_grad_reduce(self.chunks[0].config, self.modules)
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam", lr=optimizer.lr, adam_beta1=optimizer.beta1, adam_beta2=optimizer.beta2, adam_eps=optimizer.eps,
                 weight_decay=optimizer.weight_decay, clip_grad=optimizer.clip_grad, bf16=precision.params == "bfloat16", params_dtype=getattr(torch, precision.params),
-                use_distributed_optimizer=True, overlap_param_gather=overlap.overlap_param_gather),
+                use_distributed_optimizer=True, overlap_param_gather=axes.overlap_param_gather),
             self.modules)
 
     def update(self, batch: GlobalBatch, loss: LossFunction, *, lr: float) -> dict[str, metrics.Metric]:
