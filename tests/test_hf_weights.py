@@ -25,13 +25,18 @@ def chunks_of(folder, topo, precision=config.Precision(params="float32")) -> tup
     return chunks, hf_config
 
 
+def save(out, chunks, hf_config, topo, side_files_from) -> None:
+    dtype = next(chunks[0].parameters()).dtype
+    hf_weights.save_folder(out, hf_weights.export(chunks, hf_config, topo), side_files_from, shapes=hf_weights.shapes(hf_config), dtype=dtype, write=topo.is_driver)
+
+
 def round_trip(folders: dict[str, str], axes: dict[str, int], out: str) -> None:
     topo = topology.connect(config.Parallel(**axes), device=torch.device("cpu"), timeout_s=60, seed=1)
     for kind, folder in folders.items():
         with hf_weights.Reader(folder) as reader:
             precision = config.Precision(params=str(reader.dtype()).removeprefix("torch."))
         chunks, hf_config = chunks_of(folder, topo, precision)
-        hf_weights.save_folder(f"{out}/{kind}", hf_weights.export(chunks, hf_config, topo), folder, write=topo.is_driver)
+        save(f"{out}/{kind}", chunks, hf_config, topo, folder)
     topology.disconnect()
 
 
@@ -90,11 +95,30 @@ def test_large_models_are_written_in_several_files_and_read_back(model_folders, 
     monkeypatch.setattr(hf_weights, "MAX_FILE_BYTES", 40_000)
     folder = model_folders["qwen2_untied"]
     chunks, hf_config = chunks_of(folder, alone)
-    hf_weights.save_folder(tmp_path / "split", hf_weights.export(chunks, hf_config, alone), folder)
+    save(tmp_path / "split", chunks, hf_config, alone, folder)
     assert len(list((tmp_path / "split").glob("*.safetensors"))) > 2
     with hf_weights.Reader(tmp_path / "split") as reader:
         for name, tensor in load_file(f"{folder}/model.safetensors").items():
             assert torch.equal(reader.read(name), tensor)
+
+
+def test_a_file_is_written_as_safetensors_itself_writes_it_and_what_was_not_foretold_is_refused(model_folders, tmp_path, alone):
+    folder = model_folders["llama_linear_rope"]
+    tensors = load_file(f"{folder}/model.safetensors")
+    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+
+    def write(tensors: dict) -> None:
+        hf_weights.save_folder(tmp_path / "out", iter(tensors.items()), folder, shapes=shapes, dtype=torch.float32)
+
+    write(tensors)
+    save_file(tensors, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
+    first = next(iter(tensors))
+    for wrong in ({**tensors, first: tensors[first].bfloat16()}, {**tensors, first: tensors[first][:-1]}, dict(reversed(tensors.items()))):
+        with pytest.raises(RuntimeError, match="was foretold|is foretold"):
+            write(wrong)
+    with pytest.raises(RuntimeError, match="was foretold and did not come"):
+        write(dict(list(tensors.items())[:-1]))
 
 
 @pytest.mark.parametrize("tp", [3, 4])

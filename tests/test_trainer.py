@@ -213,6 +213,6 @@ def test_bad_input_under_torchrun_is_said_by_the_driver(untaught):
 
 def test_dry_run_prints_derived_sizes_with_units_and_starts_nothing(untaught, tmp_path):
     out = train(untaught, "--dry-run", timeout_s=60)
-    for words in ("16 responses (4 prompts x 4)", "8 responses (over all ranks)", "2 optimizer steps", "tp 1 x dp 1 = 1 ranks"):
+    for words in ("16 responses (4 prompts x 4)", "8 responses (over all ranks)", "2 optimizer steps", "tp 1 x cp 1 x pp 1 x dp 1 = 1 ranks"):
         assert words in out
     assert not (tmp_path / "run").exists()
