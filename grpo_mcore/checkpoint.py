@@ -32,8 +32,9 @@ from grpo_mcore.policy import Policy
 from grpo_mcore.stored import Stored, digest, file_digest
 
 HF, RUN, ATTEST = "hf", "run.json", "attest.json"
-# The optimizer's state in the shape of the parameters: any tp, pp and dp can load it.
-METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+# The optimizer's state in the shape of the parameters, which any tp, pp and dp can load, gathered in the host memory of one data
+# rank, and not in every GPU's.
+METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": True}
 
 
 class AttestationError(RuntimeError):
