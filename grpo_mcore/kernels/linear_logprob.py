@@ -43,10 +43,10 @@ BACKWARD = {torch.bfloat16: Blocks(128, 128, 64, 4, 3), torch.float32: Blocks(64
 
 
 @triton.jit
-def _logits2(hidden, weight, row, column, scale, D: tl.constexpr, BLOCKS: tl.constexpr):
+def _logits2(hidden, weight, row, column, scale, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
     """hidden @ weight.T * scale of one block, float32; 0 where the descriptors end."""
-    z = tl.zeros((BLOCKS[0], BLOCKS[1]), tl.float32)
-    for d in range(0, D, BLOCKS[2]):
+    z = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
+    for d in range(0, D, BLOCK_D):
         h, w = hidden.load([row, d]), weight.load([column, d])
         if INTERPRETED:  # its dot multiplies the bits of bfloat16 as integers
             h, w = h.to(tl.float32), w.to(tl.float32)
@@ -55,20 +55,20 @@ def _logits2(hidden, weight, row, column, scale, D: tl.constexpr, BLOCKS: tl.con
 
 
 @triton.jit
-def _forward(hidden, weight, target_T, partials, T, V, scale, blocks_per_split, D: tl.constexpr, BLOCKS: tl.constexpr):
+def _forward(hidden, weight, target_T, partials, T, V, scale, blocks_per_split, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
     """partials [3, splits, T] of program (row block, split): logsumexp2, target2, mean2."""
-    row = tl.program_id(0) * BLOCKS[0]
-    rows = row + tl.arange(0, BLOCKS[0])
+    row = tl.program_id(0) * BLOCK_T
+    rows = row + tl.arange(0, BLOCK_T)
     target = tl.load(target_T + rows, mask=rows < T, other=-1).to(tl.int32)
     target = tl.where(target < V, target, -1)  # V and above may be columns of the last block
-    maximum = tl.full((BLOCKS[0],), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCKS[0],), tl.float32)
-    weighted = tl.zeros((BLOCKS[0],), tl.float32)
-    at_target = tl.zeros((BLOCKS[0],), tl.float32)
+    maximum = tl.full((BLOCK_T,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_T,), tl.float32)
+    weighted = tl.zeros((BLOCK_T,), tl.float32)
+    at_target = tl.zeros((BLOCK_T,), tl.float32)
     first = tl.program_id(1) * blocks_per_split
-    for block in range(first, min(first + blocks_per_split, tl.cdiv(V, BLOCKS[1]))):
-        z = _logits2(hidden, weight, row, block * BLOCKS[1], scale, D, BLOCKS)
-        columns = block * BLOCKS[1] + tl.arange(0, BLOCKS[1])
+    for block in range(first, min(first + blocks_per_split, tl.cdiv(V, BLOCK_V))):
+        z = _logits2(hidden, weight, row, block * BLOCK_V, scale, D, BLOCK_T, BLOCK_V, BLOCK_D)
+        columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
         z = tl.where((columns < V)[None, :], z, BELOW_ALL)
         at_target += tl.sum(tl.where(columns[None, :] == target[:, None], z, 0.0), 1)
         new = tl.maximum(maximum, tl.max(z, 1))
@@ -85,12 +85,12 @@ def _forward(hidden, weight, target_T, partials, T, V, scale, blocks_per_split, 
 
 
 @triton.jit
-def _dz(hidden, weight, dz, target_T, of_row, T, first_row, first_column, scale, D: tl.constexpr, BLOCKS: tl.constexpr):
+def _dz(hidden, weight, dz, target_T, of_row, T, first_row, first_column, scale, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
     """One block of dz. of_row [4, T]: logsumexp2, then what `_of_row` says. Descriptors begin at first_row and first_column."""
-    row, column = tl.program_id(0) * BLOCKS[0], tl.program_id(1) * BLOCKS[1]
-    z = _logits2(hidden, weight, row, column, scale, D, BLOCKS)
-    rows = first_row + row + tl.arange(0, BLOCKS[0])
-    columns = first_column + column + tl.arange(0, BLOCKS[1])
+    row, column = tl.program_id(0) * BLOCK_T, tl.program_id(1) * BLOCK_V
+    z = _logits2(hidden, weight, row, column, scale, D, BLOCK_T, BLOCK_V, BLOCK_D)
+    rows = first_row + row + tl.arange(0, BLOCK_T)
+    columns = first_column + column + tl.arange(0, BLOCK_V)
     target = tl.load(target_T + rows, mask=rows < T, other=-1).to(tl.int32)
     logsumexp = tl.load(of_row + rows, mask=rows < T, other=0.0)
     constant = tl.load(of_row + T + rows, mask=rows < T, other=0.0)
@@ -154,7 +154,7 @@ def _partials2(hidden_TD, weight_VD, target_T, temperature: float):
     partials = hidden_TD.new_empty(3, splits, T, dtype=torch.float32)
     _forward[row_blocks, splits](
         _descriptor(hidden_TD, blocks.T, blocks.D), _descriptor(weight_VD, blocks.V, blocks.D), target_T, partials, T, V, LOG2_E / temperature,
-        blocks_per_split, D, tuple(blocks[:3]), num_warps=blocks.warps, num_stages=blocks.stages)
+        blocks_per_split, D, *blocks[:3], num_warps=blocks.warps, num_stages=blocks.stages)
     logsumexp2_KT, target2_KT, mean2_KT = partials
     top = logsumexp2_KT.amax(0)
     logsumexp2 = top + (logsumexp2_KT - top).exp2().sum(0).log2()
@@ -172,7 +172,7 @@ def _launch_dz(hidden, weight, dz, target_T, of_row, start: tuple[int, int], tem
     (rows, D), columns, blocks = hidden.shape, weight.shape[0], BACKWARD[hidden.dtype]
     _dz[triton.cdiv(rows, blocks.T), triton.cdiv(columns, blocks.V)](
         _descriptor(hidden, blocks.T, blocks.D), _descriptor(weight, blocks.V, blocks.D), _descriptor(dz, blocks.T, blocks.V), target_T, of_row,
-        len(target_T), *start, LOG2_E / temperature, D, tuple(blocks[:3]), num_warps=blocks.warps, num_stages=blocks.stages)
+        len(target_T), *start, LOG2_E / temperature, D, *blocks[:3], num_warps=blocks.warps, num_stages=blocks.stages)
 
 
 def _add_product(sum_MN: torch.Tensor, a_MK: torch.Tensor, b_KN: torch.Tensor) -> None:
