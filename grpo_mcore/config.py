@@ -86,6 +86,13 @@ class Precision:
 
 
 @dataclass(frozen=True)
+class Kernels:
+    """Which form a kernel has. auto: Triton's on CUDA, plain PyTorch elsewhere."""
+
+    linear_logprob: Literal["auto", "reference", "triton"] = "auto"  # hidden states to log-prob and entropy
+
+
+@dataclass(frozen=True)
 class Optimizer:
     lr: float = 1e-6
     lr_schedule: Literal["constant", "linear"] = "constant"  # linear: from lr to 0 over num_steps
@@ -192,6 +199,7 @@ class Config:
     warm_start: WarmStart | None = None
     parallel: Parallel = field(default_factory=Parallel)
     precision: Precision = field(default_factory=Precision)
+    kernels: Kernels = field(default_factory=Kernels)
     optimizer: Optimizer = field(default_factory=Optimizer)
     rollout: Rollout = field(default_factory=Rollout)
     engine: Engine = field(default_factory=Engine)
@@ -365,6 +373,8 @@ def check(config: Config) -> None:
                          "change one of them")
     _check_parallel(config.parallel)
     _check_precision(config.precision, config.device)
+    if config.kernels.linear_logprob == "triton" and config.device == "cpu":
+        raise InputError("kernels.linear_logprob", "triton", "needs a GPU, and device is cpu", "set it to auto, or run on a GPU")
     if "{problem}" not in config.data.prompt_template:
         raise InputError("data.prompt_template", config.data.prompt_template, "must contain {problem}", "add it where the problem goes")
 

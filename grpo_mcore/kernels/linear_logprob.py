@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-LOG2_E = 1.4426950408889634
+from grpo_mcore.kernels.logprob import BELOW_ALL, LOG2_E, of_row
+
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-BELOW_ALL = tl.constexpr(-1e38)  # a logit that is not there: finite, for 0 x infinity is not 0
 
 # Of the backward, above inputs, gradients and dHidden in float32: dz, and the float32 dWeight of the columns at work.
 # Smaller is slower: dHidden is read and written once for every rectangle of columns, dWeight for every one of rows.
@@ -55,7 +55,10 @@ def _logits2(hidden, weight, row, column, scale, D: tl.constexpr, BLOCK_T: tl.co
 
 
 @triton.jit
-def _forward(hidden, weight, target_T, partials, T, V, scale, blocks_per_split, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
+def _forward(
+    hidden, weight, target_T, partials, T, V, scale, blocks_per_split,
+    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):
     """partials [3, splits, T] of program (row block, split): logsumexp2, target2, mean2."""
     row = tl.program_id(0) * BLOCK_T
     rows = row + tl.arange(0, BLOCK_T)
@@ -85,8 +88,11 @@ def _forward(hidden, weight, target_T, partials, T, V, scale, blocks_per_split, 
 
 
 @triton.jit
-def _dz(hidden, weight, dz, target_T, of_row, T, first_row, first_column, scale, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
-    """One block of dz. of_row [4, T]: logsumexp2, then what `_of_row` says. Descriptors begin at first_row and first_column."""
+def _dz(
+    hidden, weight, dz, target_T, of_row, T, first_row, first_column, scale,
+    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    """One block of dz. of_row [4, T]: see logprob.of_row. Descriptors begin at first_row and first_column."""
     row, column = tl.program_id(0) * BLOCK_T, tl.program_id(1) * BLOCK_V
     z = _logits2(hidden, weight, row, column, scale, D, BLOCK_T, BLOCK_V, BLOCK_D)
     rows = first_row + row + tl.arange(0, BLOCK_T)
@@ -113,7 +119,7 @@ class LinearLogprob(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g_logsumexp, g_target, g_mean):
         hidden_TD, weight_VD, target_T, logsumexp2, mean2 = ctx.saved_tensors
-        of_row = _of_row(g_logsumexp, g_target, g_mean, logsumexp2, mean2, ctx.temperature)
+        rows = of_row(g_logsumexp, g_target, g_mean, logsumexp2, mean2, ctx.temperature)
         d_hidden = torch.zeros_like(hidden_TD, dtype=torch.float32)
         d_weight = torch.empty_like(weight_VD) if ctx.main_grad_VD is None else None
         (T, D), V = hidden_TD.shape, weight_VD.shape[0]
@@ -131,7 +137,7 @@ class LinearLogprob(torch.autograd.Function):
             for top in range(0, T, height):
                 hidden = hidden_TD[top : top + height]
                 part = dz[: len(hidden), : len(weight)]
-                _launch_dz(hidden, weight, part, target_T, of_row, (top, start), ctx.temperature)
+                _launch_dz(hidden, weight, part, target_T, rows, (top, start), ctx.temperature)
                 _add_product(d_hidden[top : top + height], part, weight)
                 if accumulator is None:
                     torch.mm(part.T, hidden, out=d_weight[columns])
@@ -161,18 +167,11 @@ def _partials2(hidden_TD, weight_VD, target_T, temperature: float):
     return logsumexp2, target2_KT.sum(0), ((logsumexp2_KT - logsumexp2).exp2() * mean2_KT).sum(0)
 
 
-def _of_row(g_logsumexp, g_target, g_mean, logsumexp2, mean2, temperature: float) -> torch.Tensor:
-    """[4, T]: logsumexp2, constant, slope, at_target of dz_j = p_j (constant + slope z2_j) + [j = target] at_target, by logits before
-    their division by the temperature; see reference.LinearLogprob."""
-    constant = g_logsumexp + g_mean * (1 - mean2 / LOG2_E)
-    return torch.stack([logsumexp2, constant / temperature, g_mean / (LOG2_E * temperature), g_target / temperature])
-
-
-def _launch_dz(hidden, weight, dz, target_T, of_row, start: tuple[int, int], temperature: float) -> None:
-    (rows, D), columns, blocks = hidden.shape, weight.shape[0], BACKWARD[hidden.dtype]
-    _dz[triton.cdiv(rows, blocks.T), triton.cdiv(columns, blocks.V)](
-        _descriptor(hidden, blocks.T, blocks.D), _descriptor(weight, blocks.V, blocks.D), _descriptor(dz, blocks.T, blocks.V), target_T, of_row,
-        len(target_T), *start, LOG2_E / temperature, D, *blocks[:3], num_warps=blocks.warps, num_stages=blocks.stages)
+def _launch_dz(hidden, weight, dz, target_T, rows_4T, start: tuple[int, int], temperature: float) -> None:
+    blocks = BACKWARD[hidden.dtype]
+    _dz[triton.cdiv(dz.shape[0], blocks.T), triton.cdiv(dz.shape[1], blocks.V)](
+        _descriptor(hidden, blocks.T, blocks.D), _descriptor(weight, blocks.V, blocks.D), _descriptor(dz, blocks.T, blocks.V), target_T, rows_4T,
+        len(target_T), *start, LOG2_E / temperature, hidden.shape[1], *blocks[:3], num_warps=blocks.warps, num_stages=blocks.stages)
 
 
 def _add_product(sum_MN: torch.Tensor, a_MK: torch.Tensor, b_KN: torch.Tensor) -> None:
