@@ -163,8 +163,9 @@ def _partials2(hidden_TD, weight_VD, target_T, temperature: float):
         blocks_per_split, D, *blocks[:3], num_warps=blocks.warps, num_stages=blocks.stages)
     logsumexp2_KT, target2_KT, mean2_KT = partials
     top = logsumexp2_KT.amax(0)
-    logsumexp2 = top + (logsumexp2_KT - top).exp2().sum(0).log2()
-    return logsumexp2, target2_KT.sum(0), ((logsumexp2_KT - logsumexp2).exp2() * mean2_KT).sum(0)
+    share_KT = (logsumexp2_KT - top).exp2()  # divided by their own sum below: the logsumexp's rounding would be that of a large number
+    total = share_KT.sum(0)
+    return top + total.log2(), target2_KT.sum(0), (share_KT * mean2_KT).sum(0) / total
 
 
 def _launch_dz(hidden, weight, dz, target_T, rows_4T, start: tuple[int, int], temperature: float) -> None:
