@@ -21,12 +21,12 @@ def _forward(logits, stride, target_T, outputs, T, V, scale, BLOCK_V: tl.constex
         z = tl.load(logits + row * stride + columns, mask=columns < V, other=0.0).to(tl.float32) * scale
         z = tl.where(columns < V, z, BELOW_ALL)
         new = tl.maximum(maximum, z)
-        rescale, e = tl.exp2(maximum - new), tl.where(columns < V, tl.exp2(z - new), 0.0)
+        rescale, e = tl.exp2(maximum - new), tl.exp2(z - new)
         total = total * rescale + e
         weighted = weighted * rescale + e * z
         maximum = new
     top = tl.max(maximum, 0)
-    rescale = tl.exp2(maximum - top)
+    rescale = tl.exp2(maximum - top)  # 0 for a lane without columns
     total, weighted = tl.sum(total * rescale, 0), tl.sum(weighted * rescale, 0)
     target = tl.load(target_T + row)
     inside = (target >= 0) & (target < V)
