@@ -157,7 +157,7 @@ def synthetic_batch(cfg: config.Config, hf_config, topo: Topology) -> GlobalBatc
 
 def measure(cfg: config.Config, topo: Topology, args: argparse.Namespace, phases: Phases) -> GlobalBatch:
     """Fills `phases` with the steps that count; returns the batch that they were over."""
-    policy = Policy(cfg.model, topo, precision=cfg.precision, temperature=cfg.rollout.temperature, optimizer=cfg.optimizer, load_weights=False)
+    policy = Policy(cfg.model, topo, precision=cfg.precision, temperature=cfg.rollout.temperature, optimizer=cfg.optimizer, kernels=cfg.kernels, load_weights=False)
     b, optimizer_step = synthetic_batch(cfg, policy.hf_config, topo), policy.optimizer.step
 
     def step_as_phase():

@@ -86,6 +86,13 @@ class Precision:
 
 
 @dataclass(frozen=True)
+class Kernels:
+    """Which form a kernel has. auto: Triton's on CUDA, plain PyTorch elsewhere."""
+
+    linear_logprob: Literal["auto", "reference", "triton"] = "auto"  # hidden states to log-prob and entropy
+
+
+@dataclass(frozen=True)
 class Optimizer:
     lr: float = 1e-6
     lr_schedule: Literal["constant", "linear"] = "constant"  # linear: from lr to 0 over num_steps
@@ -192,6 +199,7 @@ class Config:
     warm_start: WarmStart | None = None
     parallel: Parallel = field(default_factory=Parallel)
     precision: Precision = field(default_factory=Precision)
+    kernels: Kernels = field(default_factory=Kernels)
     optimizer: Optimizer = field(default_factory=Optimizer)
     rollout: Rollout = field(default_factory=Rollout)
     engine: Engine = field(default_factory=Engine)
@@ -364,7 +372,7 @@ def check(config: Config) -> None:
         raise InputError("checkpoint.best_metric", c.best_metric, f"is known of a checkpoint only if eval.every = {e.every} divides checkpoint.every = {c.every}, and eval.data is given",
                          "change one of them")
     _check_parallel(config.parallel)
-    check_precision(config.precision, config.device)
+    check_device(config, config.device)
     if "{problem}" not in config.data.prompt_template:
         raise InputError("data.prompt_template", config.data.prompt_template, "must contain {problem}", "add it where the problem goes")
 
@@ -384,8 +392,11 @@ def _check_parallel(p: Parallel) -> None:
             raise InputError("parallel.recompute_modules", name, f"must be of {', '.join(known)}", "choose among them")
 
 
-def check_precision(p: Precision, device: str) -> None:
-    """`device` auto: not known yet."""
+def check_device(config: Config, device: str) -> None:
+    """The rules between the configuration and `device`; auto: not known yet."""
+    p, kernel = config.precision, config.kernels.linear_logprob
+    if kernel == "triton" and device == "cpu":
+        raise InputError("kernels.linear_logprob", kernel, "needs a GPU, and this is a CPU", "set it to auto, or run on a GPU")
     if p.fp8 is None:
         return
     if p.params != "bfloat16":

@@ -5,7 +5,7 @@ The caller has chosen the response positions already, so the head never sees a p
 
 import torch
 
-from grpo_mcore.kernels import reference
+from grpo_mcore import kernels
 from grpo_mcore.parallel import vocab
 
 
@@ -17,12 +17,15 @@ def logprobs_and_entropy(
     temperature: float,
     vocab_size: int,
     tp_group=None,
+    impl: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(logprob_R, entropy_R) of softmax(hidden @ weight.T / temperature), float32, with gradients for both.
 
     hidden_RD comes from vocab.rows. weight_VD is this rank's shard of equal rows; rows at or beyond `vocab_size` pad the vocabulary and take no part.
+    impl: of the kernel, see kernels.pick; ValueError if it cannot run.
     """
     start = vocab.first_row(weight_VD.shape[0], tp_group)
     weight_VD = weight_VD[: max(vocab_size - start, 0)]
-    partials = reference.linear_logprob(hidden_RD, weight_VD, target_R - start, temperature=temperature)
+    linear_logprob = kernels.pick("linear_logprob", impl, hidden_RD.device)
+    partials = linear_logprob(hidden_RD, weight_VD, target_R - start, temperature=temperature)
     return vocab.combine(*partials, tp_group)

@@ -20,10 +20,13 @@ LossFunction = Callable[[torch.Tensor, Microbatch], tuple[torch.Tensor, dict[str
 class FrozenPolicy:
     """Scores, never learns: the reference of the KL term."""
 
-    def __init__(self, folder: str, topology: Topology, *, precision: config.Precision, temperature: float, load_weights: bool = True):
+    def __init__(
+        self, folder: str, topology: Topology, *, precision: config.Precision, temperature: float, kernels: config.Kernels = config.Kernels(),
+        load_weights: bool = True,
+    ):
         """`folder` is a Hugging Face folder; log-probs are taken of logits / temperature. Without `load_weights`, of which a
         benchmark has no need, its config.json is enough, and the weights are Megatron's random ones."""
-        self.folder, self.topology, self.precision, self.temperature = folder, topology, precision, temperature
+        self.folder, self.topology, self.precision, self.temperature, self.kernels = folder, topology, precision, temperature, kernels
         self.hf_config = model.load_hf_config(folder)
         self.chunks = model.build(self.hf_config, topology=topology, precision=precision)
         if load_weights:
@@ -52,7 +55,7 @@ class FrozenPolicy:
             return hidden
         return logprobs_and_entropy(
             hidden, backbone.head_weight, batch.target_R, temperature=temperature,
-            vocab_size=self.hf_config.vocab_size, tp_group=self.topology.head_group)
+            vocab_size=self.hf_config.vocab_size, tp_group=self.topology.head_group, impl=self.kernels.linear_logprob)
 
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(HF name, tensor) of the weights as they are now, on the driver; collective over its replica, which all ranks may call."""
@@ -63,9 +66,10 @@ class Policy(FrozenPolicy):
     """Learns. The optimizer's state is sharded over data ranks. Weights of biases and norms are not decayed (Megatron's rule)."""
 
     def __init__(
-        self, folder: str, topology: Topology, *, precision: config.Precision, temperature: float, optimizer: config.Optimizer, load_weights: bool = True
+        self, folder: str, topology: Topology, *, precision: config.Precision, temperature: float, optimizer: config.Optimizer,
+        kernels: config.Kernels = config.Kernels(), load_weights: bool = True,
     ):
-        super().__init__(folder, topology, precision=precision, temperature=temperature, load_weights=load_weights)
+        super().__init__(folder, topology, precision=precision, temperature=temperature, kernels=kernels, load_weights=load_weights)
         axes = topology.parallel
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=axes.overlap_grad_reduce, overlap_param_gather=axes.overlap_param_gather)

@@ -186,7 +186,7 @@ def open_run(cfg: config.Config) -> Iterator[Run]:
     train_prompts, too_long = prompts.load(cfg.data.train, cfg.data, tokenizer, "data.train")
     eval_prompts = prompts.load(cfg.eval.data, cfg.data, tokenizer, "eval.data")[0][: cfg.eval.max_prompts] if cfg.eval.data else []
     device = topology.pick_device(cfg.device)
-    config.check_precision(cfg.precision, device.type)
+    config.check_device(cfg, device.type)
     driver = topology.rank() == 0
     with contextlib.ExitStack() as stack:
         engines = grader = writer = None
@@ -200,8 +200,8 @@ def open_run(cfg: config.Config) -> Iterator[Run]:
         topo = topology.connect(
             cfg.parallel, device=device, timeout_s=cfg.collective_timeout_s + cfg.rollout.timeout_s,
             seed=cfg.seed, num_threads=cfg.num_threads, deterministic=cfg.deterministic)
-        policy = Policy(local, topo, precision=cfg.precision, temperature=cfg.rollout.temperature, optimizer=cfg.optimizer)
-        reference = FrozenPolicy(local, topo, precision=cfg.precision, temperature=cfg.rollout.temperature) if cfg.loss.kl_coef > 0 else None
+        policy = Policy(local, topo, precision=cfg.precision, temperature=cfg.rollout.temperature, optimizer=cfg.optimizer, kernels=cfg.kernels)
+        reference = FrozenPolicy(local, topo, precision=cfg.precision, temperature=cfg.rollout.temperature, kernels=cfg.kernels) if cfg.loss.kl_coef > 0 else None
         checkpoints = checkpoint.Checkpoints(cfg.run_dir, policy, cfg.checkpoint)
         progress = checkpoints.restore()
         timer = metrics.Timer()

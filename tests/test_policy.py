@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from grpo_mcore import batch, config, hf_weights, loss, metrics
 from grpo_mcore.batch import assemble
 from grpo_mcore.parallel import collectives, topology
-from grpo_mcore.policy import Policy, learning_rate
+from grpo_mcore.policy import FrozenPolicy, Policy, learning_rate
 from grpo_mcore.types import GlobalBatch, Group, Prompt, Response
 from grpo_mcore.weight_transfer import free_port
 from tests import models
@@ -266,6 +266,14 @@ def test_a_microbatch_of_one_response_token_scores(model_folders, alone):
     (ours,) = policy.logprobs([m])
     (oracle,) = hf_logprobs(model_folders["qwen2_tied"], GlobalBatch([m]))
     assert ours.item() == pytest.approx(oracle.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", [FrozenPolicy, Policy])
+def test_the_kernel_that_scores_is_the_one_asked_for(model_folders, alone, kind):
+    extra = {"optimizer": config.Optimizer()} if kind is Policy else {}
+    policy = kind(model_folders["qwen2_tied"], alone, precision=config.Precision(params="float32"), temperature=1.0, kernels=config.Kernels("triton"), **extra)
+    with pytest.raises(ValueError, match="linear_logprob: impl = 'triton' cannot run: "):  # here
+        policy.logprobs(batch_of(alone, max_tokens=90).microbatches)
 
 
 @pytest.mark.gpu

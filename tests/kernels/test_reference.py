@@ -7,7 +7,7 @@ Not covered here: shards that meet (tests/parallel/test_vocab.py), padding rows 
 import pytest
 import torch
 
-from grpo_mcore.kernels.reference import linear_logprob
+from grpo_mcore.kernels.reference import linear_logprob, linear_logprob_full, logprob
 from tests.reference import logprob as oracle
 
 R, D, V = 13, 16, 37  # odd on purpose
@@ -135,3 +135,52 @@ def test_gradients_come_in_the_dtype_of_the_inputs():
     hidden, weight, target = inputs(torch.bfloat16)
     linear_logprob(hidden, weight, target, temperature=1.0)[0].sum().backward()
     assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("form", ["full", "of logits"])
+@pytest.mark.parametrize("temperature", [0.1, 1.0, 2.0])
+def test_the_forms_with_logits_equal_the_float64_oracles(form, temperature):
+    hidden, weight, target = inputs()
+
+    def function(h, w):
+        if form == "full":
+            return linear_logprob_full(h, w, target, temperature=temperature)
+        return logprob(h @ w.T, target, temperature=temperature)
+
+    values, gradients = differentiate(function, hidden, weight, upstreams())
+    true_values, true_gradients = differentiate(lambda h, w: oracle.partials(h, w, target.tolist(), temperature), hidden.double(), weight.double(), upstreams())
+    for name in OUTPUTS:
+        assert (values[name].double() - true_values[name]).abs().max() <= noise(hidden, weight, temperature), name
+    for name in gradients:
+        assert (gradients[name].double() - true_gradients[name]).abs().max() <= noise(hidden, weight, temperature) * true_gradients[name].abs().max(), name
+
+
+def test_no_rows_give_empty_outputs_and_zero_gradients():
+    hidden, weight, target = inputs()
+    upstream = {name: g[:0] for name, g in upstreams().items()}
+    values, gradients = differentiate(lambda h, w: linear_logprob(h, w, target[:0], temperature=1.0), hidden[:0], weight, upstream)
+    assert [x.shape for x in values.values()] == [(0,)] * 3
+    assert gradients["hidden"].shape == (0, D) and not gradients["weight"].any()
+
+
+def test_a_shard_without_rows_has_no_probability():
+    hidden, weight, target = inputs()
+    values, gradients = differentiate(lambda h, w: linear_logprob(h, w, target, temperature=1.0), hidden, weight[:0], upstreams())
+    assert (values["logsumexp"] == float("-inf")).all() and not values["target"].any() and not values["mean_logit"].any()
+    assert not gradients["hidden"].any() and gradients["weight"].shape == (0, D)
+
+
+def test_no_upstream_gradient_gives_none():
+    hidden, weight, target = inputs()
+    upstream = {name: torch.zeros(R) for name in OUTPUTS}
+    _, gradients = differentiate(lambda h, w: linear_logprob(h, w, target, temperature=1.0, chunk_V=7), hidden, weight, upstream)
+    assert not gradients["hidden"].any() and not gradients["weight"].any()
+
+
+def test_main_grad_is_added_to_and_nothing_is_returned():
+    hidden, weight, target = inputs()
+    _, plain = differentiate(lambda h, w: linear_logprob(h, w, target, temperature=1.0, chunk_V=7), hidden, weight, upstreams())
+    main_grad = torch.full((V, D), 0.5)
+    _, fused = differentiate(lambda h, w: linear_logprob(h, w, target, temperature=1.0, chunk_V=7, main_grad_VD=main_grad), hidden, weight, upstreams())
+    assert fused["weight"] is None and torch.equal(fused["hidden"], plain["hidden"])
+    assert torch.equal(main_grad, 0.5 + plain["weight"])

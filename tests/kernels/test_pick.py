@@ -1,0 +1,48 @@
+"""Which form of a kernel runs, and that the choice is said once. Not covered here: what it is on CUDA."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from grpo_mcore import kernels
+from grpo_mcore.kernels import reference
+from tests.dist import ROOT, environment
+
+CPU = torch.device("cpu")
+
+
+def test_on_a_cpu_auto_is_the_reference(capsys):
+    kernels._pick.cache_clear()
+    for _ in range(2):
+        assert kernels.pick("linear_logprob", "auto", CPU) is reference.linear_logprob
+    assert kernels.pick("logprob", "reference", CPU) is reference.logprob
+    assert capsys.readouterr().out.splitlines() == ["kernels: linear_logprob is reference's (the tensors are on cpu)", "kernels: logprob is reference's (as asked)"]
+
+
+@pytest.mark.parametrize("name, impl, words", [
+    ("linear_logprob", "triton", "the tensors are on cpu.*Remedy: impl = auto or reference"),
+    ("linear_logprob", "cuda", "must be one of auto, reference, triton"),
+    ("attention", "auto", "must be one of linear_logprob, logprob"),
+])
+def test_what_cannot_run_is_refused(monkeypatch, name, impl, words):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    kernels._pick.cache_clear()
+    with pytest.raises(ValueError, match=words):
+        kernels.pick(name, impl, CPU)
+
+
+def test_triton_is_imported_only_where_it_is_picked():
+    pytest.importorskip("triton")
+    program = """
+import sys
+from grpo_mcore import kernels, logprob
+import torch
+kernels.pick("linear_logprob", "auto", torch.device("cpu"))
+assert "triton" not in sys.modules
+picked = kernels.pick("linear_logprob", "triton", torch.device("cpu"))
+assert "triton" in sys.modules and picked.__module__ == "grpo_mcore.kernels.linear_logprob"
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment(TRITON_INTERPRET="1"), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
