@@ -35,9 +35,10 @@ def spawn(function: Callable, ranks: int, *args, timeout_s: float = 240) -> list
         ]
         end = time.monotonic() + timeout_s
         try:
-            codes = [p.wait(max(end - time.monotonic(), 0.1)) for p in processes]
-        except subprocess.TimeoutExpired:
-            codes = [p.poll() for p in processes]
+            while None in (codes := [p.poll() for p in processes]) and time.monotonic() < end:
+                if any(codes):  # those left wait for the one that failed
+                    end = min(end, time.monotonic() + 10)
+                time.sleep(0.02)
         finally:
             for p in processes:
                 p.kill()

@@ -4,7 +4,6 @@ Not covered here: Transformer Engine and FP8 (marked gpu).
 """
 
 import functools
-import os
 import random
 
 import pytest
@@ -17,7 +16,6 @@ from grpo_mcore.batch import assemble
 from grpo_mcore.parallel import collectives, topology
 from grpo_mcore.policy import FrozenPolicy, Policy, learning_rate
 from grpo_mcore.types import GlobalBatch, Group, Prompt, Response
-from grpo_mcore.weight_transfer import free_port
 from tests import models
 from tests.dist import spawn
 
@@ -118,14 +116,13 @@ LAYOUTS_OF_4 = [
 AGGREGATIONS = ("token_mean", "sequence_mean", "constant")
 
 
-def updates(folder: str, layouts: list[tuple[dict, str]], ports: list[int], wrong: str = "") -> list[dict]:
+def updates(folder: str, layouts: list[tuple[dict, str]], wrong: str = "") -> list[dict]:
     """Loss, gradient norm and gradients (as Hugging Face's tensors, on the driver) of an optimizer step in each layout, one after the other."""
     out = []
-    for index, ((axes, packing), port) in enumerate(zip(layouts, ports, strict=True)):
-        os.environ["MASTER_PORT"] = str(port)
+    for index, (axes, packing) in enumerate(layouts):
         topo = connect(**axes)
         out.append(one_update(folder, topo, packing, AGGREGATIONS[index % 3], wrong))
-        topology.disconnect()
+        topology.disconnect(leave=False)
     return out
 
 
@@ -165,9 +162,9 @@ def whole_gradients(policy: Policy) -> None:
 
 def test_loss_and_gradient_are_those_of_one_process_in_every_layout_of_4_ranks(model_folders):
     folder = model_folders["qwen2_deep"]
-    (alone,) = spawn(updates, 1, folder, [({}, "whole")] * 3, [free_port("127.0.0.1") for _ in range(3)])
+    (alone,) = spawn(updates, 1, folder, [({}, "whole")] * 3)
     assert alone[0]["microbatches"] == 1
-    ranks = spawn(updates, 4, folder, LAYOUTS_OF_4, [free_port("127.0.0.1") for _ in LAYOUTS_OF_4], timeout_s=600)
+    ranks = spawn(updates, 4, folder, LAYOUTS_OF_4, timeout_s=600)
     for index, (layout, driver) in enumerate(zip(LAYOUTS_OF_4, ranks[0], strict=True)):
         expected = alone[index % 3]
         assert driver["microbatches"] > 1 or layout[1] in ("whole", "shared")
@@ -181,16 +178,15 @@ def test_loss_and_gradient_are_those_of_one_process_in_every_layout_of_4_ranks(m
             assert error <= 2e-5 * gradient.abs().max() + 1e-8, (layout, name)
 
 
-def wrong_updates(folder: str, ports: list[int]) -> dict[str, list[float]]:
+def wrong_updates(folder: str) -> dict[str, list[float]]:
     """Gradient norms with a wrong normaliser, in two layouts whose true norms are the same."""
     cases = {"": [({}, "whole"), ({"cp": 2}, "cut")], "mean of microbatches": [({}, "whole"), ({}, "cut")],
              "tokens of the rank": [({}, "cut"), ({"cp": 2}, "cut")], "Megatron's default": [({}, "whole"), ({}, "cut")]}
-    ports = iter(ports)
-    return {wrong: [updates(folder, [layout], [next(ports)], wrong)[0]["norm"] for layout in layouts] for wrong, layouts in cases.items()}
+    return {wrong: [updates(folder, [layout], wrong)[0]["norm"] for layout in layouts] for wrong, layouts in cases.items()}
 
 
 def test_the_tempting_normalisers_depend_on_the_layout(model_folders):
-    norms = spawn(wrong_updates, 2, model_folders["qwen2_untied"], [free_port("127.0.0.1") for _ in range(8)])[0]
+    norms = spawn(wrong_updates, 2, model_folders["qwen2_untied"])[0]
     first, second = norms.pop("")
     assert first == pytest.approx(second, rel=1e-5)
     for wrong, (first, second) in norms.items():

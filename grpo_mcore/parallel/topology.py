@@ -105,7 +105,9 @@ def connect(parallel: Parallel, *, device: torch.device, timeout_s: float, seed:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    if "RANK" in os.environ:
+    if dist.is_initialized():
+        pass  # another layout of the same ranks
+    elif "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
@@ -134,11 +136,13 @@ def connect(parallel: Parallel, *, device: torch.device, timeout_s: float, seed:
     )
 
 
-def disconnect() -> None:
+def disconnect(*, leave: bool = True) -> None:
+    """Ends the layout, and, unless `leave` is False, the ranks' connection: they can `connect` in another layout."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
+    if leave:
+        dist.destroy_process_group()
 
 
 def wait_for_file(path: Path, timeout_s: float) -> None:
