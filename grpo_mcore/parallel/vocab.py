@@ -70,6 +70,6 @@ def combine(
         return target_R - logsumexp_R, logsumexp_R - mean_logit_R
     logsumexp_KR = _Gather.apply(logsumexp_R, group)
     logsumexp = torch.logsumexp(logsumexp_KR, 0)
-    share_KR = (logsumexp_KR - logsumexp).exp()
+    share_KR = logsumexp_KR.softmax(0)  # sums to 1, where exp(logsumexp_KR - logsumexp) has the rounding of two large numbers
     mean_logit = (share_KR * _Gather.apply(mean_logit_R, group)).sum(0)
     return _Gather.apply(target_R, group).sum(0) - logsumexp, logsumexp - mean_logit
