@@ -124,6 +124,8 @@ class Engine:
     max_running_responses: int = 256
     num_threads: int = 1  # CPU threads of one engine
     start_timeout_s: float = 600.0
+    health_timeout_s: float = 60.0  # an engine that does not answer for so long is replaced
+    max_failures: int = 3  # of engines in one process's life; one more stops the run
 
 
 @dataclass(frozen=True)
@@ -327,10 +329,10 @@ def _coerce(hint, value, name: str):
 _POSITIVE = """num_steps num_threads collective_timeout_s data.max_prompt_tokens parallel.tp parallel.pp
 parallel.virtual_pp parallel.cp parallel.ep parallel.recompute_num_layers precision.fp8_amax_history optimizer.lr rollout.prompts_per_step
 rollout.group_size rollout.temperature rollout.max_response_tokens rollout.timeout_s engine.num_engines
-engine.max_running_responses engine.num_threads engine.start_timeout_s reward.num_processes reward.cpu_s reward.wall_s
+engine.max_running_responses engine.num_threads engine.start_timeout_s engine.health_timeout_s reward.num_processes reward.cpu_s reward.wall_s
 reward.memory_bytes batch.global_batch_size batch.max_tokens_per_microbatch refit.bucket_bytes refit.timeout_s eval.every
 eval.samples_per_prompt eval.max_prompts eval.max_response_tokens engine.kv_cache_bytes eval.temperature eval.top_p checkpoint.keep checkpoint.timeout_s warm_start.batch_size warm_start.lr warm_start.max_steps""".split()
-_NOT_NEGATIVE = """loss.kl_coef loss.clip_low loss.clip_high optimizer.warmup_steps optimizer.weight_decay optimizer.clip_grad checkpoint.every checkpoint.keep_best
+_NOT_NEGATIVE = """loss.kl_coef loss.clip_low loss.clip_high optimizer.warmup_steps optimizer.weight_decay optimizer.clip_grad checkpoint.every checkpoint.keep_best engine.max_failures
 precision.fp8_first_layers_bf16 precision.fp8_last_layers_bf16""".split()
 _FRACTIONS = "loss.clip_low eval.top_p optimizer.beta1 optimizer.beta2 optimizer.warmup_start_frac warm_start.corrupted_frac warm_start.stop_at_pass_rate".split()
 

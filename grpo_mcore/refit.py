@@ -34,12 +34,19 @@ class Refit:
         self._infos = [TensorInfo(name, dtype, shape) for name, shape in hf_weights.shapes(policy.hf_config).items()]
         exact = cfg.engine.dtype == cfg.precision.params == "float32"
         self._tolerance = cfg.refit.canary_tolerance or (1e-3 if exact else 0.15)
-        if engines is not None:
-            sender = NcclSender if topology.device.type == "cuda" else GlooSender
-            self._sender = sender("127.0.0.1", 1 + len(engines), cfg.refit.bucket_bytes, cfg.refit.timeout_s)
-            refs = engines.call("init_transfer", [(self._sender.init_info(1 + i),) for i in range(len(engines))])
-            self._sender.open()
-            engines.wait(refs, "refit (joining the transfer group)", cfg.refit.timeout_s)
+        self._members: list[int] = []  # of the transfer group
+
+    def _join(self) -> None:
+        """Makes a transfer group of the sender and all engines that take part, if they are others than those of the last one."""
+        members = [id(slot) for slot in self._engines.assemble("refit")]
+        if members == self._members:
+            return
+        sender = NcclSender if self._topology.device.type == "cuda" else GlooSender
+        self._sender = sender("127.0.0.1", 1 + len(members), self._cfg.bucket_bytes, self._cfg.timeout_s)
+        refs = self._engines.call("init_transfer", [(self._sender.init_info(1 + i),) for i in range(len(members))])
+        self._sender.open()
+        self._engines.wait(refs, "refit (joining the transfer group)", self._cfg.timeout_s)
+        self._members = members
 
     def __call__(self, version: int) -> dict[str, metrics.Metric]:
         """The driver's metrics (elsewhere none). Raises EngineError if an engine fails or is late, RefitError if the canary differs."""
@@ -49,7 +56,8 @@ class Refit:
             for _ in stream:  # this rank's part in the gathering
                 pass
         else:
-            refs = self._engines.call("receive", [(update_info(self._infos), version)] * len(self._engines))
+            self._join()
+            refs = self._engines.call("receive", [(update_info(self._infos), version)] * len(self._members))
             try:
                 self._sender.send(self._infos, stream)
             except RuntimeError as e:
@@ -62,6 +70,7 @@ class Refit:
             return {}
         return {
             "refit/canary_abs_mean": metrics.Mean(error, 1),
+            "refit/engines": metrics.Mean(len(self._members), 1),
             "refit/bytes": metrics.Mean(float(sum(i.num_bytes for i in self._infos)), 1),
             "refit/seconds": metrics.Mean(seconds, 1),
         }
@@ -76,9 +85,9 @@ class Refit:
         ours = self._policy.logprobs_everywhere(packed, temperature=1.0)
         if self._engines is None:
             return 0.0
-        answers = self._engines.wait(self._engines.call("score", [(self._canary,)] * len(self._engines)), f"canary of version {version}", self._cfg.timeout_s)
+        answers = self._engines.wait(self._engines.call("score", [(self._canary,)] * len(self._members)), f"canary of version {version}", self._cfg.timeout_s)
         worst = 0.0
-        for index, answer in enumerate(answers):
+        for index, answer in zip((slot.index for slot in self._engines.ready), answers, strict=True):
             theirs = torch.tensor([lp for sequence in answer for lp in sequence])
             difference = (theirs - ours).abs()
             error = difference.mean().item()

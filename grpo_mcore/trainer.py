@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from grpo_mcore import advantage, batch, checkpoint, config, curves, entry, loss, metrics, model, prompts, reward, warm_start
-from grpo_mcore.engine import Engines
+from grpo_mcore.engine import Engines, EnginesLost
 from grpo_mcore.evaluate import Result, evaluate, grade
 from grpo_mcore.hf_weights import local_folder
 from grpo_mcore.parallel import collectives, topology
@@ -23,6 +23,7 @@ from grpo_mcore.rollout import rollout
 from grpo_mcore.types import GlobalBatch, Group
 
 NUM_CANARIES, CANARY_TOKENS = 4, 64
+ENGINES_LOST = "engines lost"
 
 
 @dataclass
@@ -57,7 +58,8 @@ def train(run: Run) -> None:
     Raises entry.Preempted, with the last completed step saved, if SIGTERM came.
     """
     cfg, time_of = run.cfg, run.timer
-    for step in range(run.progress.step, cfg.num_steps + 1):  # the policy has completed exactly `step` steps: its version
+    while True:
+        step = run.progress.step  # the policy has completed exactly `step` steps: its version
         with time_of("refit"):
             refit_metrics = run.refit(version=step)
         if cfg.eval.data and (step % cfg.eval.every == 0 or step == cfg.num_steps):
@@ -68,6 +70,9 @@ def train(run: Run) -> None:
         work = collectives.broadcast(sample_and_grade(run, step), run.topology)
         if work is None:
             return leave(run)
+        if work == ENGINES_LOST:  # the same step again, with those that take their place
+            run.stream.cursor = run.progress.cursor
+            continue
         groups, rewards_PG, verdicts = work
         advantages_PG = advantage.group_advantages(torch.tensor(rewards_PG), **dataclasses.asdict(cfg.advantage))
         batches = assemble(run, groups, advantages_PG)
@@ -87,15 +92,18 @@ def train(run: Run) -> None:
         raise entry.Preempted("stopped by SIGTERM after the last step; the same command evaluates it")
 
 
-def sample_and_grade(run: Run, step: int) -> tuple[list[Group], list, list] | None:
-    """(groups, rewards_PG, verdicts) on the driver, unless SIGTERM came; elsewhere None. Every rank moves its prompt cursor."""
+def sample_and_grade(run: Run, step: int) -> tuple[list[Group], list, list] | str | None:
+    """(groups, rewards_PG, verdicts) on the driver, or ENGINES_LOST, or None if SIGTERM came; elsewhere None. Every rank moves its prompt cursor."""
     drawn = run.stream.next(run.cfg.rollout.prompts_per_step)
     if run.engines is None:
         return None
 
     def work():
-        with run.timer("rollout"):
-            groups = sample(run, drawn, step)
+        try:
+            with run.timer("rollout"):
+                groups = sample(run, drawn, step)
+        except EnginesLost:
+            return ENGINES_LOST
         with run.timer("reward"):
             return groups, *grade(groups, run.tokenizer, run.grader)
 

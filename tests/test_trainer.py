@@ -159,6 +159,22 @@ def test_killed_and_resumed_equals_uninterrupted_and_two_layouts_agree(cfg, tmp_
 
 
 @pytest.mark.slow
+def test_an_engine_that_is_killed_is_replaced_and_the_run_is_the_same(cfg, tmp_path):
+    train(cfg, f"run_dir={tmp_path / 'undisturbed'}")
+    log = cfg.parent / "disturbed.log"
+    process = subprocess.Popen(command(cfg), cwd=cfg.parent, env=environment(TEST_MARKER="disturbed"), stdout=log.open("w"), stderr=subprocess.STDOUT)
+    try:
+        wait_until(lambda: steps_done(tmp_path / "run") >= 1 or process.poll() is not None, 180, log.read_text)
+        (engine,) = [int(p.split()[0]) for p in processes_with("TEST_MARKER=disturbed") if "ray::Engine" in p]  # the only one
+        os.kill(engine, signal.SIGKILL)
+        assert process.wait(200) == 0, log.read_text()[-3000:]
+    finally:
+        process.kill()
+    assert "engine 0 failed" in log.read_text() and "a replacement is started" in log.read_text()
+    assert rows(tmp_path / "run") == rows(tmp_path / "undisturbed")
+
+
+@pytest.mark.slow
 def test_ctrl_c_is_clean_leaves_no_process_and_says_how_to_go_on(cfg, tmp_path):
     code, out = start_and_stop(cfg, "stopped", lambda: steps_done(tmp_path / "run") >= 1, signal.SIGINT)
     assert "stopped; the same command goes on from the last checkpoint" in out
