@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 
 from grpo_mcore import checkpoint, config, convert, hf_weights, model, prompts, reward
 from grpo_mcore.engine import LOADED, Engines

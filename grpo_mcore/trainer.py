@@ -13,7 +13,7 @@ import torch
 
 from grpo_mcore import advantage, batch, checkpoint, config, curves, entry, loss, metrics, model, prompts, reward, warm_start
 from grpo_mcore.engine import Engines, EnginesLost
-from grpo_mcore.evaluate import Result, evaluate, grade
+from grpo_mcore.evaluate import evaluate, grade
 from grpo_mcore.hf_weights import local_folder
 from grpo_mcore.parallel import collectives, topology
 from grpo_mcore.parallel.topology import Topology
