@@ -33,7 +33,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from grpo_mcore import config, metrics
+from grpo_mcore import config_file, metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = {"step_s": "step", **{f"{p}_s": p for p in ("refit", "rollout", "reward", "logprob", "update")},
@@ -119,7 +119,7 @@ def figures(before: Step, step: Step, responses_per_step: int) -> dict[str, floa
 def measure(program: str, recipe: str, args: argparse.Namespace, env: dict[str, str], scratch: str) -> dict:
     """One program on one recipe: the medians of its figures, and how they came about."""
     overrides = ["eval.data=null", "checkpoint.every=0", f"num_steps={args.warmup + args.steps}"]
-    cfg = config.load(ROOT / recipe, overrides)
+    cfg = config_file.load(ROOT / recipe, overrides)
     run_dir, load = Path(scratch) / f"{Path(recipe).stem}_{Path(program).stem}", os.getloadavg()[0]
     print(f"{program} --cfg {recipe}: {cfg.num_steps} steps ...", file=sys.stderr, flush=True)
     steps = watch([sys.executable, program, "--cfg", recipe, f"run_dir={run_dir}", *overrides], run_dir, env=env, timeout_s=args.timeout_s)
@@ -132,7 +132,7 @@ def measure(program: str, recipe: str, args: argparse.Namespace, env: dict[str, 
 
 def compare(recipe: str, args: argparse.Namespace, scratch: str) -> dict:
     """Ours and the peer, if one is asked for, on one recipe; prints their table."""
-    cfg = config.load(ROOT / recipe)
+    cfg = config_file.load(ROOT / recipe)
     of = {"grpo_mcore": measure("launch/train.py", recipe, args, {}, scratch)}
     if args.peer:
         of[args.peer] = measure(f"benchmarks/{args.peer}_peer.py", recipe, args, {"OMP_NUM_THREADS": str(args.peer_threads)}, scratch)

@@ -54,7 +54,7 @@ import torch
 
 warnings.filterwarnings("ignore", module=r"(megatron|torch\.distributed)\..*")  # of missing CUDA extensions, of each other's future
 
-from grpo_mcore import batch, config, loss, model  # noqa: E402
+from grpo_mcore import batch, config, config_file, loss, model, rules  # noqa: E402
 from grpo_mcore.config import InputError  # noqa: E402
 from grpo_mcore.parallel import collectives, topology  # noqa: E402
 from grpo_mcore.parallel.topology import Topology  # noqa: E402
@@ -242,7 +242,7 @@ def options() -> argparse.Namespace:
         if not override.startswith(("parallel.", "precision.fp8_", "num_threads=", "device=")):
             raise InputError("override", override, "must be of parallel.*, precision.fp8_*, num_threads or device", "set the rest by the options of --help")
     threads = max(len(os.sched_getaffinity(0)) // topology.world_size(), 1)
-    args.base = config.load(MODELS / "train_step.yaml", [f"num_threads={threads}", *args.overrides])
+    args.base = config_file.load(MODELS / "train_step.yaml", [f"num_threads={threads}", *args.overrides])
     args.device = topology.pick_device(args.base.device)
     for name, value in DEFAULTS[args.device.type].items():
         if getattr(args, name) is None:
@@ -267,8 +267,8 @@ def case_config(precision: str, tokens: int, args: argparse.Namespace) -> config
         # Enough for two such batches: the rules of groups ask for it, though one batch is all that is made.
         rollout=config.Rollout(prompts_per_step=num_sequences, group_size=2, max_response_tokens=tokens - args.prompt_tokens),
         batch=config.Batch(global_batch_size=num_sequences, max_tokens_per_microbatch=args.max_tokens_per_microbatch or tokens + -tokens % align))
-    config.check(cfg)
-    config.check_ranks(cfg, topology.world_size())
+    rules.check(cfg)
+    rules.check_ranks(cfg, topology.world_size())
     model.check_parallel(model.load_hf_config(cfg.model), cfg.parallel, cfg.precision)
     return cfg
 

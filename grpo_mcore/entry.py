@@ -15,7 +15,7 @@ from collections.abc import Callable  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 from typing import TypeVar  # noqa: E402
 
-from grpo_mcore import config  # noqa: E402
+from grpo_mcore import config, config_file  # noqa: E402
 
 # Before torch is imported: threads that spin while they wait slow every other process of a small machine, up to 8 x.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -40,7 +40,7 @@ def parse(description: str, *options: str) -> Command:
         parser.add_argument(option)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     args = parser.parse_intermixed_args()
-    return Command(config.load(args.cfg, args.overrides), args.dry_run,
+    return Command(config_file.load(args.cfg, args.overrides), args.dry_run,
                    {o.removeprefix("--"): getattr(args, o.removeprefix("--")) for o in options})
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from grpo_mcore import advantage, batch, checkpoint, config, curves, entry, loss, metrics, model, prompts, reward, warm_start
+from grpo_mcore import advantage, batch, checkpoint, config, config_file, curves, entry, loss, metrics, model, prompts, reward, rules, warm_start
 from grpo_mcore.engine import Engines, EnginesLost
 from grpo_mcore.evaluate import evaluate, grade
 from grpo_mcore.hf_weights import local_folder
@@ -194,7 +194,7 @@ def open_run(cfg: config.Config) -> Iterator[Run]:
     train_prompts, too_long = prompts.load(cfg.data.train, cfg.data, tokenizer, "data.train")
     eval_prompts = prompts.load(cfg.eval.data, cfg.data, tokenizer, "eval.data")[0][: cfg.eval.max_prompts] if cfg.eval.data else []
     device = topology.pick_device(cfg.device)
-    config.check_device(cfg, device.type)
+    rules.check_device(cfg, device.type)
     driver = topology.rank() == 0
     with contextlib.ExitStack() as stack:
         engines = grader = writer = None
@@ -241,7 +241,7 @@ def prepare_run_dir(cfg: config.Config) -> None:
     """Makes the folder and saves the resolved configuration. Raises InputError if it cannot be written."""
     try:
         Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
-        (Path(cfg.run_dir) / "config.yaml").write_text(config.to_yaml(cfg))
+        (Path(cfg.run_dir) / "config.yaml").write_text(config_file.to_yaml(cfg))
     except OSError as e:
         raise config.InputError("run_dir", cfg.run_dir, f"cannot be written ({e.strerror})", "name another folder") from e
 

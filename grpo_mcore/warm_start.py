@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from grpo_mcore import arithmetic, batch, config, hf_weights
+from grpo_mcore import arithmetic, batch, config, config_file, hf_weights
 from grpo_mcore.config import InputError
 from grpo_mcore.loss import supervised
 from grpo_mcore.parallel import topology
@@ -43,7 +43,7 @@ def ensure(cfg: config.Config) -> None:
     # One rank, whatever torchrun's environment says of this process.
     env = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "MASTER_")) and k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as resolved:
-        resolved.write(config.to_yaml(cfg))
+        resolved.write(config_file.to_yaml(cfg))
         resolved.flush()
         done = subprocess.run([sys.executable, "-W", "ignore", "-m", "grpo_mcore.warm_start", resolved.name], env=env, timeout=cfg.collective_timeout_s)
     if done.returncode:
@@ -93,4 +93,4 @@ def teach(policy: Policy, cfg: config.Config) -> None:
 
 
 if __name__ == "__main__":
-    make(config.load(sys.argv[1]))
+    make(config_file.load(sys.argv[1]))

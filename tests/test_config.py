@@ -11,7 +11,9 @@ import pytest
 import yaml
 
 from grpo_mcore import config
-from grpo_mcore.config import InputError, check_ranks, describe, load
+from grpo_mcore.config import InputError
+from grpo_mcore.config_file import describe, load
+from grpo_mcore.rules import check_ranks
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 QUICKSTART = CONFIGS / "quickstart.yaml"

@@ -15,7 +15,7 @@ PACKAGE = "grpo_mcore"
 
 # A module may import from its own level and below. parallel and kernels are one level, blind to each other.
 LEVELS = [
-    ["config", "types"],
+    ["config", "config_file", "rules", "types"],
     ["kernels", "parallel"],
     ["prompts", "arithmetic", "math_answer", "reward", "advantage", "batch", "logprob", "loss"],
     ["model", "hf_weights", "policy", "engine", "refit", "weight_transfer", "gloo_receiver", "checkpoint", "stored", "convert", "metrics"],

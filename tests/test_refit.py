@@ -8,7 +8,7 @@ import functools
 import pytest
 import torch
 
-from grpo_mcore import config, loss
+from grpo_mcore import config, config_file, loss
 from grpo_mcore.engine import Engines, Sampling
 from grpo_mcore.parallel import topology
 from grpo_mcore.policy import Policy
@@ -37,7 +37,7 @@ engine: {{num_engines: 2, dtype: float32, kv_cache_bytes: 33554432}}
 batch: {{global_batch_size: 24}}
 refit: {{timeout_s: 30, bucket_bytes: 20000}}
 """)
-    return config.load(path, overrides)
+    return config_file.load(path, overrides)
 
 
 class Session:
