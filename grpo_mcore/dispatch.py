@@ -1,0 +1,105 @@
+"""Which engine samples what. Decisions only: no engine, no clock. engines.py drives it with real engines, simulate.py in virtual time.
+
+A request is one prompt with its responses; its key is unique, and keys are served in their order. It goes to the engine with the
+fewest responses to sample. An engine holds what it runs at once and as much again, so that it never waits for more; what is
+beyond that waits here, where any engine can take it.
+"""
+
+import heapq
+from collections.abc import Hashable, Iterator
+
+Key = tuple  # of one kind throughout: comparable
+Engine = Hashable
+
+
+class Dispatch:
+    def __init__(self, max_running_responses: int):
+        """`max_running_responses` of one engine."""
+        self._capacity = 2 * max_running_responses
+        self._waiting: list[Key] = []  # a heap
+        self._num_responses: dict[Key, int] = {}  # of all requests, waiting or dealt
+        self._owner: dict[Key, Engine] = {}  # of those dealt
+        self._dealt: dict[Engine, set[Key]] = {}
+        self._load: dict[Engine, int] = {}  # responses dealt
+        self._by_load: list[tuple[int, int, Engine]] = []  # a heap of (load, tie, engine); entries whose load has moved are skipped
+        self._ties: dict[Engine, int] = {}  # equal loads: the engine that joined first
+        self._num_joined = 0
+
+    @property
+    def engines(self) -> list[Engine]:
+        return list(self._dealt)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._num_responses) - len(self._owner)
+
+    @property
+    def num_dealt(self) -> int:
+        return len(self._owner)
+
+    def dealt_to(self, engine: Engine) -> list[Key]:
+        return sorted(self._dealt[engine])
+
+    def join(self, engine: Engine) -> None:
+        """The engine takes requests from now on."""
+        self._dealt[engine], self._ties[engine] = set(), self._num_joined
+        self._num_joined += 1
+        self._set_load(engine, 0)
+
+    def leave(self, engine: Engine) -> list[Key]:
+        """The engine takes part no longer; its requests wait again, and are returned."""
+        left = sorted(self._dealt.pop(engine))
+        del self._load[engine], self._ties[engine]
+        for key in left:
+            del self._owner[key]
+            heapq.heappush(self._waiting, key)
+        return left
+
+    def submit(self, key: Key, num_responses: int) -> None:
+        """Raises ValueError for a key that is under way already."""
+        if key in self._num_responses:
+            raise ValueError(f"request {key} is under way already")
+        self._num_responses[key] = num_responses
+        heapq.heappush(self._waiting, key)
+
+    def deal(self) -> Iterator[tuple[Engine, Key]]:
+        """What goes to which engine now."""
+        while self._waiting and self._by_load:
+            load, tie, engine = self._by_load[0]
+            if self._load.get(engine) != load or self._ties[engine] != tie:
+                heapq.heappop(self._by_load)
+                continue
+            if load and load >= self._capacity:
+                return
+            key = heapq.heappop(self._waiting)
+            if key not in self._num_responses or key in self._owner:  # cancelled; cancelled and submitted again
+                continue
+            self._owner[key] = engine
+            self._dealt[engine].add(key)
+            self._set_load(engine, load + self._num_responses[key])
+            yield engine, key
+
+    def done(self, engine: Engine, key: Key) -> bool:
+        """Whether this answer counts: not if the request was taken from the engine meanwhile, so that none is answered twice."""
+        if self._owner.get(key) != engine:
+            return False
+        self._forget(key)
+        return True
+
+    def cancel(self, key: Key) -> Engine | None:
+        """Drops a request. Returns the engine that had it."""
+        engine = self._owner.get(key)
+        if engine is not None:
+            self._forget(key)
+        else:
+            self._num_responses.pop(key, None)  # its place in the heap is skipped
+        return engine
+
+    def _forget(self, key: Key) -> None:
+        engine = self._owner.pop(key)
+        self._dealt[engine].remove(key)
+        self._set_load(engine, self._load[engine] - self._num_responses.pop(key))
+
+    def _set_load(self, engine: Engine, load: int) -> None:
+        self._load[engine] = load
+        heapq.heappush(self._by_load, (load, self._ties[engine], engine))
