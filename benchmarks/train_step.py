@@ -147,7 +147,7 @@ def synthetic_batch(cfg: config.Config, hf_config, topo: Topology) -> GlobalBatc
     def tokens(n: int) -> tuple[int, ...]:
         return tuple(rng.choices(range(hf_config.vocab_size), k=n))
 
-    groups = [Group(Prompt(p, "", "", tokens(cfg.data.max_prompt_tokens)), (Response(tokens(n), (0.0,) * n, False, 0),)) for p in range(num_sequences)]
+    groups = [Group(Prompt(p, "", "", tokens(cfg.data.max_prompt_tokens)), (Response(tokens(n), (0.0,) * n, False),)) for p in range(num_sequences)]
     advantages_PG = torch.randn(num_sequences, 1, generator=torch.Generator().manual_seed(cfg.seed))
     (out,) = batch.assemble(
         groups, advantages_PG, global_batch_size=num_sequences, aggregation=cfg.loss.aggregation, max_response_tokens=n,

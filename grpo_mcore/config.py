@@ -100,6 +100,12 @@ class Rollout:
     group_size: int = 8  # responses per prompt
     temperature: float = 1.0
     max_response_tokens: int = 7168
+    max_staleness: int = 0  # steps by which sampling may run ahead of training; 0: they take turns
+    cache_after_refit: Literal["recompute", "keep"] = "recompute"  # keys and values of running responses, which are of the old weights
+    dynamic_sampling: bool = False  # a group without variance in its rewards is replaced by another prompt's
+    max_draws: float = 3.0  # of dynamic sampling: prompts drawn for one step, as a multiple of prompts_per_step; then such groups are kept
+    oversampling_frac: float = 0.0  # of dynamic sampling: prompts drawn ahead of need, likewise
+    keep_texts: int = 4  # groups per step whose texts are kept in RUN/rollouts
     timeout_s: float = 3600.0  # for all responses of a step
 
 
@@ -108,10 +114,20 @@ class Engine:
     """vLLM. One engine is one Ray actor."""
 
     num_engines: int = 1
+    placement: Literal["auto", "cpu", "colocated", "disaggregated"] = "auto"  # colocated: on the trainers' GPUs, in turns; disaggregated: on GPUs of their own; auto: cpu, or colocated
+    tp: int = 1  # GPUs (CPU: processes) of one engine, on one machine
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    kv_cache_bytes: int | None = None  # null: vLLM's own choice (GPU); a CPU engine needs a number
+    quantization: Literal["fp8_per_tensor", "fp8_per_block"] | None = None  # of the engine's weights, as each refit delivers them
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    kv_cache_bytes: int | None = None  # null: what gpu_memory_frac leaves (GPU); a CPU engine needs a number
+    gpu_memory_frac: float | None = None  # of a GPU's memory, for an engine; null: 0.5 colocated, 0.9 disaggregated
     max_running_responses: int = 256
+    max_batched_tokens: int | None = None  # of one engine step; null: vLLM's own choice
+    prefix_caching: bool = True  # siblings share the keys and values of their prompt
+    enforce_eager: bool = False  # no compiled graphs; a CPU engine never has them
+    offload_trainer: tuple[str, ...] = ("gradients", "optimizer")  # of colocated: what leaves the GPU while engines sample
     num_threads: int = 1  # CPU threads of one engine
+    cores: tuple[int, ...] = ()  # CPU cores that the engines are bound to, num_threads each in turn; empty: any
     start_timeout_s: float = 600.0
     health_timeout_s: float = 60.0  # an engine that does not answer for so long is replaced
     max_failures: int = 3  # of engines in one process's life; one more stops the run
@@ -156,6 +172,14 @@ class Refit:
 
 
 @dataclass(frozen=True)
+class Mismatch:
+    """Bounds of mismatch/logprob_abs_mean: what an engine sampled with against what the trainer scores. Null: no bound."""
+
+    warn_above: float | None = 0.1
+    stop_above: float | None = None
+
+
+@dataclass(frozen=True)
 class Eval:
     data: str | None = None  # null: no evaluation
     every: int = 10  # steps; also before the first and after the last
@@ -184,7 +208,7 @@ class Config:
     data: Data
     seed: int = 42
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    deterministic: bool = False  # the trainer's arithmetic on a GPU, slower; a CPU's is anyway
+    deterministic: bool = False  # arithmetic of trainer and engines on a GPU, slower; a CPU's is anyway
     num_threads: int = 1  # CPU threads of one trainer rank
     collective_timeout_s: float = 1800.0  # longest wait of a rank for the others, beyond rollout.timeout_s
     warm_start: WarmStart | None = None
@@ -199,6 +223,7 @@ class Config:
     loss: Loss = field(default_factory=Loss)
     batch: Batch = field(default_factory=Batch)
     refit: Refit = field(default_factory=Refit)
+    mismatch: Mismatch = field(default_factory=Mismatch)
     eval: Eval = field(default_factory=Eval)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
 

@@ -94,8 +94,9 @@ def _coerce(hint, value, name: str):
             raise InputError(name, value, "must be a section of keys", f"write its keys below `{name}:`")
         return _build(kind, value, name + ".")
     if typing.get_origin(kind) is tuple:
-        if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
-            raise InputError(name, value, "must be a list of names", "write it as [one, two]")
+        item = typing.get_args(kind)[0]
+        if not isinstance(value, (list, tuple)) or not all(type(v) is item for v in value):
+            raise InputError(name, value, f"must be {'a list of names' if item is str else 'a list of whole numbers'}", f"write it as {'[one, two]' if item is str else '[0, 1]'}")
         return tuple(value)
     if typing.get_origin(kind) is Literal:
         if value not in typing.get_args(kind):

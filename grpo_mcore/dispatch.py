@@ -37,6 +37,9 @@ class Dispatch:
     def num_dealt(self) -> int:
         return len(self._owner)
 
+    def owner(self, key: Key) -> Engine | None:
+        return self._owner.get(key)
+
     def dealt_to(self, engine: Engine) -> list[Key]:
         return sorted(self._dealt[engine])
 

@@ -1,27 +1,16 @@
-"""vLLM engines as Ray actors: token ids in, token ids and log-probs out. The engines never see text.
-
-`Engines` is the driver's handle of all of them: it starts them, deals requests out by load, and calls them with a deadline. An
-engine that dies, fails or no longer answers while it samples is replaced, and its requests go to the others; the replacement
-takes part from the next refit on. Whatever cannot go on says which engine, in which phase, with that engine's own last words.
-"""
+"""One vLLM engine as a Ray actor: token ids in, token ids and log-probs out. It never sees text. engines.py is the handle of all of them."""
 
 import asyncio
-import contextlib
 import os
-import signal
 import socket
-import time
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-import ray
-
 from grpo_mcore import config
+from grpo_mcore.config import InputError
 
 LOADED = -1  # version of the weights an engine started with
-HEALTH_EVERY_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -40,43 +29,46 @@ class Completion:
     token_ids: list[int]
     logprobs: list[float]  # natural log, after temperature and top_p
     truncated: bool
-    policy_version: int
-
-
-class EngineError(RuntimeError):
-    """An engine died, failed or missed its deadline."""
-
-
-class EnginesLost(EngineError):
-    """None is left, and replacements are on their way: a refit waits for them."""
+    versions: tuple[tuple[int, int], ...]  # (policy_version, tokens sampled with it), in order
 
 
 class Engine:
-    """One AsyncLLM. Runs in a Ray actor; every method is async, so calls interleave."""
+    """One AsyncLLM. Runs in a Ray actor; every method is async, so calls interleave.
 
-    def __init__(self, args: dict, log: str):
+    A refit is begin_refit, load (once for each piece of the weights), end_refit; then the caller may score, to see what arrived; then
+    release. Between begin and release no answer leaves: what was sampled with weights that are not yet proven stays here.
+    """
+
+    def __init__(self, args: dict, log: str, cores: Sequence[int]):
         # vLLM and this process write to a file of their own, of which the end is shown when the engine fails.
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(out, 1)
         os.dup2(out, 2)
+        if cores:
+            os.sched_setaffinity(0, cores)
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
         self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
         self._stop_token_ids: list[int] = []
         self._version = LOADED
-        self._requests = 0
+        self._num_requests = 0
+        self._names: dict[int, str] = {}  # vLLM's name of a request, by ours
+        self._released = asyncio.Event()
+        self._released.set()
+        self._asleep = self._refitting = False
 
-    async def ready(self, stop_token_ids: list[int]) -> tuple[str, int]:
-        """(host, process id), when it can take requests."""
+    async def ready(self, stop_token_ids: list[int]) -> tuple[str, list[int]]:
+        """(host, ids of this process and its children), when it can take requests."""
         self._stop_token_ids = stop_token_ids
-        return socket.gethostname(), os.getpid()
+        return socket.gethostname(), [os.getpid(), *_children(os.getpid())]
 
     async def health(self) -> None:
-        """Answers at once, or raises what vLLM died of."""
+        """Answers when vLLM's own process does, or raises what it died of."""
         await self._llm.check_health()
+        await self._llm.is_sleeping()
 
-    async def generate(self, token_ids: Sequence[int], sampling: Sampling) -> list[Completion]:
+    async def generate(self, name: int, token_ids: Sequence[int], sampling: Sampling) -> list[Completion]:
         """The completions of one prompt."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -86,12 +78,30 @@ class Engine:
             seed=sampling.seed, stop_token_ids=self._stop_token_ids, logprobs=0, detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY)  # any other kind drops the responses that end before the last
         version = self._version
-        output = await self._last(token_ids, params)
+        try:
+            output = await self._last(token_ids, params, name)
+        finally:
+            self._names.pop(name, None)
+        await self._released.wait()
         return [
             Completion(
-                list(c.token_ids), [at[t].logprob for at, t in zip(c.logprobs, c.token_ids, strict=True)], c.finish_reason == "length", version)
+                list(c.token_ids), [at[t].logprob for at, t in zip(c.logprobs, c.token_ids, strict=True)], c.finish_reason == "length", self._versions(c, version))
             for c in sorted(output.outputs, key=lambda c: c.index)
         ]
+
+    def _versions(self, completion, version: int) -> tuple[tuple[int, int], ...]:
+        """(policy_version, tokens) spans of what began with `version`."""
+        if self._version == version:
+            return ((version, len(completion.token_ids)),)
+        spans = getattr(completion, "weight_versions", None)
+        if spans is None:
+            raise RuntimeError("this vLLM does not say which weights sampled a token. Remedy: vllm 0.32 or newer, or rollout.max_staleness=0")
+        return tuple((LOADED if s.version == "default" else int(s.version), s.end - s.start) for s in spans if s.end > s.start)
+
+    async def cancel(self, name: int) -> None:
+        """Ends a request, whose answer nobody waits for."""
+        if name in self._names:
+            await self._llm.abort(self._names[name])
 
     async def score(self, sequences: list[list[int]]) -> list[list[float]]:
         """Log-probs, at temperature 1, of each sequence's tokens from its second on."""
@@ -104,272 +114,126 @@ class Engine:
             for o, ids in zip(outputs, sequences, strict=True)
         ]
 
-    async def _last(self, token_ids: Sequence[int], params):
-        self._requests += 1
+    async def _last(self, token_ids: Sequence[int], params, name: int | None = None):
+        self._num_requests += 1
+        request_id = str(self._num_requests)
+        if name is not None:
+            self._names[name] = request_id
         output = None
-        async for output in self._llm.generate({"prompt_token_ids": list(token_ids)}, params, request_id=str(self._requests)):
+        async for output in self._llm.generate({"prompt_token_ids": list(token_ids)}, params, request_id=request_id):
             pass
         return output
+
+    async def sleep(self) -> None:
+        """Gives the GPU's memory back. Running requests go on after the next refit, which brings the weights again."""
+        await self._llm.sleep(level=2, mode="keep")
+        self._asleep = True
 
     async def init_transfer(self, init_info: dict) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
 
-    async def receive(self, update_info: dict, version: int) -> None:
-        """One whole refit: the sender streams while this runs."""
+    async def begin_refit(self) -> None:
+        """Running requests pause; weights may arrive."""
+        self._released.clear()
+        await self._llm.pause_generation(mode="keep", clear_cache=False)
+        if self._asleep:
+            await self._llm.wake_up(tags=["weights"])
+        if self._refitting:  # the one before broke off
+            await self._llm.finish_weight_update()
+        self._refitting = True
+        await self._llm.start_weight_update()
+
+    async def load(self, update_info: dict) -> None:
+        """One piece of the weights, or all of them, while they are sent."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        await self._llm.start_weight_update()
         await self._llm.update_weights(WeightTransferUpdateRequest(update_info=update_info))
+
+    async def end_refit(self, version: int, keep_cache: bool) -> None:
+        """All weights have arrived. Running requests go on, with the keys and values of the old weights if keep_cache."""
         await self._llm.finish_weight_update()
-        # Cached keys and values are those of the old weights.
-        if not await self._llm.reset_prefix_cache():
-            raise RuntimeError("vLLM did not reset its prefix cache: requests are still running")
+        self._refitting = False
+        if hasattr(self._llm, "update_weight_version"):
+            await self._llm.update_weight_version(str(version))
+        if self._asleep:
+            await self._llm.wake_up(tags=["kv_cache"])
+            self._asleep = False
+        elif not keep_cache and not await self._llm.reset_prefix_cache(reset_running_requests=True):
+            raise RuntimeError("vLLM did not reset its prefix cache")
         self._version = version
+        await self._llm.resume_generation()
+
+    async def release(self) -> None:
+        """The weights have been proven."""
+        self._released.set()
 
 
-@dataclass(eq=False)
-class Slot:
-    """One place for an engine, and who is in it."""
-
-    index: int
-    log: Path
-    actor: ray.actor.ActorHandle
-    process_id: tuple[str, int] | None = None  # (host, number), once it has started
-    ready: bool = False  # takes requests: started, and refitted with the others
-    pending: dict[ray.ObjectRef, int] = field(default_factory=dict)  # its requests
-    ping: tuple[ray.ObjectRef, float] | None = None  # and when it was sent
-
-    def last_words(self) -> str:
-        lines = self.log.read_text(errors="replace").splitlines()[-15:] if self.log.is_file() else []
-        return f"The end of {self.log}:\n  " + "\n  ".join(lines or ["(empty)"])
+def _children(process_id: int) -> list[int]:
+    """Ids of a process's children and theirs, of this machine."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+        except OSError:  # it has ended since
+            continue
+    found = [process_id]
+    for parent in found:
+        found += [child for child, of in parents.items() if of == parent]
+    return found[1:]
 
 
-class Engines:
-    """All engines of a run; lives on the driver."""
-
-    def __init__(self, cfg: config.Config, folder: str, *, cuda: bool, stop_token_ids: list[int], load_weights: bool = False):
-        """Starts Ray (or joins the cluster of RAY_ADDRESS) and the engines, without waiting for them.
-
-        Without `load_weights` an engine's weights are arbitrary until the first refit.
-        """
-        self._cfg, self._stop_token_ids, self._cuda = cfg.engine, stop_token_ids, cuda
-        self._rollout_timeout_s = cfg.rollout.timeout_s
-        self._args = {**_engine_args(cfg, folder, cuda=cuda, load_weights=load_weights), "seed": cfg.seed}
-        self._logs = Path(cfg.run_dir).absolute() / "logs"
-        self._logs.mkdir(parents=True, exist_ok=True)
-        self.num_failures = 0
-        _start_ray(cfg.engine.num_engines)
-        self._slots = [self._start(i) for i in range(cfg.engine.num_engines)]
-        self._starting: dict[ray.ObjectRef, Slot] = {}  # replacements
-
-    def _start(self, index: int) -> Slot:
-        log = self._logs / (f"engine_{index}.log" if not self.num_failures else f"engine_{index}.after_failure_{self.num_failures}.log")
-        actor = ray.remote(Engine).options(
-            num_cpus=1, num_gpus=1 if self._cuda else 0, max_concurrency=1000, runtime_env={"env_vars": _environment(self._cfg, self._cuda)})
-        return Slot(index, log, actor.remote(self._args, str(log)))
-
-    @property
-    def ready(self) -> list[Slot]:
-        """The engines that take part."""
-        return [slot for slot in self._slots if slot.ready]
-
-    def wait_until_ready(self) -> None:
-        for slot in self._slots:
-            slot.ready = True
-        process_ids = self.wait(self.call("ready", [(self._stop_token_ids,)] * len(self._slots)), "engine start", self._cfg.start_timeout_s)
-        for slot, process_id in zip(self._slots, process_ids, strict=True):
-            slot.process_id = process_id
-
-    def assemble(self, phase: str) -> list[Slot]:
-        """The engines that take part from now on, for the caller to refit them: those that answer, and replacements that have started.
-
-        Waits for one if none is left. Raises EngineError if a replacement could not start, or after engine.max_failures failures.
-        """
-        refs = {slot.actor.health.remote(): slot for slot in self.ready}
-        answered, _ = ray.wait(list(refs), num_returns=len(refs), timeout=self._cfg.health_timeout_s) if refs else ([], [])
-        for ref, slot in refs.items():
-            with contextlib.suppress(EnginesLost):
-                if ref not in answered:
-                    self._lose(slot, phase, f"did not answer for {self._cfg.health_timeout_s:.0f} s")
-                    continue
-                try:
-                    ray.get(ref)
-                except ray.exceptions.RayError as e:
-                    self._lose(slot, phase, _last_line(e))
-        if self._starting:
-            self._admit_replacements()
-        return self.ready
-
-    def _admit_replacements(self) -> None:
-        done, _ = ray.wait(list(self._starting), num_returns=1, timeout=0 if self.ready else self._cfg.start_timeout_s)
-        done, _ = ray.wait(list(self._starting), num_returns=len(self._starting), timeout=0) if done else (done, [])
-        if not done and not self.ready:
-            raise EngineError(f"engine start: no replacement was ready within {self._cfg.start_timeout_s:.0f} s. {next(iter(self._starting.values())).last_words()}")
-        for ref in done:
-            slot = self._starting.pop(ref)
-            try:
-                slot.process_id = ray.get(ref)
-            except ray.exceptions.RayError as e:
-                raise EngineError(f"engine start: the replacement of engine {slot.index} failed: {_last_line(e)}. {slot.last_words()}") from e
-            slot.ready = True
-
-    def generate(self, requests: Sequence[tuple[Sequence[int], Sampling]], phase: str) -> list[list[Completion]]:
-        """The completions of each (prompt token ids, sampling), in order. Each goes to the engine with the fewest responses to sample.
-
-        Raises EngineError after engine.max_failures failures of engines or rollout.timeout_s, EnginesLost if none is left.
-        """
-        for slot in self.ready:
-            slot.pending.clear()  # of a call that was given up
-        end = time.monotonic() + self._rollout_timeout_s
-        out: dict[int, list[Completion]] = {}
-        waiting = deque(range(len(requests)))
-        while len(out) < len(requests):
-            self._deal(requests, waiting)
-            flying = {ref: slot for slot in self.ready for ref in slot.pending}
-            done, _ = ray.wait(list(flying), num_returns=len(flying), timeout=0)
-            if not done:
-                done, _ = ray.wait(list(flying), num_returns=1, timeout=HEALTH_EVERY_S)
-            for ref in done:
-                slot = flying[ref]
-                if not slot.ready:  # lost since
-                    continue
-                try:
-                    out[slot.pending[ref]] = ray.get(ref)
-                    del slot.pending[ref]
-                except ray.exceptions.RayError as e:
-                    waiting.extendleft(self._lose(slot, phase, _last_line(e)))
-            for slot, problem in self._unhealthy():
-                waiting.extendleft(self._lose(slot, phase, problem))
-            if time.monotonic() > end:
-                slot = max(self.ready, key=lambda slot: len(slot.pending))
-                raise EngineError(f"{phase}: {len(requests) - len(out)} of {len(requests)} requests were not done within {self._rollout_timeout_s:.0f} s, "
-                                  f"{len(slot.pending)} of them at engine {slot.index}. {slot.last_words()}")
-        return [out[i] for i in range(len(requests))]
-
-    def _deal(self, requests: Sequence[tuple[Sequence[int], Sampling]], waiting: deque[int]) -> None:
-        """Hands out what is waiting: to each engine as much as it runs at once, and as much again, so that it never waits for more."""
-        def load(slot: Slot) -> int:
-            return sum(requests[i][1].num_responses for i in slot.pending.values())
-
-        while waiting and self.ready:
-            slot = min(self.ready, key=load)
-            if slot.pending and load(slot) >= 2 * self._cfg.max_running_responses:
-                return
-            index = waiting.popleft()
-            slot.pending[slot.actor.generate.remote(*requests[index])] = index
-
-    def _unhealthy(self) -> list[tuple[Slot, str]]:
-        """Engines that do not answer, or say that they cannot go on."""
-        out = []
-        for slot in self.ready:
-            if slot.ping is None:
-                slot.ping = slot.actor.health.remote(), time.monotonic()
-                continue
-            ref, sent = slot.ping
-            if ray.wait([ref], timeout=0)[0]:
-                slot.ping = None
-                try:
-                    ray.get(ref)
-                except ray.exceptions.RayError as e:
-                    out.append((slot, _last_line(e)))
-            elif time.monotonic() - sent > self._cfg.health_timeout_s:
-                out.append((slot, f"did not answer for {self._cfg.health_timeout_s:.0f} s"))
-        return out
-
-    def _lose(self, slot: Slot, phase: str, problem: str) -> list[int]:
-        """Ends an engine, starts one in its place, and returns the requests that it leaves behind."""
-        self.num_failures += 1
-        left, slot.ready = sorted(slot.pending.values(), reverse=True), False
-        what = f"{phase}: engine {slot.index} failed: {problem}. {slot.last_words()}"
-        ray.kill(slot.actor)
-        if slot.process_id and slot.process_id[0] == socket.gethostname():  # Ray asks a process to end itself: one that is stopped cannot
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(slot.process_id[1], signal.SIGKILL)
-        if self.num_failures > self._cfg.max_failures:
-            raise EngineError(f"{what}\nfailure {self.num_failures} of engines, and engine.max_failures = {self._cfg.max_failures}")
-        print(f"{what}\n{len(left)} of its requests go to the {len(self.ready)} other engines; a replacement is started", flush=True)
-        self._slots[slot.index] = replacement = self._start(slot.index)
-        self._starting[replacement.actor.ready.remote(self._stop_token_ids)] = replacement
-        if not self.ready:
-            raise EnginesLost(what)
-        return left
-
-    def call(self, method: str, args: Sequence[tuple]) -> list[ray.ObjectRef]:
-        """Starts `method` on every engine that takes part, each with its own arguments; `wait` collects."""
-        return [getattr(slot.actor, method).remote(*arg) for slot, arg in zip(self.ready, args, strict=True)]
-
-    def wait(self, refs: Sequence[ray.ObjectRef], phase: str, timeout_s: float) -> list:
-        """The results of `call`, or EngineError."""
-        end, slots = time.monotonic() + timeout_s, self.ready
-        pending = list(refs)
-        while pending:
-            done, pending = ray.wait(pending, num_returns=1, timeout=max(end - time.monotonic(), 0))
-            for ref in done or pending:
-                slot = slots[list(refs).index(ref)]
-                if not done:
-                    raise EngineError(f"{phase}: engine {slot.index} did not answer within {timeout_s:.0f} s. {slot.last_words()}")
-                try:
-                    ray.get(ref)
-                except ray.exceptions.RayError as e:
-                    raise EngineError(f"{phase}: engine {slot.index} failed: {_last_line(e)}. {slot.last_words()}") from e
-        return ray.get(list(refs))
-
-    def stop(self) -> None:
-        for slot in self._slots:
-            ray.kill(slot.actor)
-        ray.shutdown()
-
-
-def _last_line(e: BaseException) -> str:
-    return str(e).strip().splitlines()[-1]
-
-
-def _start_ray(num_engines: int) -> None:
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=False)
-        return
-    ray.init(
-        num_cpus=num_engines, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1",
-        object_store_memory=256 << 20, configure_logging=True, logging_level="error")
-
-
-def _environment(cfg: config.Engine, cuda: bool) -> dict[str, str]:
-    env = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1"}
-    if not cuda:
-        env |= {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core is its own worker: one process less to start
-            "TORCHDYNAMO_DISABLE": "1",  # two small samplers compile themselves at first use, 20 s, despite enforce_eager
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the default binds every engine to the same core
-            "OMP_NUM_THREADS": str(cfg.num_threads),
-            "OMP_WAIT_POLICY": "passive",  # spinning threads would take the trainer's core
-        }
-    return env
-
-
-def _engine_args(cfg: config.Config, folder: str, *, cuda: bool, load_weights: bool) -> dict:
+def arguments(cfg: config.Config, folder: str, *, cuda: bool, load_weights: bool, backend: str) -> dict:
+    """vLLM's engine arguments. Raises InputError."""
+    e = cfg.engine
     args = dict(
         model=str(Path(folder).absolute()),
-        dtype=cfg.engine.dtype,
+        dtype=e.dtype,
+        quantization=e.quantization,
+        kv_cache_dtype=e.kv_cache_dtype,
+        kv_cache_memory_bytes=e.kv_cache_bytes,
         max_model_len=cfg.max_total_tokens,
-        max_num_seqs=cfg.engine.max_running_responses,
+        max_num_seqs=e.max_running_responses,
+        max_num_batched_tokens=e.max_batched_tokens,
+        enable_prefix_caching=e.prefix_caching,
+        enforce_eager=e.enforce_eager or not cuda,
+        tensor_parallel_size=e.tp,
+        distributed_executor_backend="mp" if e.tp > 1 else None,  # in a placement group vLLM would choose ray
+        seed=cfg.seed,
         skip_tokenizer_init=True,
         generation_config="vllm",  # not the model folder's: it may carry a temperature or a top_p of its own
         logprobs_mode="processed_logprobs",  # those of the distribution that was sampled from
         load_format="auto" if load_weights else "dummy",
-        weight_transfer_config={"backend": "nccl" if cuda else "gloo"},
+        weight_transfer_config={"backend": backend},
         disable_log_stats=True,
     )
-    if not cuda:
-        args |= dict(
-            worker_extension_cls="grpo_mcore.gloo_receiver.WorkerExtension",
-            enforce_eager=True,
-            block_size=32,  # the CPU's default of 128 leaves short prompts without a prefix hit
-            # A seeded request whose prompt is split over two engine steps rewinds its generator, which a CPU's cannot.
-            enable_chunked_prefill=False,
-            max_num_batched_tokens=max(cfg.max_total_tokens, 2048),
-        )
-    if cfg.engine.kv_cache_bytes is not None:
-        args["kv_cache_memory_bytes"] = cfg.engine.kv_cache_bytes
-    return args
+    if cuda:
+        colocated = e.placement in ("auto", "colocated")
+        args |= dict(enable_sleep_mode=colocated, gpu_memory_utilization=e.gpu_memory_frac or (0.5 if colocated else 0.9))
+        return args
+    if e.kv_cache_bytes is None:
+        raise InputError("engine.kv_cache_bytes", None, "must be given for an engine on a CPU", "set it to 67108864 for a tiny model, or to what the responses need")
+    if e.kv_cache_dtype != "auto":
+        raise InputError("engine.kv_cache_dtype", e.kv_cache_dtype, "needs a GPU, and this is a CPU", "set it to auto")
+    return args | dict(
+        worker_extension_cls="grpo_mcore.gloo_receiver.WorkerExtension",
+        block_size=32,  # the CPU's default of 128 leaves short prompts without a prefix hit
+        # A seeded request whose prompt is split over two engine steps rewinds its generator, which a CPU's cannot.
+        enable_chunked_prefill=False,
+        max_num_batched_tokens=max(e.max_batched_tokens or 2048, cfg.max_total_tokens),
+    )
+
+
+def environment(cfg: config.Config, *, cuda: bool) -> dict[str, str]:
+    """Variables of an engine's processes."""
+    env = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1"}
+    if cuda:
+        return env | ({"VLLM_BATCH_INVARIANT": "1"} if cfg.deterministic else {})
+    return env | {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core is its own worker: one process less to start
+        "TORCHDYNAMO_DISABLE": "1",  # two small samplers compile themselves at first use, 20 s, despite enforce_eager
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the default binds every engine to the same core
+        "OMP_NUM_THREADS": str(cfg.engine.num_threads),
+        "OMP_WAIT_POLICY": "passive",  # spinning threads would take the trainer's core
+    }

@@ -119,10 +119,11 @@ def run(main: Callable[[], None]) -> None:
         code = 143
     except Exception as e:
         from grpo_mcore.checkpoint import AttestationError
-        from grpo_mcore.engine import EngineError
+        from grpo_mcore.engines import EngineError
+        from grpo_mcore.metrics import MismatchError
         from grpo_mcore.refit import RefitError
 
-        if isinstance(e, (AttestationError, EngineError, RefitError, FloatingPointError)):
+        if isinstance(e, (AttestationError, EngineError, MismatchError, RefitError, FloatingPointError)):
             print(f"error: {e}", file=sys.stderr, flush=True)  # it says all that the traceback would
         else:
             traceback.print_exc()

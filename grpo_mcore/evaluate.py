@@ -9,10 +9,11 @@ from pathlib import Path
 
 
 from grpo_mcore import checkpoint, config, convert, hf_weights, model, prompts, reward
-from grpo_mcore.engine import LOADED, Engines
+from grpo_mcore.engine import LOADED
+from grpo_mcore.engines import Engines
 from grpo_mcore.parallel import topology
-from grpo_mcore.rollout import rollout
-from grpo_mcore.types import Group, Prompt
+from grpo_mcore.rollout import grade, sample
+from grpo_mcore.types import Prompt
 
 
 @dataclass(frozen=True)
@@ -47,19 +48,11 @@ class Result:
                 f"({self.num_problems} problems, {self.truncated_frac:.1%} truncated)")
 
 
-def grade(groups: Sequence[Group], tokenizer: prompts.Tokenizer, grader: reward.Grader) -> tuple[list[list[float]], list[reward.Verdict]]:
-    """(rewards_PG, verdicts in the order of groups and responses)."""
-    items = [(tokenizer.decode(r.token_ids), g.prompt.answer, r.truncated) for g in groups for r in g.responses]
-    verdicts = grader.grade(items)
-    it = iter(verdicts)
-    return [[next(it).reward for _ in g.responses] for g in groups], verdicts
-
-
 def evaluate(engines: Engines, eval_prompts: Sequence[Prompt], tokenizer: prompts.Tokenizer, grader: reward.Grader, cfg: config.Config, *, version: int) -> Result:
     """k samples of every prompt with the weights the engines hold. The same samples for the same weights and seed."""
-    groups = rollout(
+    groups = sample(
         engines, eval_prompts, group_size=cfg.eval.samples_per_prompt, temperature=cfg.eval.temperature, top_p=cfg.eval.top_p,
-        max_tokens=cfg.eval_response_tokens, seed=cfg.seed, version=version, phase="evaluation")
+        max_tokens=cfg.eval_response_tokens, seed=cfg.seed, version=version, timeout_s=cfg.rollout.timeout_s)
     rewards_PG, _ = grade(groups, tokenizer, grader)
     truncated = [r.truncated for g in groups for r in g.responses]
     return Result.of(rewards_PG, sum(truncated) / len(truncated))

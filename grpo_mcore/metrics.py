@@ -7,10 +7,13 @@ import shutil
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from grpo_mcore import config
 
 
 @dataclass(frozen=True)
@@ -64,16 +67,39 @@ def merge(parts: list[dict[str, Metric]]) -> dict[str, Metric]:
     return out
 
 
-def mismatch(rollout_logprobs_R: torch.Tensor, old_logprobs_R: torch.Tensor, cap: float = 2.0) -> dict[str, Metric]:
-    """What the engine sampled with against what the trainer scores: log-prob differences, the share of tokens whose
-    importance weight exp(old - rollout) exceeds `cap`, and k3 of KL(rollout || old)."""
+class MismatchError(RuntimeError):
+    """The engines sample with another distribution than the trainer scores."""
+
+
+POSITIONS = (0, 256, 1024, 4096, 16384)  # tokens into a sequence at which buckets of mismatch begin
+
+
+def mismatch(rollout_logprobs_R: torch.Tensor, old_logprobs_R: torch.Tensor, position_R: torch.Tensor, cap: float = 2.0) -> dict[str, Metric]:
+    """What the engine sampled with against what the trainer scores: log-prob differences, also by position in the sequence, the
+    share of tokens whose importance weight exp(old - rollout) exceeds `cap`, and k3 of KL(rollout || old)."""
     d = old_logprobs_R - rollout_logprobs_R
-    return {
+    out = {
         "mismatch/logprob_abs_mean": Mean.of(d.abs()),
         "mismatch/logprob_abs_max": Max.of(d.abs()),
         "mismatch/beyond_cap_frac": Mean.of((d.exp() > cap).float()),
         "mismatch/k3": Mean.of(d.clamp(-20, 20).expm1() - d.clamp(-20, 20)),
     }
+    for start, end in zip(POSITIONS, (*POSITIONS[1:], math.inf)):
+        inside = (position_R >= start) & (position_R < end)
+        if inside.any():
+            out[f"mismatch/logprob_abs_mean_from_{start}"] = Mean.of(d[inside].abs())
+    return out
+
+
+def check_mismatch(merged: dict[str, Metric], bounds: config.Mismatch, *, speaks: bool) -> None:
+    """Raises MismatchError above the bound to stop at; says so (the rank that `speaks`) above the bound to warn at."""
+    seen = merged["mismatch/logprob_abs_mean"].value
+    what = f"mean |old - rollout| log-prob is {seen:.3g}: the engines sample with another distribution than the trainer scores"
+    advice = "See mismatch/* by position: a rise with length points to the engines' precision or kernels (engine.dtype, quantization, enforce_eager, kv_cache_dtype)"
+    if bounds.stop_above is not None and not seen <= bounds.stop_above:  # NaN stops too
+        raise MismatchError(f"{what}; mismatch.stop_above = {bounds.stop_above:g}. {advice}; loss.importance_level corrects for it.")
+    if bounds.warn_above is not None and not seen <= bounds.warn_above and speaks:
+        print(f"warning: {what}; mismatch.warn_above = {bounds.warn_above:g}. {advice}", flush=True)
 
 
 class Timer:
@@ -127,6 +153,12 @@ class Writer:
         for name, value in row.items():
             self._board.add_scalar(name, value, step)
         self._board.flush()
+
+    def write_rollouts(self, step: int, rows: Iterable[dict]) -> None:
+        """RUN/rollouts/step_000001.jsonl: what was sampled for the step."""
+        path = self.path.parent / "rollouts" / f"step_{step:06d}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def show(self, step: int, row: dict[str, float]) -> None:
         done = step - self._start

@@ -99,23 +99,20 @@ def load(source: str, data: config.Data, tokenizer: Tokenizer, name: str) -> tup
 
 
 class Stream:
-    """Endless prompts, shuffled anew each epoch. `cursor` is the number of prompts trained on: all the state there is."""
+    """Endless prompts, shuffled anew each epoch: a position in it is all the state there is."""
 
-    def __init__(self, prompts: Sequence[Prompt], seed: int, cursor: int = 0):
-        self._prompts, self._seed, self.cursor = prompts, seed, cursor
+    def __init__(self, prompts: Sequence[Prompt], seed: int):
+        self._prompts, self._seed = prompts, seed
+        self._orders: dict[int, list[int]] = {}  # of the epochs last asked for
 
-    def next(self, n: int) -> list[Prompt]:
-        out = [self._at(self.cursor + i) for i in range(n)]
-        self.cursor += n
-        return out
-
-    def _at(self, position: int) -> Prompt:
+    def at(self, position: int) -> Prompt:
         epoch, index = divmod(position, len(self._prompts))
         return self._prompts[self._order(epoch)[index]]
 
     def _order(self, epoch: int) -> list[int]:
-        if getattr(self, "_shuffled", (None,))[0] != epoch:
+        order = self._orders.get(epoch)
+        if order is None:
             order = list(range(len(self._prompts)))
             random.Random(f"{self._seed}/{epoch}").shuffle(order)
-            self._shuffled = (epoch, order)
-        return self._shuffled[1]
+            self._orders = {e: o for e, o in self._orders.items() if e >= epoch - 1} | {epoch: order}
+        return order

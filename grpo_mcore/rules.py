@@ -7,12 +7,12 @@ from grpo_mcore.config import Config, InputError, Parallel, packed_alignment
 _POSITIVE = """num_steps num_threads collective_timeout_s data.max_prompt_tokens parallel.tp parallel.pp
 parallel.virtual_pp parallel.cp parallel.ep parallel.recompute_num_layers precision.fp8_amax_history optimizer.lr rollout.prompts_per_step
 rollout.group_size rollout.temperature rollout.max_response_tokens rollout.timeout_s engine.num_engines
-engine.max_running_responses engine.num_threads engine.start_timeout_s engine.health_timeout_s reward.num_processes reward.cpu_s reward.wall_s
+engine.max_running_responses engine.tp engine.gpu_memory_frac engine.max_batched_tokens rollout.max_draws mismatch.warn_above mismatch.stop_above engine.num_threads engine.start_timeout_s engine.health_timeout_s reward.num_processes reward.cpu_s reward.wall_s
 reward.memory_bytes batch.global_batch_size batch.max_tokens_per_microbatch refit.bucket_bytes refit.timeout_s eval.every
 eval.samples_per_prompt eval.max_prompts eval.max_response_tokens engine.kv_cache_bytes eval.temperature eval.top_p checkpoint.keep checkpoint.timeout_s warm_start.batch_size warm_start.lr warm_start.max_steps""".split()
-_NOT_NEGATIVE = """loss.kl_coef loss.clip_low loss.clip_high optimizer.warmup_steps optimizer.weight_decay optimizer.clip_grad checkpoint.every checkpoint.keep_best engine.max_failures
+_NOT_NEGATIVE = """loss.kl_coef loss.clip_low loss.clip_high optimizer.warmup_steps optimizer.weight_decay optimizer.clip_grad checkpoint.every checkpoint.keep_best engine.max_failures rollout.max_staleness rollout.oversampling_frac rollout.keep_texts
 precision.fp8_first_layers_bf16 precision.fp8_last_layers_bf16""".split()
-_FRACTIONS = "loss.clip_low eval.top_p optimizer.beta1 optimizer.beta2 optimizer.warmup_start_frac warm_start.corrupted_frac warm_start.stop_at_pass_rate".split()
+_FRACTIONS = "engine.gpu_memory_frac loss.clip_low eval.top_p optimizer.beta1 optimizer.beta2 optimizer.warmup_start_frac warm_start.corrupted_frac warm_start.stop_at_pass_rate".split()
 
 
 def check(config: Config) -> None:
@@ -51,10 +51,28 @@ def check(config: Config) -> None:
     if c.keep_best and c.best_metric.startswith("eval/") and (e.data is None or c.every % e.every):
         raise InputError("checkpoint.best_metric", c.best_metric, f"is known of a checkpoint only if eval.every = {e.every} divides checkpoint.every = {c.every}, and eval.data is given",
                          "change one of them")
+    _check_rollout(config)
     _check_parallel(config.parallel)
     check_device(config, config.device)
     if "{problem}" not in config.data.prompt_template:
         raise InputError("data.prompt_template", config.data.prompt_template, "must contain {problem}", "add it where the problem goes")
+
+
+def _check_rollout(config: Config) -> None:
+    r, e = config.rollout, config.engine
+    if r.oversampling_frac and not r.dynamic_sampling:
+        raise InputError("rollout.oversampling_frac", r.oversampling_frac, "draws for groups that rollout.dynamic_sampling passes over, and it is off", "switch it on, or set this to 0")
+    if r.max_draws < 1:
+        raise InputError("rollout.max_draws", r.max_draws, "must be 1 or more: a step needs prompts_per_step prompts", "raise it")
+    if r.cache_after_refit == "keep" and not r.max_staleness:
+        raise InputError("rollout.cache_after_refit", r.cache_after_refit, "says what becomes of responses that run during a refit, and with rollout.max_staleness = 0 none does", "raise rollout.max_staleness, or leave it at recompute")
+    if e.kv_cache_bytes is not None and e.gpu_memory_frac is not None:
+        raise InputError("engine.gpu_memory_frac", e.gpu_memory_frac, f"and engine.kv_cache_bytes = {e.kv_cache_bytes} both set the cache", "set one of them to null")
+    if e.cores and len(e.cores) < e.num_engines * e.num_threads:
+        raise InputError("engine.cores", e.cores, f"must name a core for each of {e.num_engines} engines x {e.num_threads} threads", "name more, or none")
+    for part in e.offload_trainer:
+        if part not in ("gradients", "optimizer"):
+            raise InputError("engine.offload_trainer", part, "must be of gradients, optimizer", "choose among them")
 
 
 def _check_parallel(p: Parallel) -> None:
@@ -74,7 +92,11 @@ def _check_parallel(p: Parallel) -> None:
 
 def check_device(config: Config, device: str) -> None:
     """The rules between the configuration and `device`; auto: not known yet."""
-    p, kernel = config.precision, config.kernels.linear_logprob
+    p, kernel, e = config.precision, config.kernels.linear_logprob, config.engine
+    if e.placement not in ("auto", "cpu") and device == "cpu":
+        raise InputError("engine.placement", e.placement, "shares out GPUs, and this is a CPU", "set it to auto, or run on a GPU")
+    if e.placement == "cpu" and device == "cuda":
+        raise InputError("engine.placement", e.placement, "is for engines on a CPU, and this is a GPU", "choose colocated or disaggregated")
     if kernel == "triton" and device == "cpu":
         raise InputError("kernels.linear_logprob", kernel, "needs a GPU, and this is a CPU", "set it to auto, or run on a GPU")
     if p.fp8 is None:

@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 
 from grpo_mcore import advantage, batch, checkpoint, config, config_file, curves, entry, loss, metrics, model, prompts, reward, rules, warm_start
-from grpo_mcore.engine import Engines, EnginesLost
-from grpo_mcore.evaluate import evaluate, grade
+from grpo_mcore.engines import Engines, EnginesLost
+from grpo_mcore.evaluate import evaluate
 from grpo_mcore.hf_weights import local_folder
 from grpo_mcore.parallel import collectives, topology
 from grpo_mcore.parallel.topology import Topology
 from grpo_mcore.policy import FrozenPolicy, Policy, learning_rate
 from grpo_mcore.refit import Refit
-from grpo_mcore.rollout import rollout
+from grpo_mcore.rollout import Rollout, Step
 from grpo_mcore.types import GlobalBatch, Group
 
 NUM_CANARIES, CANARY_TOKENS = 4, 64
@@ -28,12 +28,11 @@ ENGINES_LOST = "engines lost"
 
 @dataclass
 class Run:
-    """The parts of a run on this rank. Engines, grader and writer are the driver's alone (None elsewhere)."""
+    """The parts of a run on this rank. Engines, rollout, grader and writer are the driver's alone (None elsewhere)."""
 
     cfg: config.Config
     topology: Topology
     tokenizer: prompts.Tokenizer
-    stream: prompts.Stream
     eval_prompts: list
     policy: Policy
     reference: FrozenPolicy | None
@@ -43,9 +42,11 @@ class Run:
     preemption: entry.Preemption
     timer: metrics.Timer
     engines: Engines | None
+    rollout: Rollout | None
     grader: reward.Grader | None
     writer: metrics.Writer | None
     seconds_before: float  # wall clock of the run's earlier processes
+    evaluated: int = -1  # the step whose policy was evaluated last
 
     def seconds(self) -> float:
         """Wall clock of the run so far, imports included."""
@@ -62,27 +63,22 @@ def train(run: Run) -> None:
         step = run.progress.step  # the policy has completed exactly `step` steps: its version
         with time_of("refit"):
             refit_metrics = run.refit(version=step)
-        if cfg.eval.data and (step % cfg.eval.every == 0 or step == cfg.num_steps):
-            with time_of("eval"):
-                run.preemption.unless_asked(lambda: evaluate_and_write(run, step))
-        if step == cfg.num_steps:
-            break
-        work = collectives.broadcast(sample_and_grade(run, step), run.topology)
+        work = collectives.broadcast(evaluate_and_sample(run, step), run.topology)
         if work is None:
             return leave(run)
         if work == ENGINES_LOST:  # the same step again, with those that take their place
-            run.stream.cursor = run.progress.cursor
             continue
-        groups, rewards_PG, verdicts = work
-        advantages_PG = advantage.group_advantages(torch.tensor(rewards_PG), **dataclasses.asdict(cfg.advantage))
-        batches = assemble(run, groups, advantages_PG)
+        if step == cfg.num_steps:
+            break
+        advantages_PG = advantage.group_advantages(torch.tensor(work.rewards_PG), **dataclasses.asdict(cfg.advantage))
+        batches = assemble(run, work.groups, advantages_PG)
         with time_of("logprob"):
             mismatch = score(run, batches)
         with time_of("update"):
             lr = learning_rate(cfg.optimizer, step, cfg.num_steps)
             updates = [run.policy.update(b, functools.partial(loss.grpo, cfg=cfg.loss), lr=lr) for b in batches]
-        run.progress = checkpoint.Progress(step + 1, run.stream.cursor, run.seconds())
-        write_step(run, groups, verdicts, refit_metrics, [mismatch, *updates], batches, lr)
+        run.progress = checkpoint.Progress(step + 1, work.cursor, run.seconds())
+        write_step(run, work, refit_metrics, [mismatch, *updates], batches, lr)
         with time_of("checkpoint"):
             run.checkpoints.poll()
             if cfg.checkpoint.every and ((step + 1) % cfg.checkpoint.every == 0 or step + 1 == cfg.num_steps):
@@ -92,20 +88,27 @@ def train(run: Run) -> None:
         raise entry.Preempted("stopped by SIGTERM after the last step; the same command evaluates it")
 
 
-def sample_and_grade(run: Run, step: int) -> tuple[list[Group], list, list] | str | None:
-    """(groups, rewards_PG, verdicts) on the driver, or ENGINES_LOST, or None if SIGTERM came; elsewhere None. Every rank moves its prompt cursor."""
-    drawn = run.stream.next(run.cfg.rollout.prompts_per_step)
+def evaluate_and_sample(run: Run, step: int) -> Step | str | None:
+    """The step's graded groups on the driver ("" after the last step), or ENGINES_LOST, or None if SIGTERM came; elsewhere None.
+
+    With rollout.max_staleness, further steps go on being sampled afterwards.
+    """
     if run.engines is None:
         return None
+    cfg = run.cfg
 
     def work():
         try:
+            if step < cfg.num_steps:
+                run.rollout.begin(step)
+            if cfg.eval.data and run.evaluated < step and (step % cfg.eval.every == 0 or step == cfg.num_steps):
+                with run.timer("eval"):
+                    evaluate_and_write(run, step)
+                run.evaluated = step
             with run.timer("rollout"):
-                groups = sample(run, drawn, step)
+                return run.rollout.take() if step < cfg.num_steps else ""
         except EnginesLost:
             return ENGINES_LOST
-        with run.timer("reward"):
-            return groups, *grade(groups, run.tokenizer, run.grader)
 
     return run.preemption.unless_asked(work)
 
@@ -117,12 +120,6 @@ def leave(run: Run) -> None:
     run.checkpoints.wait()
     saved = f"step {run.progress.step} is saved" if run.progress.step else "no step was completed"
     raise entry.Preempted(f"stopped by SIGTERM: {saved}; the same command goes on from there")
-
-
-def sample(run: Run, drawn: list, step: int) -> list[Group]:
-    """The step's groups, from the engines."""
-    r = run.cfg.rollout
-    return rollout(run.engines, drawn, group_size=r.group_size, temperature=r.temperature, max_tokens=r.max_response_tokens, seed=run.cfg.seed, version=step)
 
 
 def assemble(run: Run, groups: list[Group], advantages_PG: torch.Tensor) -> list[GlobalBatch]:
@@ -140,7 +137,7 @@ def score(run: Run, batches: list[GlobalBatch]) -> dict[str, metrics.Metric]:
         for m, logprobs_R in zip(b.microbatches, run.policy.logprobs(b.microbatches), strict=True):
             m.old_logprobs_R = logprobs_R
             if logprobs_R is not None:  # the last pipeline stage
-                parts.append(metrics.mismatch(m.rollout_logprobs_R, logprobs_R))
+                parts.append(metrics.mismatch(m.rollout_logprobs_R, logprobs_R, m.position_ids_T[m.position_R]))
         if run.reference is not None:
             for m, logprobs_R in zip(b.microbatches, run.reference.logprobs(b.microbatches), strict=True):
                 m.ref_logprobs_R = logprobs_R
@@ -148,30 +145,29 @@ def score(run: Run, batches: list[GlobalBatch]) -> dict[str, metrics.Metric]:
 
 
 def evaluate_and_write(run: Run, step: int) -> None:
-    if run.engines is None:
-        return
     result = evaluate(run.engines, run.eval_prompts, run.tokenizer, run.grader, run.cfg, version=step)
     run.writer.write(step, result.metrics())
     run.writer.say(f"evaluation after {step} steps: {result}")
 
 
-def write_step(run: Run, groups: list[Group], verdicts: list[reward.Verdict], refit_metrics: dict, parts: list[dict], batches: list[GlobalBatch], lr: float) -> None:
-    """One row of metrics, of all ranks. Collective."""
+def write_step(run: Run, work: Step, refit_metrics: dict, parts: list[dict], batches: list[GlobalBatch], lr: float) -> None:
+    """One row of metrics, of all ranks, and the step's rollouts. Collective. Raises MismatchError on all ranks."""
     mine = metrics.merge(parts) if run.topology.reports else {}
-    merged = metrics.merge([refit_metrics, *collectives.gather(mine, run.topology)])
+    merged = metrics.merge([refit_metrics, work.metrics if run.topology.is_driver else {}, *collectives.gather(mine, run.topology)])
+    metrics.check_mismatch(merged, run.cfg.mismatch, speaks=run.topology.is_driver)
     if run.writer is None:
         return
-    rewards = [v.reward for v in verdicts]
-    groups_of_rewards = [rewards[i : i + len(groups[0].responses)] for i in range(0, len(rewards), len(groups[0].responses))]
-    lengths = [len(r.token_ids) for g in groups for r in g.responses]
+    responses = [r for g in work.groups for r in g.responses]
+    rewards = [v.reward for v in work.verdicts]
+    lengths = [len(r.token_ids) for r in responses]
     times = run.timer.drain()
     row = {
         "reward/mean": sum(rewards) / len(rewards),
-        "reward/mixed_groups_frac": sum(len(set(g)) > 1 for g in groups_of_rewards) / len(groups),
-        **{f"reward/{status}": float(count) for status, count in reward.counts(verdicts).items()},
+        "reward/mixed_groups_frac": sum(len(set(row)) > 1 for row in work.rewards_PG) / len(work.groups),
+        **{f"reward/{status}": float(count) for status, count in reward.counts(work.verdicts).items()},
         "rollout/response_tokens_mean": sum(lengths) / len(lengths),
         "rollout/response_tokens_max": float(max(lengths)),
-        "rollout/truncated_frac": sum(r.truncated for g in groups for r in g.responses) / len(lengths),
+        "rollout/truncated_frac": sum(r.truncated for r in responses) / len(lengths),
         **{name: metric.value for name, metric in sorted(merged.items())},
         "update/lr": lr,
         "update/microbatches": float(sum(len(b.microbatches) for b in batches)),
@@ -181,7 +177,22 @@ def write_step(run: Run, groups: list[Group], verdicts: list[reward.Verdict], re
         "tokens_per_s": sum(b.num_tokens for b in batches) / sum(s for name, s in times.items() if name not in ("time/eval_s", "time/checkpoint_s")),
     }
     run.writer.write(run.progress.step, row)
+    run.writer.write_rollouts(run.progress.step, rollout_rows(run, work))
     run.writer.show(run.progress.step, row)
+
+
+def rollout_rows(run: Run, work: Step) -> Iterator[dict]:
+    """One of each response; the texts of the first groups."""
+    verdicts = iter(work.verdicts)
+    for index, (position, group) in enumerate(zip(work.positions, work.groups, strict=True)):
+        for sample, response in enumerate(group.responses):
+            verdict = next(verdicts)
+            row = {
+                "position": position, "prompt_id": group.prompt.id, "sample": sample, "prompt_tokens": len(group.prompt.token_ids), "response_tokens": len(response.token_ids),
+                "truncated": response.truncated, "versions": response.versions, "reward": verdict.reward, "status": verdict.status, "answer": verdict.answer, "detail": verdict.detail}
+            if index < run.cfg.rollout.keep_texts:
+                row |= {"problem": group.prompt.problem, "gold": group.prompt.answer, "response": run.tokenizer.decode(response.token_ids)}
+            yield row
 
 
 @contextlib.contextmanager
@@ -197,7 +208,7 @@ def open_run(cfg: config.Config) -> Iterator[Run]:
     rules.check_device(cfg, device.type)
     driver = topology.rank() == 0
     with contextlib.ExitStack() as stack:
-        engines = grader = writer = None
+        engines = rollout = grader = writer = None
         if driver:
             prepare_run_dir(cfg)
             print(f"{len(train_prompts)} prompts ({too_long} over-long left out), {len(eval_prompts)} for evaluation; starting {cfg.engine.num_engines} engines", flush=True)
@@ -220,12 +231,14 @@ def open_run(cfg: config.Config) -> Iterator[Run]:
             stack.callback(writer.close)
             timer = metrics.Timer(writer.phase)
             engines.wait_until_ready()
+            rollout = Rollout(engines, prompts.Stream(train_prompts, cfg.seed), tokenizer, grader, cfg, cursor=progress.cursor)
+            stack.callback(rollout.close)
         preemption = entry.Preemption()
         preemption.listen(driver)
         canary = [p.token_ids[:CANARY_TOKENS] for p in train_prompts[:NUM_CANARIES]]
         yield Run(
-            cfg, topo, tokenizer, prompts.Stream(train_prompts, cfg.seed, progress.cursor), eval_prompts, policy, reference,
-            progress, Refit(policy, engines, cfg, topo, canary), checkpoints, preemption, timer, engines, grader, writer, progress.seconds)
+            cfg, topo, tokenizer, eval_prompts, policy, reference, progress, Refit(policy, engines, cfg, topo, canary), checkpoints, preemption, timer,
+            engines, rollout, grader, writer, progress.seconds)
         topology.disconnect()
 
 

@@ -46,7 +46,7 @@ class Response:
     token_ids: tuple[int, ...]  # EOS included
     rollout_logprobs: tuple[float, ...]  # one a token, natural log, at the sampling temperature
     truncated: bool  # hit the length limit before EOS
-    policy_version: int  # of the weights that sampled it
+    versions: tuple[tuple[int, int], ...] = ()  # (policy_version, tokens sampled with it), in order; none: not sampled by the policy
 
 
 @dataclass(frozen=True)

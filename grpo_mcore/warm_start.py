@@ -72,7 +72,7 @@ def teach(policy: Policy, cfg: config.Config) -> None:
     def sample(problem: str, corrupt: bool) -> batch.Sample:
         text = arithmetic.demonstration(problem, corrupt=rng if corrupt else None)
         token_ids = tokenizer.encode_plain(text)
-        response = Response(token_ids, (0.0,) * len(token_ids), truncated=False, policy_version=0)
+        response = Response(token_ids, (0.0,) * len(token_ids), truncated=False)
         return batch.Sample(Prompt(0, problem, "", tokenizer.encode(problem, cfg.data)), response, 0.0)
 
     def packed(samples: list[batch.Sample]) -> list:

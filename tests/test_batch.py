@@ -22,7 +22,7 @@ def group(prompt_id: int, prompt: tuple[int, ...], *responses: tuple[int, ...]) 
     """Its tokens' rollout log-probs are minus the tokens, so that a mix-up shows."""
     return Group(
         Prompt(prompt_id, "", "", prompt),
-        tuple(Response(r, tuple(-float(t) for t in r), truncated=r[-1] != EOS, policy_version=0) for r in responses))
+        tuple(Response(r, tuple(-float(t) for t in r), truncated=r[-1] != EOS) for r in responses))
 
 
 def test_the_worked_example_of_types():
@@ -139,7 +139,7 @@ def test_shared_packing_keeps_every_sample_once_within_the_bound_and_order(ranks
 
 
 def test_long_responses_keep_their_prompts_to_themselves():
-    long = [Sample(Prompt(0, "", "", (1, 2)), Response((3,) * n, (-1.0,) * n, False, 0), 1.0) for n in (300, 300, 100)]
+    long = [Sample(Prompt(0, "", "", (1, 2)), Response((3,) * n, (-1.0,) * n, False), 1.0) for n in (300, 300, 100)]
     sizes = [len(b) for b in blocks(long, share_prompts=True)]
     assert sizes == [1, 2]  # 302 + 300 is beyond MAX_BLOCK_TOKENS = 512, 302 + 100 is not
 
@@ -450,12 +450,12 @@ def test_assemble_refuses_what_does_not_fit_together(change, message):
 
 
 def test_a_response_without_a_log_prob_for_each_token_is_refused():
-    short = Sample(Prompt(0, "", "", (5,)), Response((1, 2, 3), (-1.0, -1.0), False, 0), 1.0)
+    short = Sample(Prompt(0, "", "", (5,)), Response((1, 2, 3), (-1.0, -1.0), False), 1.0)
     with pytest.raises(ValueError, match="has 3 tokens, but 2 rollout log-probs"):
         microbatch([short], [1.0])
 
 
 def test_log_probs_are_matched_with_tokens_response_by_response():
-    lacks, exceeds = (Sample(Prompt(0, "", "", (5,)), Response(ids, logprobs, False, 0), 1.0) for ids, logprobs in (((1, 2), (-1.0,)), ((3,), (-3.0, -3.5))))
+    lacks, exceeds = (Sample(Prompt(0, "", "", (5,)), Response(ids, logprobs, False), 1.0) for ids, logprobs in (((1, 2), (-1.0,)), ((3,), (-3.0, -3.5))))
     with pytest.raises(ValueError, match="rollout log-probs"):
         microbatch([lacks, exceeds], [1.0, 1.0])

@@ -17,8 +17,8 @@ PACKAGE = "grpo_mcore"
 LEVELS = [
     ["config", "config_file", "rules", "types"],
     ["kernels", "parallel"],
-    ["prompts", "arithmetic", "math_answer", "reward", "advantage", "batch", "logprob", "loss"],
-    ["model", "hf_weights", "policy", "engine", "refit", "weight_transfer", "gloo_receiver", "checkpoint", "stored", "convert", "metrics"],
+    ["prompts", "arithmetic", "math_answer", "reward", "advantage", "batch", "logprob", "loss", "dispatch", "admission"],
+    ["model", "hf_weights", "policy", "engine", "engines", "refit", "weight_transfer", "gloo_receiver", "checkpoint", "stored", "convert", "metrics"],
     ["rollout", "evaluate", "warm_start", "curves"],
     ["trainer", "trainer_async", "entry"],
 ]
@@ -28,14 +28,16 @@ LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 LIBRARIES = {
     "torch.distributed": {"parallel", "weight_transfer", "gloo_receiver", "checkpoint", "stored"},  # the last two: its checkpoint format
     "triton": {"kernels"},
-    "vllm": {"engine", "refit", "rollout", "gloo_receiver", "weight_transfer"},
-    "ray": {"engine", "refit", "rollout"},
+    "vllm": {"engine", "gloo_receiver", "weight_transfer"},
+    "ray": {"engines"},
     "megatron": {"parallel", "model", "policy", "refit", "checkpoint", "convert"},
     "transformers": {"prompts", "model", "hf_weights", "arithmetic"},
 }
 
 # All that these import, beside the standard library.
 PURE = {
+    "dispatch": set(),
+    "admission": set(),
     "advantage": {"torch", f"{PACKAGE}.config", f"{PACKAGE}.types"},
     "loss": {"torch", f"{PACKAGE}.config", f"{PACKAGE}.types"},
     "math_answer": {"math_verify"},

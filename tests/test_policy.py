@@ -33,7 +33,7 @@ def groups(seed: int = 0, *, P: int = 4, G: int = 4) -> tuple[list[Group], torch
     for p in range(P):
         responses = [tokens(1, 24) for _ in range(G)]
         # Old log-probs are recomputed; what the engine recorded only feeds the mismatch metrics.
-        out.append(Group(Prompt(p, "", "", tokens(2, 9)), tuple(Response(r, (-1.0,) * len(r), False, 0) for r in responses)))
+        out.append(Group(Prompt(p, "", "", tokens(2, 9)), tuple(Response(r, (-1.0,) * len(r), False) for r in responses)))
     return out, torch.randn(P, G, generator=torch.Generator().manual_seed(seed))
 
 
@@ -257,7 +257,7 @@ def test_learning_rate_warms_up_and_decays():
 
 def test_a_microbatch_of_one_response_token_scores(model_folders, alone):
     policy = make_policy(model_folders["qwen2_tied"], alone)
-    s = batch.Sample(Prompt(0, "", "", (5,)), Response((7,), (0.0,), False, 0), 1.0)
+    s = batch.Sample(Prompt(0, "", "", (5,)), Response((7,), (0.0,), False), 1.0)
     m = batch.microbatch([s], [1.0])
     (ours,) = policy.logprobs([m])
     (oracle,) = hf_logprobs(model_folders["qwen2_tied"], GlobalBatch([m]))
