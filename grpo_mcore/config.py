@@ -132,6 +132,10 @@ class Engine:
     health_timeout_s: float = 60.0  # an engine that does not answer for so long is replaced
     max_failures: int = 3  # of engines in one process's life; one more stops the run
 
+    def is_colocated(self, device: str) -> bool:
+        """Whether engines and trainers of this device (cpu, cuda) take turns on it."""
+        return device == "cuda" and self.placement in ("auto", "colocated")
+
 
 @dataclass(frozen=True)
 class Reward:

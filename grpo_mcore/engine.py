@@ -220,7 +220,7 @@ def arguments(cfg: config.Config, folder: str, *, cuda: bool, load_weights: bool
         disable_log_stats=True,
     )
     if cuda:
-        colocated = e.placement in ("auto", "colocated")
+        colocated = e.is_colocated("cuda")
         args |= dict(enable_sleep_mode=colocated, gpu_memory_utilization=e.gpu_memory_frac or (0.5 if colocated else 0.9))
         return args
     if e.kv_cache_bytes is None:

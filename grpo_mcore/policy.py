@@ -123,6 +123,21 @@ class Policy(FrozenPolicy):
             for module in self.modules:
                 module.start_param_sync(force_sync=True)
 
+    def offload(self, parts: Sequence[str]) -> None:
+        """Gives back the GPU memory of `gradients` and of the `optimizer`, whose state goes to the host's; `onload` undoes it."""
+        if "gradients" in parts:
+            for module in self.modules:
+                module.offload_grad_buffers()
+        if "optimizer" in parts:
+            self.optimizer.offload_to_cpu()
+
+    def onload(self, parts: Sequence[str]) -> None:
+        if "gradients" in parts:
+            for module in self.modules:
+                module.restore_grad_buffers()
+        if "optimizer" in parts:
+            self.optimizer.restore_from_cpu()
+
     def _check_gradient(self) -> None:
         ends = [x for module in self.modules for buffer in module.buffers for x in torch.aminmax(buffer.grad_data)]  # NaN is an end
         if not collectives.on_any_rank(not torch.stack(ends).isfinite().all().item(), self.topology):

@@ -95,6 +95,8 @@ def check_device(config: Config, device: str) -> None:
     p, kernel, e = config.precision, config.kernels.linear_logprob, config.engine
     if e.placement not in ("auto", "cpu") and device == "cpu":
         raise InputError("engine.placement", e.placement, "shares out GPUs, and this is a CPU", "set it to auto, or run on a GPU")
+    if e.is_colocated(device) and p.params == "float32" and "optimizer" in e.offload_trainer:
+        raise InputError("engine.offload_trainer", e.offload_trainer, "cannot take the optimizer off the GPU with precision.params = float32: its weights are the model's own", "leave optimizer out, or train in bfloat16")
     if e.placement == "cpu" and device == "cuda":
         raise InputError("engine.placement", e.placement, "is for engines on a CPU, and this is a GPU", "choose colocated or disaggregated")
     if kernel == "triton" and device == "cpu":

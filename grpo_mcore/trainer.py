@@ -61,9 +61,11 @@ def train(run: Run) -> None:
     cfg, time_of = run.cfg, run.timer
     while True:
         step = run.progress.step  # the policy has completed exactly `step` steps: its version
+        lend_gpus(run)
         with time_of("refit"):
             refit_metrics = run.refit(version=step)
         work = collectives.broadcast(evaluate_and_sample(run, step), run.topology)
+        reclaim_gpus(run)
         if work is None:
             return leave(run)
         if work == ENGINES_LOST:  # the same step again, with those that take their place
@@ -110,7 +112,26 @@ def evaluate_and_sample(run: Run, step: int) -> Step | str | None:
         except EnginesLost:
             return ENGINES_LOST
 
-    return run.preemption.unless_asked(work)
+    result = run.preemption.unless_asked(work)
+    if colocated(run):
+        run.engines.sleep(cfg.refit.timeout_s)
+    return result
+
+
+def colocated(run: Run) -> bool:
+    return run.cfg.engine.is_colocated(run.topology.device.type)
+
+
+def lend_gpus(run: Run) -> None:
+    """Before a refit wakes the engines: they sample with the memory that the trainer can do without."""
+    if colocated(run):
+        run.policy.offload(run.cfg.engine.offload_trainer)
+
+
+def reclaim_gpus(run: Run) -> None:
+    """When the engines are asleep."""
+    if colocated(run):
+        run.policy.onload(run.cfg.engine.offload_trainer)
 
 
 def leave(run: Run) -> None:

@@ -199,6 +199,22 @@ def test_responses_that_run_during_a_refit_go_on_with_the_new_weights_and_every_
 
 
 @slow
+def test_responses_wait_while_engines_sleep_and_go_on_after_the_refit_that_wakes_them(session, undisturbed):
+    """On a CPU sleeping gives no memory back; the order of the verbs is the same."""
+    answers = [session.engines.submit((0, i), p.token_ids, Sampling(1, 1.0, 200, seed=i), "test") for i, p in enumerate(PROMPTS[:16])]
+    time.sleep(0.1)
+    session.engines.sleep(20)
+    time.sleep(0.5)
+    done = [answer for answer in answers if answer.done()]
+    time.sleep(1)
+    assert len(done) < 16 and [answer for answer in answers if answer.done()] == done
+    session.refit(2)
+    completions = [answer.result(60)[0] for answer in answers]
+    assert max(difference(session, p, c).max() for p, c in zip(PROMPTS, completions)) < 1e-3
+    session.refit(1)
+
+
+@slow
 def test_a_cancelled_request_is_not_answered_and_its_key_may_come_again(session, undisturbed):
     prompt = PROMPTS[0].token_ids
     first = session.engines.submit((0, 0), prompt, Sampling(4, 1.0, 200, seed=1), "test")

@@ -247,6 +247,26 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(model_fol
     assert all(torch.equal(p, q) for p, q in zip(policy.chunks[0].parameters(), before, strict=True))
 
 
+def test_what_leaves_the_gpu_between_steps_comes_back_as_it_was(model_folders):
+    """On a CPU the storage of the gradients is really given back; the optimizer's is where it should go already."""
+    def weights(parts: list[str]) -> list[torch.Tensor]:
+        topo = connect()
+        policy = Policy(model_folders["qwen2_tied"], topo, precision=config.Precision(params="bfloat16"), temperature=1.0, optimizer=config.Optimizer(lr=1e-2))
+        for seed in range(2):
+            b = batch_of(topo, max_tokens=100, seed=seed)
+            for m, logprobs in zip(b.microbatches, policy.logprobs(b.microbatches), strict=True):
+                m.old_logprobs_R = logprobs
+            policy.update(b, functools.partial(loss.grpo, cfg=config.Loss()), lr=1e-2)
+            policy.offload(parts)
+            assert all(buffer.grad_data.untyped_storage().size() == 0 for m in policy.modules for buffer in m.buffers) == ("gradients" in parts)
+            policy.onload(parts)
+        out = [p.detach().clone() for p in policy.chunks[0].parameters()]
+        topology.disconnect()
+        return out
+
+    assert all(map(torch.equal, weights([]), weights(["gradients", "optimizer"])))
+
+
 def test_learning_rate_warms_up_and_decays():
     cfg = config.Optimizer(lr=1.0, lr_schedule="constant", warmup_steps=10, warmup_start_frac=0.1)
     # 0.1 + 0.9 * step / 10
