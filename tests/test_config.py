@@ -277,3 +277,36 @@ def test_a_key_written_twice_is_refused(tmp_path):
 
 def test_a_string_override_may_hold_what_yaml_cannot_read(minimal):
     assert load(minimal, ["data.prompt_template={problem}="]).data.prompt_template == "{problem}="
+
+
+def write(folder: Path, **files: str) -> Path:
+    """The first of the files, NAME.yaml each."""
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return folder / f"{next(iter(files))}.yaml"
+
+
+def test_an_heir_changes_what_it_names_key_by_key_and_keeps_the_rest(tmp_path):
+    (tmp_path / "sub").mkdir()
+    write(tmp_path, base=MINIMAL + "optimizer: {lr: 1e-5, eps: 1e-7}\nwarm_start: {task: two_digit_sums}\nparallel: {recompute_modules: [core_attn, mlp]}\n")
+    write(tmp_path, middle="inherit: base.yaml\nnum_steps: 4\noptimizer: {lr: 1e-4}\nseed: 1\n")
+    top = write(tmp_path / "sub", top="inherit: ../middle.yaml\nwarm_start: null\nseed: 2\nparallel: {recompute_modules: [mlp]}\neval: {data: x.jsonl}\n")
+    cfg = load(top, ["optimizer.beta1=0.8"])
+    assert (cfg.model, cfg.num_steps, cfg.seed, cfg.warm_start) == ("some/folder", 4, 2, None)
+    assert cfg.optimizer == config.Optimizer(lr=1e-4, eps=1e-7, beta1=0.8)
+    assert cfg.parallel.recompute_modules == ("mlp",)  # a list is a value
+    assert cfg.eval == config.Eval(data="x.jsonl")
+    assert load(tmp_path / "middle.yaml").warm_start == config.WarmStart(task="two_digit_sums")
+
+
+@pytest.mark.parametrize("files, message", [
+    ({"a": "inherit: b.yaml", "b": "inherit: c.yaml", "c": "inherit: a.yaml"}, r"inherit = '.*/a\.yaml \(in .*/c\.yaml\)': inherits itself, by way of others or at once\. Remedy: break the circle\."),
+    ({"a": "inherit: a.yaml"}, r"inherit = '.*/a\.yaml \(in .*/a\.yaml\)': inherits itself"),
+    ({"a": "inherit: gone.yaml"}, r"inherit = '.*/gone\.yaml \(in .*/a\.yaml\)': there is no such file"),
+    ({"a": "inherit: [b.yaml]"}, r"inherit = \['b\.yaml'\]: must be one file's path"),
+    ({"a": "inherit: b.yaml", "b": "- 1"}, r"inherit = '.*/b\.yaml \(in .*/a\.yaml\)': must hold a mapping"),
+    ({"a": "inherit: b.yaml", "b": MINIMAL + "rollout: {group_sise: 3}"}, r"rollout\.group_sise = 3: there is no such key"),
+    ({"a": "inherit: b.yaml\nrollout: 5", "b": MINIMAL + "rollout: {group_size: 4}"}, r"rollout = 5: must be a section of keys"),
+])
+def test_an_inheritance_that_cannot_be_followed_is_refused(tmp_path, files, message):
+    assert re.match(message, refused(load, write(tmp_path, **files)))
