@@ -25,7 +25,10 @@ class Data:
     answer_key: str = "answer"
     prompt_template: str = "{problem}"  # `{problem}` is replaced; every other brace is literal
     chat_template: bool = True  # wrap the text as the user's turn in the tokenizer's chat template
-    max_prompt_tokens: int = 1024  # longer prompts are left out, and counted
+    max_prompt_tokens: int = 1024  # longer prompts are over-long
+    overlong_prompts: Literal["filter", "mask"] = "filter"  # left out, or kept in their place, cut to max_prompt_tokens, without a loss
+    shuffle_seed: int | None = None  # of the prompts' order; null: seed
+    skip_prompts: int = 0  # of that order, at the start: those that former stages trained on
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,7 @@ class Rollout:
     group_size: int = 8  # responses per prompt
     temperature: float = 1.0
     max_response_tokens: int = 7168
+    max_total_tokens: int | None = None  # prompt and response together; null: no limit but their own
     timeout_s: float = 3600.0  # for all responses of a step
 
 
@@ -163,7 +167,7 @@ class Eval:
     max_prompts: int | None = None
     temperature: float = 1.0
     top_p: float = 1.0
-    max_response_tokens: int | None = None  # null: rollout.max_response_tokens
+    max_response_tokens: int | None = None  # null: as in training, rollout.max_total_tokens included
 
 
 @dataclass(frozen=True)
@@ -202,14 +206,25 @@ class Config:
     eval: Eval = field(default_factory=Eval)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
 
-    @property
-    def max_total_tokens(self) -> int:
-        """Longest sequence, prompt and response, of training or evaluation."""
-        return self.data.max_prompt_tokens + max(self.rollout.max_response_tokens, self.eval_response_tokens)
+    def response_tokens(self, prompt_tokens: int, *, evaluation: bool = False) -> int:
+        """The limit of one response to a prompt of `prompt_tokens`; at least 1."""
+        if evaluation and self.eval.max_response_tokens is not None:
+            return self.eval.max_response_tokens
+        total, response = self.rollout.max_total_tokens, self.rollout.max_response_tokens
+        return response if total is None else max(min(response, total - prompt_tokens), 1)
 
     @property
-    def eval_response_tokens(self) -> int:
-        return self.eval.max_response_tokens or self.rollout.max_response_tokens
+    def longest_train_tokens(self) -> int:
+        """Longest sequence, prompt and response, that is trained on."""
+        prompt, total = self.data.max_prompt_tokens, self.rollout.max_total_tokens
+        longest = prompt + self.rollout.max_response_tokens
+        return longest if total is None else min(longest, total)
+
+    @property
+    def longest_tokens(self) -> int:
+        """Longest sequence, prompt and response, of training or evaluation."""
+        evaluated = self.data.max_prompt_tokens + self.eval.max_response_tokens if self.eval.max_response_tokens else 0
+        return max(self.longest_train_tokens, evaluated)
 
     @property
     def responses_per_step(self) -> int:

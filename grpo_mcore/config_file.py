@@ -142,7 +142,7 @@ def describe(config: Config, world_size: int) -> str:
         "responses per optimizer step": f"{config.batch.global_batch_size} responses (over all ranks)",
         "optimizer steps per step": f"{config.optimizer_steps_per_step} optimizer steps",
         "tokens per microbatch": f"at most {config.batch.max_tokens_per_microbatch} tokens (per data-parallel rank)",
-        "longest sequence": f"{config.max_total_tokens} tokens (prompt and response)",
+        "longest sequence": f"{config.longest_tokens} tokens (prompt and response)",
         "optimizer steps of the run": f"{config.num_steps * config.optimizer_steps_per_step} optimizer steps ({config.num_steps} steps)",
         "ranks by axis": f"tp {p.tp} x cp {p.cp} x pp {p.pp} x dp {world_size // p.ranks_per_replica} = {world_size} ranks; {config.engine.num_engines} engines",
     }

@@ -352,7 +352,7 @@ def _engine_args(cfg: config.Config, folder: str, *, cuda: bool, load_weights: b
     args = dict(
         model=str(Path(folder).absolute()),
         dtype=cfg.engine.dtype,
-        max_model_len=cfg.max_total_tokens,
+        max_model_len=cfg.longest_tokens,
         max_num_seqs=cfg.engine.max_running_responses,
         skip_tokenizer_init=True,
         generation_config="vllm",  # not the model folder's: it may carry a temperature or a top_p of its own
@@ -368,7 +368,7 @@ def _engine_args(cfg: config.Config, folder: str, *, cuda: bool, load_weights: b
             block_size=32,  # the CPU's default of 128 leaves short prompts without a prefix hit
             # A seeded request whose prompt is split over two engine steps rewinds its generator, which a CPU's cannot.
             enable_chunked_prefill=False,
-            max_num_batched_tokens=max(cfg.max_total_tokens, 2048),
+            max_num_batched_tokens=max(cfg.longest_tokens, 2048),
         )
     if cfg.engine.kv_cache_bytes is not None:
         args["kv_cache_memory_bytes"] = cfg.engine.kv_cache_bytes

@@ -161,17 +161,9 @@ def write_step(run: Run, groups: list[Group], verdicts: list[reward.Verdict], re
     merged = metrics.merge([refit_metrics, *collectives.gather(mine, run.topology)])
     if run.writer is None:
         return
-    rewards = [v.reward for v in verdicts]
-    groups_of_rewards = [rewards[i : i + len(groups[0].responses)] for i in range(0, len(rewards), len(groups[0].responses))]
-    lengths = [len(r.token_ids) for g in groups for r in g.responses]
     times = run.timer.drain()
     row = {
-        "reward/mean": sum(rewards) / len(rewards),
-        "reward/mixed_groups_frac": sum(len(set(g)) > 1 for g in groups_of_rewards) / len(groups),
-        **{f"reward/{status}": float(count) for status, count in reward.counts(verdicts).items()},
-        "rollout/response_tokens_mean": sum(lengths) / len(lengths),
-        "rollout/response_tokens_max": float(max(lengths)),
-        "rollout/truncated_frac": sum(r.truncated for g in groups for r in g.responses) / len(lengths),
+        **sample_metrics(groups, verdicts),
         **{name: metric.value for name, metric in sorted(merged.items())},
         "update/lr": lr,
         "update/microbatches": float(sum(len(b.microbatches) for b in batches)),
@@ -184,6 +176,27 @@ def write_step(run: Run, groups: list[Group], verdicts: list[reward.Verdict], re
     run.writer.show(run.progress.step, row)
 
 
+def sample_metrics(groups: list[Group], verdicts: list[reward.Verdict]) -> dict[str, float]:
+    """Of a step's groups and their verdicts, in order; masked ones only count as such."""
+    def mean(values: list) -> float:
+        return sum(values) / len(values) if values else 0.0
+
+    it = iter(verdicts)
+    graded = [(group, [next(it) for _ in group.responses]) for group in groups]
+    graded = [(group, part) for group, part in graded if not group.prompt.masked]
+    counted = [v for _, part in graded for v in part]
+    responses = [r for group, _ in graded for r in group.responses]
+    return {
+        "reward/mean": mean([v.reward for v in counted]),
+        "reward/mixed_groups_frac": mean([len({v.reward for v in part}) > 1 for _, part in graded]),
+        **{f"reward/{status}": float(count) for status, count in reward.counts(counted).items()},
+        "rollout/masked_prompts_frac": 1 - len(graded) / len(groups),
+        "rollout/response_tokens_mean": mean([len(r.token_ids) for r in responses]),
+        "rollout/response_tokens_max": float(max((len(r.token_ids) for r in responses), default=0)),
+        "rollout/truncated_frac": mean([r.truncated for r in responses]),
+    }
+
+
 @contextlib.contextmanager
 def open_run(cfg: config.Config) -> Iterator[Run]:
     """Everything `train` needs. What can be wrong with the input is found before anything expensive starts."""
@@ -191,7 +204,7 @@ def open_run(cfg: config.Config) -> Iterator[Run]:
     model.check_parallel(hf_config, cfg.parallel, cfg.precision)
     check_lengths(cfg, hf_config)
     tokenizer = prompts.Tokenizer(local)
-    train_prompts, too_long = prompts.load(cfg.data.train, cfg.data, tokenizer, "data.train")
+    train_prompts, too_long = prompts.load(cfg.data.train, cfg.data, tokenizer, "data.train", overlong=cfg.data.overlong_prompts)
     eval_prompts = prompts.load(cfg.eval.data, cfg.data, tokenizer, "eval.data")[0][: cfg.eval.max_prompts] if cfg.eval.data else []
     device = topology.pick_device(cfg.device)
     rules.check_device(cfg, device.type)
@@ -200,7 +213,7 @@ def open_run(cfg: config.Config) -> Iterator[Run]:
         engines = grader = writer = None
         if driver:
             prepare_run_dir(cfg)
-            print(f"{len(train_prompts)} prompts ({too_long} over-long left out), {len(eval_prompts)} for evaluation; starting {cfg.engine.num_engines} engines", flush=True)
+            print(f"{len(train_prompts)} prompts ({too_long} over-long {'masked' if cfg.data.overlong_prompts == 'mask' else 'left out'}), {len(eval_prompts)} for evaluation; starting {cfg.engine.num_engines} engines", flush=True)
             engines = Engines(cfg, local, cuda=device.type == "cuda", stop_token_ids=tokenizer.stop_token_ids)
             stack.callback(engines.stop)
             entry.stop_on_sigterm()
@@ -222,18 +235,19 @@ def open_run(cfg: config.Config) -> Iterator[Run]:
             engines.wait_until_ready()
         preemption = entry.Preemption()
         preemption.listen(driver)
+        stream = prompts.Stream(train_prompts, cfg.seed if cfg.data.shuffle_seed is None else cfg.data.shuffle_seed, progress.cursor, skip=cfg.data.skip_prompts)
         canary = [p.token_ids[:CANARY_TOKENS] for p in train_prompts[:NUM_CANARIES]]
         yield Run(
-            cfg, topo, tokenizer, prompts.Stream(train_prompts, cfg.seed, progress.cursor), eval_prompts, policy, reference,
+            cfg, topo, tokenizer, stream, eval_prompts, policy, reference,
             progress, Refit(policy, engines, cfg, topo, canary), checkpoints, preemption, timer, engines, grader, writer, progress.seconds)
         topology.disconnect()
 
 
 def check_lengths(cfg: config.Config, hf_config) -> None:
-    if cfg.max_total_tokens > hf_config.max_position_embeddings:
+    if cfg.longest_tokens > hf_config.max_position_embeddings:
         raise config.InputError(
             "rollout.max_response_tokens", cfg.rollout.max_response_tokens,
-            f"with data.max_prompt_tokens = {cfg.data.max_prompt_tokens} makes {cfg.max_total_tokens} tokens; the model was made for {hf_config.max_position_embeddings}",
+            f"with data.max_prompt_tokens = {cfg.data.max_prompt_tokens} makes {cfg.longest_tokens} tokens; the model was made for {hf_config.max_position_embeddings}",
             "shorten one of them")
 
 
