@@ -191,6 +191,8 @@ class Config:
     deterministic: bool = False  # the trainer's arithmetic on a GPU, slower; a CPU's is anyway
     num_threads: int = 1  # CPU threads of one trainer rank
     collective_timeout_s: float = 1800.0  # longest wait of a rank for the others, beyond rollout.timeout_s
+    recipe: Literal["guide/8k", "guide/16k", "guide/24k", "original/8k", "original/16k", "original/24k"] | None = None  # what this follows, see recipe.py
+    recipe_deviations: tuple[str, ...] = ()  # the quantities of that recipe in which this deviates on purpose
     warm_start: WarmStart | None = None
     parallel: Parallel = field(default_factory=Parallel)
     precision: Precision = field(default_factory=Precision)

@@ -8,15 +8,15 @@ if __name__ == "__mp_main__":
 if __name__ == "__main__":
 
     def main() -> None:
-        from grpo_mcore import config_file, rules
+        from grpo_mcore import config_file, recipe, rules
         from grpo_mcore.parallel import topology
 
         command = entry.parse(__doc__)
         cfg = command.config
         rules.check_ranks(cfg, topology.world_size())
+        if topology.rank() == 0:
+            print(f"{config_file.describe(cfg, topology.world_size())}\n{recipe.describe(cfg)}" if command.dry_run else recipe.summary(cfg), flush=True)
         if command.dry_run:
-            if topology.rank() == 0:
-                print(config_file.describe(cfg, topology.world_size()))
             return
         from grpo_mcore import trainer
 
