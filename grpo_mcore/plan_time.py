@@ -144,7 +144,8 @@ def report(cfg: Config, hf_config, machine: Machine, a: Assumptions) -> str:
         f"  {'sum':34}{sum(seconds.values()):9.1f}   {cfg.num_steps} steps: {cfg.num_steps * sum(seconds.values()) / 3600:.1f} hours",
         f"  {running_responses(cfg, hf_config, machine, a):.0f} responses run at once on an engine",
         "",
-        f"Assumed: {a}; {ENGINE_OVERHEAD_BYTES >> 30} GiB of an engine beside weights and KV cache; every token a response token. Not in it: reward, evaluation.",
+        f"Assumed: {a}; {ENGINE_OVERHEAD_BYTES >> 30} GiB of an engine beside weights and KV cache; every token a response token"
+        f"{'; an engine sleeps while the policy learns' if at.colocated else ''}. Not in it: reward, evaluation.",
         "Arithmetic, which has not been compared with a GPU.",
     ]
     return "\n".join(lines)

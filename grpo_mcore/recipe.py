@@ -104,6 +104,7 @@ ROWS = (
     Row("entropy bonus", "", key("loss.entropy_coef"), 0.0, 0.001),
     Row("advantage baseline", "", key("advantage.baseline"), "leave_one_out", "mean"),
     Row("advantage over the std", "of the same responses", key("advantage.normalize_by_std"), True, True),
+    Row("advantage where the std is 0", "", fixed("not normalised"), "not normalised", None),
     # The original's sum of microbatches' means depends on how tokens fall into microbatches: it is not built.
     Row("loss aggregation", "", key("loss.aggregation"), "token_mean", "token_mean of each microbatch, summed"),
     Row("longest prompt", "tokens", key("data.max_prompt_tokens"), Each(8191, 16383, 24575), 1024),  # guide: what leaves room for a token

@@ -213,7 +213,8 @@ def open_run(cfg: config.Config) -> Iterator[Run]:
         engines = grader = writer = None
         if driver:
             prepare_run_dir(cfg)
-            print(f"{len(train_prompts)} prompts ({too_long} over-long {'masked' if cfg.data.overlong_prompts == 'mask' else 'left out'}), {len(eval_prompts)} for evaluation; starting {cfg.engine.num_engines} engines", flush=True)
+            what = "masked" if cfg.data.overlong_prompts == "mask" else "left out"
+            print(f"{len(train_prompts)} prompts ({too_long} over-long {what}), {len(eval_prompts)} for evaluation; starting {cfg.engine.num_engines} engines", flush=True)
             engines = Engines(cfg, local, cuda=device.type == "cuda", stop_token_ids=tokenizer.stop_token_ids)
             stack.callback(engines.stop)
             entry.stop_on_sigterm()

@@ -5,6 +5,7 @@ Not covered here: that training with them reaches the published accuracy.
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -97,13 +98,22 @@ def test_what_follows_no_recipe_has_no_table():
     assert recipe.describe(cfg) == "" and recipe.summary(cfg) == "2 optimizer steps per step of 128 responses"
 
 
+def test_a_dry_run_needs_no_torchrun_to_show_a_layout_of_several_ranks():
+    out = dry_run(CONFIGS / "deepscaler_24k.yaml")
+    assert "tp 2 x cp 1 x pp 1 x dp 1 = 2 ranks; 8 engines" in out and "# recipe guide/24k" in out
+
+
+def dry_run(path: Path) -> str:
+    out = subprocess.run([sys.executable, str(ROOT / "launch/train.py"), "--cfg", str(path), "--dry-run"], env=environment(), text=True, capture_output=True, timeout=120)
+    assert out.returncode == 0, out.stderr
+    return out.stdout
+
+
 @pytest.mark.parametrize("preset, words", [
     ("deepscaler_8k.yaml", "16 optimizer steps per step of 64 responses"),
     ("original/deepscaler_8k.yaml", "2 optimizer steps per step of 512 responses"),
 ])
 def test_a_dry_run_prints_the_optimizer_steps_and_both_publications(preset, words):
-    out = subprocess.run([sys.executable, str(ROOT / "launch/train.py"), "--cfg", str(CONFIGS / preset), "--dry-run"], env=environment(), text=True, capture_output=True, timeout=120)
-    assert out.returncode == 0, out.stderr
-    (line,) = [line for line in out.stdout.splitlines() if line.split()[1:3] == ["optimizer", "steps"] and "per step of" in line]
+    (line,) = [line for line in dry_run(CONFIGS / preset).splitlines() if line.split()[1:3] == ["optimizer", "steps"] and "per step of" in line]
     cells = [cell for cell in line.split("  ") if cell.strip()]
     assert [cell.strip() for cell in cells[2:]] == [words, "16 optimizer steps per step of 64 responses", "2 optimizer steps per step of 512 responses"]
