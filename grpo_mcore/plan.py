@@ -4,7 +4,7 @@ Arithmetic on the model's shapes, and the assumptions below. It has not been com
 are compared with what Megatron allocates on a CPU (tests/test_plan.py). Bytes are of one GPU, the fullest; GB are 1e9 bytes.
 
     update     policy, gradients, optimizer, activations; a colocated engine sleeps, its weights and KV cache given back
-    rollout    engine and KV cache; beside it, if colocated, all of the policy that is kept between updates
+    rollout    engine and KV cache; beside it, if colocated, what of the policy stays on the GPU between updates
 
 Attention never holds its L x L scores (flash attention), and the head never its logits (kernels/). What FP8 layers keep is counted as
 if it were bfloat16: too much.
@@ -62,6 +62,26 @@ class Machine:
 
 
 @dataclass(frozen=True)
+class Sharing:
+    """How engines span and share GPUs: the configuration's keys for it, and what holds where it has none."""
+
+    colocated: bool
+    tp: int  # GPUs of one engine
+    memory_frac: float  # of a GPU's memory, for its engine
+    offloaded: tuple[str, ...]  # of the policy, while engines sample
+    weight_bytes: int  # of a number of the layers' matrices
+    kv_bytes: int  # of a number of the cache
+
+
+def sharing(cfg: Config) -> Sharing:
+    e, size = cfg.engine, 2 if cfg.engine.dtype == "bfloat16" else 4
+    colocated = getattr(e, "placement", "auto") in ("auto", "colocated")
+    return Sharing(
+        colocated, getattr(e, "tp", 1), getattr(e, "gpu_memory_frac", None) or (0.5 if colocated else 0.9), getattr(e, "offload_trainer", ()) if colocated else (),
+        1 if getattr(e, "quantization", None) else size, 1 if getattr(e, "kv_cache_dtype", "auto") == "fp8" else size)
+
+
+@dataclass(frozen=True)
 class Placement:
     """Who is on which GPUs."""
 
@@ -73,18 +93,16 @@ class Placement:
 
 def placement(cfg: Config, hf_config, machine: Machine) -> Placement:
     """Raises InputError for what the GPUs, the model or each other do not allow."""
-    engine_tp = getattr(cfg.engine, "tp", 1)  # getattr: of the keys by which engines span and share GPUs, where the configuration has them
-    engine_gpus = cfg.engine.num_engines * engine_tp
-    colocated = getattr(cfg.engine, "placement", "colocated" if engine_gpus == machine.num_gpus else "disaggregated") == "colocated"
-    ranks = machine.num_gpus if colocated else machine.num_gpus - engine_gpus
+    engines = sharing(cfg)
+    engine_gpus = cfg.engine.num_engines * engines.tp
+    ranks = machine.num_gpus if engines.colocated else machine.num_gpus - engine_gpus
     if ranks < 1 or engine_gpus > machine.num_gpus:
-        raise InputError("engine.num_engines", cfg.engine.num_engines, f"takes {engine_gpus} of {machine.num_gpus} GPUs, and leaves {ranks} to the policy",
-                         "lower it, or set it so that every GPU has an engine beside the policy")
+        raise InputError("engine.num_engines", cfg.engine.num_engines, f"takes {engine_gpus} of {machine.num_gpus} GPUs", "lower it")
     rules.check_ranks(cfg, ranks)
     model.check_parallel(hf_config, cfg.parallel, cfg.precision)
     if cfg.precision.fp8 and machine.gpu.fp8_flops_per_s is None:
         raise InputError("precision.fp8", cfg.precision.fp8, f"needs FP8 matrix products, which {machine.name} has not", "set precision.fp8=null, or take another GPU")
-    return Placement(colocated, ranks, ranks // cfg.parallel.ranks_per_replica, engine_tp)
+    return Placement(engines.colocated, ranks, ranks // cfg.parallel.ranks_per_replica, engines.tp)
 
 
 def num_parameters(hf_config, parallel: Parallel = Parallel(), stage: int = 0) -> int:
@@ -217,20 +235,25 @@ def memory(cfg: Config, hf_config, machine: Machine) -> Memory:
         for stage in {0, cfg.parallel.pp - 1}]
     update = max(stages, key=lambda parts: sum(parts.values()))
     states = [state_bytes(cfg, hf_config, at.dp, stage) for stage in {0, cfg.parallel.pp - 1}]
-    beside = {**max(states, key=lambda parts: sum(parts.values())), **framework} if at.colocated else {}
-    size = 2 if cfg.engine.dtype == "bfloat16" else 4
-    rollout = {**beside, "engine: weights": size * num_parameters(hf_config) / at.engine_tp, "engine: CUDA graphs, workspaces": ENGINE_OVERHEAD_BYTES}
-    rollout["engine: KV cache"] = kv_cache_bytes(cfg, hf_config, at.engine_tp, gpu, taken=sum(rollout.values()), own=sum(v for k, v in rollout.items() if k.startswith("engine")))
-    return Memory({"update": update, "rollout": rollout}, gpu.memory_bytes)
+    stays = {name: size for name, size in max(states, key=lambda parts: sum(parts.values())).items() if not name.startswith(sharing(cfg).offloaded)}
+    beside = {**stays, **framework} if at.colocated else {}
+    engine = {"engine: weights": engine_weight_bytes(cfg, hf_config), "engine: CUDA graphs, workspaces": ENGINE_OVERHEAD_BYTES}
+    engine["engine: KV cache"] = kv_cache_bytes(cfg, hf_config, gpu, own=sum(engine.values()))
+    return Memory({"update": update, "rollout": {**beside, **engine}}, gpu.memory_bytes)
 
 
-def kv_cache_bytes(cfg: Config, hf_config, engine_tp: int, gpu: Gpu, *, taken: float, own: float) -> float:
-    """As configured, else what is left of the GPU or of the engine's share of it; at least one longest sequence."""
+def engine_weight_bytes(cfg: Config, hf_config) -> float:
+    """On one GPU; embedding, head, biases and norms are never quantised."""
+    e, quantised = sharing(cfg), layer_parameters(hf_config)
+    return (e.weight_bytes * quantised + (2 if cfg.engine.dtype == "bfloat16" else 4) * (num_parameters(hf_config) - quantised)) / e.tp
+
+
+def kv_cache_bytes(cfg: Config, hf_config, gpu: Gpu, *, own: float) -> float:
+    """On one GPU: as configured, else what the engine's share of the GPU leaves; at least one longest sequence."""
     if cfg.engine.kv_cache_bytes is not None:
         return cfg.engine.kv_cache_bytes
-    least = cfg.longest_tokens * kv_bytes_per_token(hf_config, 2 if cfg.engine.dtype == "bfloat16" else 4) / engine_tp
-    share = getattr(cfg.engine, "gpu_memory_frac", None)
-    return max(gpu.memory_bytes * 0.97 - taken if share is None else gpu.memory_bytes * share - own, least)
+    e = sharing(cfg)
+    return max(gpu.memory_bytes * e.memory_frac - own, cfg.longest_tokens * kv_bytes_per_token(hf_config, e.kv_bytes) / e.tp)
 
 
 def changed(cfg: Config, changes: dict[str, object]) -> Config:
@@ -261,6 +284,12 @@ def remedies(cfg: Config, hf_config) -> Iterator[dict[str, object]]:
         yield {"parallel.pp": pp}
     if cfg.engine.kv_cache_bytes is not None:
         yield {"engine.kv_cache_bytes": None}
+    elif hasattr(cfg.engine, "gpu_memory_frac"):
+        for percent in range(80, 0, -10):
+            if percent / 100 < sharing(cfg).memory_frac:
+                yield {"engine.gpu_memory_frac": percent / 100}
+    if hasattr(cfg.engine, "offload_trainer") and sharing(cfg).colocated and set(sharing(cfg).offloaded) != {"gradients", "optimizer"}:
+        yield {"engine.offload_trainer": ("gradients", "optimizer")}
 
 
 def smallest_change(cfg: Config, hf_config, machine: Machine) -> dict[str, object] | None:
@@ -275,11 +304,11 @@ def smallest_change(cfg: Config, hf_config, machine: Machine) -> dict[str, objec
             try:
                 other = changed(cfg, changes)
                 if memory(other, hf_config, machine).fits:
-                    found.append((len(changes), _slowness(other), changes))
+                    found.append((len(changes), _slowness(other), -sharing(other).memory_frac, changes))
             except InputError:
                 continue
         if found:
-            return min(found, key=lambda x: x[:2])[2]
+            return min(found, key=lambda x: x[:3])[3]
     return None
 
 

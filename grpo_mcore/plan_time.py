@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from grpo_mcore import model
 from grpo_mcore.config import Config
-from grpo_mcore.plan import ENGINE_OVERHEAD_BYTES, Machine, kv_bytes_per_token, layer_parameters, memory, num_parameters, placement
+from grpo_mcore.plan import ENGINE_OVERHEAD_BYTES, Machine, engine_weight_bytes, kv_bytes_per_token, layer_parameters, memory, num_parameters, placement, sharing
 
 
 @dataclass(frozen=True)
@@ -98,14 +98,14 @@ def _optimizer_step_s(cfg: Config, hf_config, machine: Machine, dp: int, link: f
 
 
 def _rollout_s(cfg: Config, hf_config, machine: Machine, a: Assumptions) -> float:
-    at, gpu, size = placement(cfg, hf_config, machine), machine.gpu, 2 if cfg.engine.dtype == "bfloat16" else 4
-    numbers, kv = num_parameters(hf_config), kv_bytes_per_token(hf_config, size)
+    at, gpu = placement(cfg, hf_config, machine), machine.gpu
+    numbers, kv, weights = num_parameters(hf_config), kv_bytes_per_token(hf_config, sharing(cfg).kv_bytes), engine_weight_bytes(cfg, hf_config)
     running = running_responses(cfg, hf_config, machine, a)
     context = a.prompt_tokens + a.response_tokens / 2  # of a running response, on average
 
     def token_s(batch: float) -> float:
         """Of one token of each of `batch` responses."""
-        read = (numbers * size + batch * context * kv) / at.engine_tp / (a.decode_bandwidth_frac * gpu.hbm_bytes_per_s)
+        read = (weights + batch * context * kv / at.engine_tp) / (a.decode_bandwidth_frac * gpu.hbm_bytes_per_s)
         return max(read, 2 * numbers * batch / at.engine_tp / (a.decode_mfu * gpu.bf16_flops_per_s)) + a.decode_fixed_s
 
     per_engine = cfg.responses_per_step / cfg.engine.num_engines
@@ -120,8 +120,7 @@ def running_responses(cfg: Config, hf_config, machine: Machine, a: Assumptions) 
     """At once on one engine: what the KV cache holds of half-grown responses, at most engine.max_running_responses."""
     at = placement(cfg, hf_config, machine)
     cache = memory(cfg, hf_config, machine).phases["rollout"]["engine: KV cache"] * at.engine_tp
-    size = 2 if cfg.engine.dtype == "bfloat16" else 4
-    held = cache / (kv_bytes_per_token(hf_config, size) * (a.prompt_tokens + a.response_tokens / 2))
+    held = cache / (kv_bytes_per_token(hf_config, sharing(cfg).kv_bytes) * (a.prompt_tokens + a.response_tokens / 2))
     return max(min(cfg.engine.max_running_responses, held), 1)
 
 

@@ -9,7 +9,7 @@ import gc
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -144,7 +144,8 @@ def test_the_memory_of_the_8k_stage_worked_by_hand(hf):
     assert update["head"] == pytest.approx(1.1 * (8192 * 1536 * (3 * 2 + 2 + 4) + 2 * 151936 * 1536 + (64 << 20)))
     assert "reference policy" not in update and "reference policy" in plan.memory(preset("original/deepscaler_8k"), hf, NODE).phases["update"]
     rollout = plan.memory(cfg, hf, NODE).phases["rollout"]
-    assert rollout["engine: KV cache"] == pytest.approx(0.97 * NODE.gpu.memory_bytes - sum(v for k, v in rollout.items() if k != "engine: KV cache"))
+    # Half of 79.1 GiB, without weights of 3.55 GB and 4 GiB.
+    assert rollout["engine: KV cache"] / 1e9 == pytest.approx(0.5 * 79.1 * 1.073741824 - 3.554176 - 4 * 1.073741824)
 
 
 def test_layouts_divide_what_they_divide(hf):
@@ -212,8 +213,8 @@ def test_where_nothing_helps_a_larger_gpu_is_named():
 
 @pytest.mark.parametrize("overrides, machine, message", [
     (["precision.fp8=blockwise"], Machine("a100-80gb", 8), "precision.fp8 = 'blockwise': needs FP8 matrix products, which a100-80gb has not"),
-    (["engine.num_engines=9"], NODE, "engine.num_engines = 9: takes 9 of 8 GPUs, and leaves -1 to the policy"),
-    (["engine.num_engines=1"], NODE, "batch.global_batch_size = 64: must be a multiple of the 7 data-parallel ranks"),
+    (["engine.num_engines=9"], NODE, "engine.num_engines = 9: takes 9 of 8 GPUs. Remedy: lower it."),
+    ([], Machine("h100-80gb", 11), "batch.global_batch_size = 64: must be a multiple of the 11 data-parallel ranks"),
     (["parallel.tp=4"], NODE, "parallel.tp = 4: must divide the model's 2 key-value heads"),
 ])
 def test_what_cannot_be_laid_out_is_refused(hf, overrides, machine, message):
@@ -222,8 +223,48 @@ def test_what_cannot_be_laid_out_is_refused(hf, overrides, machine, message):
     assert str(e.value).startswith(message)
 
 
+@dataclass(frozen=True)
+class Engine(config.Engine):
+    """With the keys by which engines span and share GPUs."""
+
+    placement: str = "auto"
+    tp: int = 1
+    gpu_memory_frac: float | None = None
+    offload_trainer: tuple[str, ...] = ("gradients", "optimizer")
+    quantization: str | None = None
+    kv_cache_dtype: str = "auto"
+
+
+def with_engine(cfg: config.Config, **keys) -> config.Config:
+    return replace(cfg, engine=Engine(num_engines=8, **keys) if "num_engines" not in keys else Engine(**keys))
+
+
+def test_engines_share_gpus_as_their_keys_say(hf):
+    base = preset("deepscaler_8k")
+    m = plan.check(with_engine(base), hf, NODE).phases["rollout"]
+    assert "weights" in m and not any(name.startswith(("gradients", "optimizer")) for name in m)  # on the CPU meanwhile
+    assert "gradients (float32)" in plan.check(with_engine(base, offload_trainer=("optimizer",)), hf, NODE).phases["rollout"]
+    two = plan.check(with_engine(base, tp=2, num_engines=4, gpu_memory_frac=0.7), hf, NODE)
+    assert two.phases["rollout"]["engine: weights"] == pytest.approx(1_777_088_000)  # half of bfloat16
+    assert sum(v for k, v in two.phases["rollout"].items() if k.startswith("engine")) == pytest.approx(0.7 * NODE.gpu.memory_bytes)
+    # 1.310 B numbers of the layers' matrices in one byte, the other 0.467 in two
+    small = plan.check(with_engine(base, quantization="fp8_per_block", kv_cache_dtype="fp8"), hf, NODE).phases["rollout"]
+    layers = 28 * (2 * 1536 * 1536 + 2 * 256 * 1536 + 3 * 8960 * 1536)
+    assert small["engine: weights"] == pytest.approx(2 * 1_777_088_000 - layers)
+    a = plan_time.Assumptions(192, 4000)
+    slow, fast = (plan_time.running_responses(with_engine(base, max_running_responses=10_000, kv_cache_dtype=d), hf, NODE, a) for d in ("auto", "fp8"))
+    assert fast == pytest.approx(2 * slow)
+
+
+def test_a_share_of_the_gpu_that_is_too_large_becomes_the_largest_that_fits(hf):
+    # Weights and CUDA take 6.8 GB of 84.9, with gradients and optimizer 16.6.
+    assert plan.smallest_change(with_engine(preset("deepscaler_8k"), gpu_memory_frac=0.95), hf, NODE) == {"engine.gpu_memory_frac": 0.8}
+    resident = with_engine(preset("deepscaler_8k"), gpu_memory_frac=0.85, offload_trainer=())
+    assert plan.smallest_change(resident, hf, NODE) == {"engine.offload_trainer": ("gradients", "optimizer")}
+
+
 def test_apart_from_the_policy_an_engine_has_its_gpu_to_itself(hf):
-    m = plan.check(preset("deepscaler_8k", "engine.num_engines=4"), hf, NODE)
+    m = plan.check(with_engine(preset("deepscaler_8k"), placement="disaggregated", num_engines=4), hf, NODE)
     assert "engine asleep" not in m.phases["update"] and not any(name in m.phases["rollout"] for name in ("weights", "gradients (float32)"))
     assert m.phases["update"]["optimizer, sharded (float32)"] == pytest.approx(12 * 1_777_088_000 / 4)
 
@@ -250,8 +291,8 @@ def test_the_arithmetic_of_the_policy_worked_by_hand(hf):
 
 def test_decoding_reads_weights_and_cache_for_every_token(hf):
     # One prompt of 2 responses on one of 2 GPUs, all of 100 tokens: 100 times the weights and two caches of 192 + 50 tokens.
-    cfg = preset("deepscaler_8k", "rollout.prompts_per_step=1", "rollout.group_size=2", "batch.global_batch_size=2", "engine.num_engines=1",
-                 "rollout.max_response_tokens=100")
+    cfg = with_engine(preset("deepscaler_8k", "rollout.prompts_per_step=1", "rollout.group_size=2", "batch.global_batch_size=2", "rollout.max_response_tokens=100"),
+                      placement="disaggregated", num_engines=1)
     seen = plan_time.times(cfg, hf, Machine("h100-80gb", 2), plan_time.Assumptions(192, 100, decode_fixed_s=0.0))["rollout"]
     n = 1_777_088_000
     token = (2 * n + 2 * 242 * 28672) / (0.6 * 3.35e12)
