@@ -25,7 +25,10 @@ class Data:
     answer_key: str = "answer"
     prompt_template: str = "{problem}"  # `{problem}` is replaced; every other brace is literal
     chat_template: bool = True  # wrap the text as the user's turn in the tokenizer's chat template
-    max_prompt_tokens: int = 1024  # longer prompts are left out, and counted
+    max_prompt_tokens: int = 1024  # longer prompts are over-long
+    overlong_prompts: Literal["filter", "mask"] = "filter"  # left out, or kept in their place, cut to max_prompt_tokens, without a loss
+    shuffle_seed: int | None = None  # of the prompts' order; null: seed
+    skip_prompts: int = 0  # of that order, at the start: those that former stages trained on
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ class Rollout:
     max_draws: float = 3.0  # of dynamic sampling: prompts drawn for one step, as a multiple of prompts_per_step; then such groups are kept
     oversampling_frac: float = 0.0  # of dynamic sampling: prompts drawn ahead of need, likewise
     keep_texts: int = 4  # groups per step whose texts are kept in RUN/rollouts
+    max_total_tokens: int | None = None  # prompt and response together; null: no limit but their own
     timeout_s: float = 3600.0  # for all responses of a step
 
 
@@ -191,7 +195,7 @@ class Eval:
     max_prompts: int | None = None
     temperature: float = 1.0
     top_p: float = 1.0
-    max_response_tokens: int | None = None  # null: rollout.max_response_tokens
+    max_response_tokens: int | None = None  # null: as in training, rollout.max_total_tokens included
 
 
 @dataclass(frozen=True)
@@ -215,6 +219,8 @@ class Config:
     deterministic: bool = False  # arithmetic of trainer and engines on a GPU, slower; a CPU's is anyway
     num_threads: int = 1  # CPU threads of one trainer rank
     collective_timeout_s: float = 1800.0  # longest wait of a rank for the others, beyond rollout.timeout_s
+    recipe: Literal["guide/8k", "guide/16k", "guide/24k", "original/8k", "original/16k", "original/24k"] | None = None  # what this follows, see recipe.py
+    recipe_deviations: tuple[str, ...] = ()  # the quantities of that recipe in which this deviates on purpose
     warm_start: WarmStart | None = None
     parallel: Parallel = field(default_factory=Parallel)
     precision: Precision = field(default_factory=Precision)
@@ -231,14 +237,25 @@ class Config:
     eval: Eval = field(default_factory=Eval)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
 
-    @property
-    def max_total_tokens(self) -> int:
-        """Longest sequence, prompt and response, of training or evaluation."""
-        return self.data.max_prompt_tokens + max(self.rollout.max_response_tokens, self.eval_response_tokens)
+    def response_tokens(self, prompt_tokens: int, *, evaluation: bool = False) -> int:
+        """The limit of one response to a prompt of `prompt_tokens`; at least 1."""
+        if evaluation and self.eval.max_response_tokens is not None:
+            return self.eval.max_response_tokens
+        total, response = self.rollout.max_total_tokens, self.rollout.max_response_tokens
+        return response if total is None else max(min(response, total - prompt_tokens), 1)
 
     @property
-    def eval_response_tokens(self) -> int:
-        return self.eval.max_response_tokens or self.rollout.max_response_tokens
+    def longest_train_tokens(self) -> int:
+        """Longest sequence, prompt and response, that is trained on."""
+        prompt, total = self.data.max_prompt_tokens, self.rollout.max_total_tokens
+        longest = prompt + self.rollout.max_response_tokens
+        return longest if total is None else min(longest, total)
+
+    @property
+    def longest_tokens(self) -> int:
+        """Longest sequence, prompt and response, of training or evaluation."""
+        evaluated = self.data.max_prompt_tokens + self.eval.max_response_tokens if self.eval.max_response_tokens else 0
+        return max(self.longest_train_tokens, evaluated)
 
     @property
     def responses_per_step(self) -> int:

@@ -204,7 +204,7 @@ def arguments(cfg: config.Config, folder: str, *, cuda: bool, load_weights: bool
         quantization=e.quantization,
         kv_cache_dtype=e.kv_cache_dtype,
         kv_cache_memory_bytes=e.kv_cache_bytes,
-        max_model_len=cfg.max_total_tokens,
+        max_model_len=cfg.longest_tokens,
         max_num_seqs=e.max_running_responses,
         max_num_batched_tokens=e.max_batched_tokens,
         enable_prefix_caching=e.prefix_caching,
@@ -232,7 +232,7 @@ def arguments(cfg: config.Config, folder: str, *, cuda: bool, load_weights: bool
         block_size=32,  # the CPU's default of 128 leaves short prompts without a prefix hit
         # A seeded request whose prompt is split over two engine steps rewinds its generator, which a CPU's cannot.
         enable_chunked_prefill=False,
-        max_num_batched_tokens=max(e.max_batched_tokens or 2048, cfg.max_total_tokens),
+        max_num_batched_tokens=max(e.max_batched_tokens or 2048, cfg.longest_tokens),
     )
 
 

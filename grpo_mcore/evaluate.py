@@ -52,7 +52,7 @@ def evaluate(engines: Engines, eval_prompts: Sequence[Prompt], tokenizer: prompt
     """k samples of every prompt with the weights the engines hold. The same samples for the same weights and seed."""
     groups = sample(
         engines, eval_prompts, group_size=cfg.eval.samples_per_prompt, temperature=cfg.eval.temperature, top_p=cfg.eval.top_p,
-        max_tokens=cfg.eval_response_tokens, seed=cfg.seed, version=version, timeout_s=cfg.rollout.timeout_s)
+        max_tokens=lambda prompt_tokens: cfg.response_tokens(prompt_tokens, evaluation=True), seed=cfg.seed, version=version, timeout_s=cfg.rollout.timeout_s)
     rewards_PG, _ = grade(groups, tokenizer, grader)
     truncated = [r.truncated for g in groups for r in g.responses]
     return Result.of(rewards_PG, sum(truncated) / len(truncated))

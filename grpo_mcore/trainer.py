@@ -178,17 +178,9 @@ def write_step(run: Run, work: Step, refit_metrics: dict, parts: list[dict], bat
     metrics.check_mismatch(merged, run.cfg.mismatch, speaks=run.topology.is_driver)
     if run.writer is None:
         return
-    responses = [r for g in work.groups for r in g.responses]
-    rewards = [v.reward for v in work.verdicts]
-    lengths = [len(r.token_ids) for r in responses]
     times = run.timer.drain()
     row = {
-        "reward/mean": sum(rewards) / len(rewards),
-        "reward/mixed_groups_frac": sum(len(set(row)) > 1 for row in work.rewards_PG) / len(work.groups),
-        **{f"reward/{status}": float(count) for status, count in reward.counts(work.verdicts).items()},
-        "rollout/response_tokens_mean": sum(lengths) / len(lengths),
-        "rollout/response_tokens_max": float(max(lengths)),
-        "rollout/truncated_frac": sum(r.truncated for r in responses) / len(lengths),
+        **sample_metrics(work.groups, work.verdicts),
         **{name: metric.value for name, metric in sorted(merged.items())},
         "update/lr": lr,
         "update/microbatches": float(sum(len(b.microbatches) for b in batches)),
@@ -216,6 +208,27 @@ def rollout_rows(run: Run, work: Step) -> Iterator[dict]:
             yield row
 
 
+def sample_metrics(groups: list[Group], verdicts: list[reward.Verdict]) -> dict[str, float]:
+    """Of a step's groups and their verdicts, in order; masked ones only count as such."""
+    def mean(values: list) -> float:
+        return sum(values) / len(values) if values else 0.0
+
+    it = iter(verdicts)
+    graded = [(group, [next(it) for _ in group.responses]) for group in groups]
+    graded = [(group, part) for group, part in graded if not group.prompt.masked]
+    counted = [v for _, part in graded for v in part]
+    responses = [r for group, _ in graded for r in group.responses]
+    return {
+        "reward/mean": mean([v.reward for v in counted]),
+        "reward/mixed_groups_frac": mean([len({v.reward for v in part}) > 1 for _, part in graded]),
+        **{f"reward/{status}": float(count) for status, count in reward.counts(counted).items()},
+        "rollout/masked_prompts_frac": 1 - len(graded) / len(groups),
+        "rollout/response_tokens_mean": mean([len(r.token_ids) for r in responses]),
+        "rollout/response_tokens_max": float(max((len(r.token_ids) for r in responses), default=0)),
+        "rollout/truncated_frac": mean([r.truncated for r in responses]),
+    }
+
+
 @contextlib.contextmanager
 def open_run(cfg: config.Config) -> Iterator[Run]:
     """Everything `train` needs. What can be wrong with the input is found before anything expensive starts."""
@@ -223,7 +236,7 @@ def open_run(cfg: config.Config) -> Iterator[Run]:
     model.check_parallel(hf_config, cfg.parallel, cfg.precision)
     check_lengths(cfg, hf_config)
     tokenizer = prompts.Tokenizer(local)
-    train_prompts, too_long = prompts.load(cfg.data.train, cfg.data, tokenizer, "data.train")
+    train_prompts, too_long = prompts.load(cfg.data.train, cfg.data, tokenizer, "data.train", overlong=cfg.data.overlong_prompts)
     eval_prompts = prompts.load(cfg.eval.data, cfg.data, tokenizer, "eval.data")[0][: cfg.eval.max_prompts] if cfg.eval.data else []
     device = topology.pick_device(cfg.device)
     rules.check_device(cfg, device.type)
@@ -232,7 +245,8 @@ def open_run(cfg: config.Config) -> Iterator[Run]:
         engines = rollout = grader = writer = None
         if driver:
             prepare_run_dir(cfg)
-            print(f"{len(train_prompts)} prompts ({too_long} over-long left out), {len(eval_prompts)} for evaluation; starting {cfg.engine.num_engines} engines", flush=True)
+            what = "masked" if cfg.data.overlong_prompts == "mask" else "left out"
+            print(f"{len(train_prompts)} prompts ({too_long} over-long {what}), {len(eval_prompts)} for evaluation; starting {cfg.engine.num_engines} engines", flush=True)
             engines = Engines(cfg, local, cuda=device.type == "cuda", stop_token_ids=tokenizer.stop_token_ids)
             stack.callback(engines.stop)
             entry.stop_on_sigterm()
@@ -252,7 +266,8 @@ def open_run(cfg: config.Config) -> Iterator[Run]:
             stack.callback(writer.close)
             timer = metrics.Timer(writer.phase)
             engines.wait_until_ready()
-            rollout = Rollout(engines, prompts.Stream(train_prompts, cfg.seed), tokenizer, grader, cfg, cursor=progress.cursor)
+            stream = prompts.Stream(train_prompts, cfg.seed if cfg.data.shuffle_seed is None else cfg.data.shuffle_seed, skip=cfg.data.skip_prompts)
+            rollout = Rollout(engines, stream, tokenizer, grader, cfg, cursor=progress.cursor)
             stack.callback(rollout.close)
         preemption = entry.Preemption()
         preemption.listen(driver)
@@ -264,10 +279,10 @@ def open_run(cfg: config.Config) -> Iterator[Run]:
 
 
 def check_lengths(cfg: config.Config, hf_config) -> None:
-    if cfg.max_total_tokens > hf_config.max_position_embeddings:
+    if cfg.longest_tokens > hf_config.max_position_embeddings:
         raise config.InputError(
             "rollout.max_response_tokens", cfg.rollout.max_response_tokens,
-            f"with data.max_prompt_tokens = {cfg.data.max_prompt_tokens} makes {cfg.max_total_tokens} tokens; the model was made for {hf_config.max_position_embeddings}",
+            f"with data.max_prompt_tokens = {cfg.data.max_prompt_tokens} makes {cfg.longest_tokens} tokens; the model was made for {hf_config.max_position_embeddings}",
             "shorten one of them")
 
 

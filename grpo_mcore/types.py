@@ -37,6 +37,7 @@ class Prompt:
     problem: str
     answer: str
     token_ids: tuple[int, ...]
+    masked: bool = False  # over-long and cut: takes its place in a batch, where nothing is learnt from its responses
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def session(model_folders, tmp_path_factory):
 
 
 def sampled(session, version: int, seed: int = 5) -> list[list[tuple[int, ...]]]:
-    groups = sample(session.engines, PROMPTS, group_size=4, temperature=1.0, max_tokens=200, seed=seed, version=version, timeout_s=120)
+    groups = sample(session.engines, PROMPTS, group_size=4, temperature=1.0, max_tokens=lambda _: 200, seed=seed, version=version, timeout_s=120)
     assert [g.prompt.id for g in groups] == list(range(len(PROMPTS)))
     assert all(r.versions == ((version, len(r.token_ids)),) for g in groups for r in g.responses)
     return [[r.token_ids for r in g.responses] for g in groups]

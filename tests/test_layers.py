@@ -17,8 +17,8 @@ PACKAGE = "grpo_mcore"
 LEVELS = [
     ["config", "config_file", "rules", "types"],
     ["kernels", "parallel"],
-    ["prompts", "arithmetic", "math_answer", "reward", "advantage", "batch", "logprob", "loss", "dispatch", "admission"],
-    ["model", "hf_weights", "policy", "engine", "engines", "refit", "weight_transfer", "gloo_receiver", "checkpoint", "stored", "convert", "metrics"],
+    ["prompts", "arithmetic", "math_answer", "reward", "advantage", "batch", "logprob", "loss", "recipe", "dispatch", "admission"],
+    ["model", "hf_weights", "policy", "engine", "engines", "refit", "weight_transfer", "gloo_receiver", "checkpoint", "stored", "convert", "metrics", "plan", "plan_time"],
     ["rollout", "evaluate", "warm_start", "curves"],
     ["trainer", "trainer_async", "entry"],
 ]

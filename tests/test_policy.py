@@ -193,6 +193,32 @@ def test_the_tempting_normalisers_depend_on_the_layout(model_folders):
         assert abs(first / second - 1) > 1e-3, wrong  # 100 times the bound of the right one
 
 
+def masked_update(folder: str) -> list[dict]:
+    """An optimizer step on 3 groups, and on these and a masked one, whose responses alone fill some microbatches."""
+    out = []
+    drawn, advantages = groups()
+    masked = [Group(Prompt(9, "", "", drawn[3].prompt.token_ids, masked=True), drawn[3].responses)]
+    for some, one_sequence in ((drawn[:3], False), (drawn[:3] + masked, True)):
+        topo = connect()
+        policy = make_policy(folder, topo)
+        packing = batch.Packing(max_tokens=64, dp=topo.dp, dp_rank=topo.dp_rank, one_sequence=one_sequence)
+        (b,) = assemble(some, advantages[: len(some)], global_batch_size=4 * len(some), aggregation="token_mean", max_response_tokens=24, packing=packing)
+        for m, logprobs in zip(b.microbatches, policy.logprobs(b.microbatches), strict=True):
+            m.old_logprobs_R = logprobs
+        stats = metrics.merge(collectives.gather(policy.update(b, functools.partial(loss.grpo, cfg=config.Loss()), lr=1e-3), topo))
+        out.append({"empty": sum(m.target_R.numel() == 0 for m in b.microbatches), **{name: metric.value for name, metric in stats.items()}})
+        topology.disconnect(leave=False)
+    return out
+
+
+def test_masked_prompts_change_neither_loss_nor_gradient_nor_statistics(model_folders):
+    ranks = spawn(masked_update, 2, model_folders["qwen2_untied"])
+    without, with_masked = ranks[0]
+    assert sum(rank[1].pop("empty") for rank in ranks) == 4 and without.pop("empty") == 0
+    assert with_masked == pytest.approx(without, rel=1e-5, abs=1e-7)  # sums in another order
+    assert without["update/grad_norm"] > 0.1
+
+
 @pytest.fixture
 def alone():
     """A topology of this one process."""
