@@ -206,9 +206,9 @@ def test_where_nothing_helps_a_larger_gpu_is_named():
     cfg = preset("deepscaler_8k")
     with pytest.raises(InputError, match="no change of recomputation, microbatch and axes does; take a smaller model or shorter sequences"):
         plan.check(cfg, large, Machine("a100-40gb", 8))
-    seven = tf.Qwen2Config(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=1, max_position_embeddings=32768)
+    seven = tf.Qwen2Config(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=29, num_attention_heads=28, num_key_value_heads=1, max_position_embeddings=32768)
     with pytest.raises(InputError, match="take .*h200-141gb"):
-        plan.check(replace(cfg, parallel=Parallel(recompute="full")), seven, Machine("a100-40gb", 1 * 8))
+        plan.check(replace(cfg, parallel=Parallel(recompute="full")), seven, Machine("a100-40gb", 8))
 
 
 @pytest.mark.parametrize("overrides, machine, message", [
