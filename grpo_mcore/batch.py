@@ -303,6 +303,7 @@ def microbatch(samples: Sequence[Sample], weights: Sequence[float], packing: Pac
         branch_T=torch.tensor(branches),
         cu_seqlens=torch.tensor([*cu_seqlens, len(token_ids)], dtype=torch.int32),
         max_seqlen=max(position_ids) + 1,
+        num_sequences=len(samples),
         position_R=torch.tensor(positions),
         target_R=torch.tensor(targets),
         sequence_R=torch.tensor(sequences),

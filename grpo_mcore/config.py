@@ -140,6 +140,9 @@ class Loss:
     kl_coef: float = 0.0  # 0: no reference policy is kept
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
+    importance_level: Literal["none", "token", "sequence"] = "none"  # correct for what sampled: exp(old - rollout), of a token or a response's product
+    importance_cap: float = 2.0
+    importance_mode: Literal["truncate", "mask"] = "truncate"  # weights above the cap become the cap; those outside [1 / cap, cap] become 0
 
 
 @dataclass(frozen=True)

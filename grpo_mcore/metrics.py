@@ -52,7 +52,28 @@ class Sum:
         return Sum(self.value + other.value)
 
 
-Metric = Mean | Max | Sum
+@dataclass(frozen=True)
+class EffectiveFraction:
+    """Kish's effective sample size of weights, (sum w)^2 / sum w^2, over their number: 1 if all are equal, 1/n if one has it all."""
+
+    total: float
+    squares: float
+    count: float
+
+    @classmethod
+    def of(cls, weights: torch.Tensor) -> "EffectiveFraction":
+        w = weights.double()
+        return cls(w.sum().item(), w.square().sum().item(), w.numel())
+
+    def merge(self, other: "EffectiveFraction") -> "EffectiveFraction":
+        return EffectiveFraction(self.total + other.total, self.squares + other.squares, self.count + other.count)
+
+    @property
+    def value(self) -> float:
+        return self.total**2 / (self.count * self.squares) if self.squares else 0.0
+
+
+Metric = Mean | Max | Sum | EffectiveFraction
 
 
 def merge(parts: list[dict[str, Metric]]) -> dict[str, Metric]:
@@ -73,6 +94,15 @@ def mismatch(rollout_logprobs_R: torch.Tensor, old_logprobs_R: torch.Tensor, cap
         "mismatch/logprob_abs_max": Max.of(d.abs()),
         "mismatch/beyond_cap_frac": Mean.of((d.exp() > cap).float()),
         "mismatch/k3": Mean.of(d.clamp(-20, 20).expm1() - d.clamp(-20, 20)),
+    }
+
+
+def importance(importance_R: torch.Tensor, beyond_R: torch.Tensor) -> dict[str, Metric]:
+    """The importance correction's weights as the loss takes them, token by token, and the share that the cap changed."""
+    return {
+        "importance/weight_mean": Mean.of(importance_R),
+        "importance/beyond_cap_frac": Mean.of(beyond_R.float()),
+        "importance/effective_frac": EffectiveFraction.of(importance_R),
     }
 
 

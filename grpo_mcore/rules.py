@@ -51,6 +51,8 @@ def check(config: Config) -> None:
     if c.keep_best and c.best_metric.startswith("eval/") and (e.data is None or c.every % e.every):
         raise InputError("checkpoint.best_metric", c.best_metric, f"is known of a checkpoint only if eval.every = {e.every} divides checkpoint.every = {c.every}, and eval.data is given",
                          "change one of them")
+    if not 1 <= config.loss.importance_cap < math.inf:
+        raise InputError("loss.importance_cap", config.loss.importance_cap, "must be 1 or more: at weight 1 there is nothing to correct", "raise it")
     _check_parallel(config.parallel)
     check_device(config, config.device)
     if "{problem}" not in config.data.prompt_template:

@@ -134,13 +134,16 @@ def assemble(run: Run, groups: list[Group], advantages_PG: torch.Tensor) -> list
 
 
 def score(run: Run, batches: list[GlobalBatch]) -> dict[str, metrics.Metric]:
-    """Fills in old and reference log-probs of all batches, before the first update; returns how far the engines' differ."""
+    """Fills in old and reference log-probs and importance weights of all batches, before the first update; returns how far the engines' log-probs differ."""
     parts = []
     for b in batches:
         for m, logprobs_R in zip(b.microbatches, run.policy.logprobs(b.microbatches), strict=True):
             m.old_logprobs_R = logprobs_R
             if logprobs_R is not None:  # the last pipeline stage
-                parts.append(metrics.mismatch(m.rollout_logprobs_R, logprobs_R))
+                parts.append(metrics.mismatch(m.rollout_logprobs_R, logprobs_R, run.cfg.loss.importance_cap))
+                if run.cfg.loss.importance_level != "none":
+                    m.importance_R, beyond_R = loss.importance(m, run.cfg.loss, functools.partial(collectives.sum_over_context, topology=run.topology))
+                    parts.append(metrics.importance(m.importance_R, beyond_R))
         if run.reference is not None:
             for m, logprobs_R in zip(b.microbatches, run.reference.logprobs(b.microbatches), strict=True):
                 m.ref_logprobs_R = logprobs_R

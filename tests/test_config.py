@@ -214,6 +214,7 @@ def test_a_coefficient_may_be_zero_but_not_negative(minimal, name):
     (["checkpoint.keep_best=2", "checkpoint.best_metric=eval/mean@8"], "checkpoint.best_metric = 'eval/mean@8': is known of a checkpoint only if eval.every = 10 divides checkpoint.every = 10, "
      "and eval.data is given. Remedy: change one of them."),
     (["kernels.linear_logprob=triton", "device=cpu"], "kernels.linear_logprob = 'triton': needs a GPU, and this is a CPU. Remedy: set it to auto, or run on a GPU."),
+    (["loss.importance_cap=0.5"], "loss.importance_cap = 0.5: must be 1 or more: at weight 1 there is nothing to correct. Remedy: raise it."),
     (["eval.top_p=1.5"], "eval.top_p = 1.5: must be between 0 and 1. Remedy: lower it."),
 ])
 def test_rules_between_fields_name_field_value_constraint_and_remedy(minimal, overrides, message):

@@ -17,13 +17,18 @@ LN2 = math.log(2)
 FLOAT32 = 5e-7  # relative: a logarithm, an exp and two products in float32, each within 6e-8
 
 
-def tokens(*, old, advantage, weight, ref=None, dtype=torch.float32) -> Microbatch:
-    """A microbatch of which only what a loss reads is filled in."""
+def tokens(*, old, advantage, weight, ref=None, rollout=None, sequence=None, importance=None, dtype=torch.float32) -> Microbatch:
+    """A microbatch of which only what a loss reads is filled in. `sequence`: which one each token is of; None: all of one."""
     empty = torch.empty(0)
+    sequence = sequence or [0] * len(old)
+
+    def column(values):
+        return None if values is None else torch.tensor(values, dtype=dtype)
+
     return Microbatch(
-        token_ids_T=empty, position_ids_T=empty, branch_T=empty, cu_seqlens=empty, max_seqlen=0, position_R=empty, target_R=empty, sequence_R=empty,
-        rollout_logprobs_R=empty, index_R=empty, advantage_R=torch.tensor(advantage, dtype=dtype), weight_R=torch.tensor(weight, dtype=dtype),
-        old_logprobs_R=torch.tensor(old, dtype=dtype), ref_logprobs_R=None if ref is None else torch.tensor(ref, dtype=dtype))
+        token_ids_T=empty, position_ids_T=empty, branch_T=empty, cu_seqlens=empty, max_seqlen=0, num_sequences=max(sequence) + 1, position_R=empty, target_R=empty,
+        sequence_R=torch.tensor(sequence), rollout_logprobs_R=column(rollout or old), index_R=empty, advantage_R=column(advantage), weight_R=column(weight),
+        old_logprobs_R=column(old), ref_logprobs_R=column(ref), importance_R=column(importance))
 
 
 def value_and_gradient(current, batch: Microbatch, cfg: config.Loss):
@@ -156,6 +161,66 @@ def test_a_wild_log_ratio_gives_a_finite_loss_and_leaves_other_tokens_gradients_
     assert value == pytest.approx(0.5 * (surrogate + 0.1 * kl - advantage), rel=1e-6)
     # k1 has a gradient of 1 wherever it is; k2 and k3 of 0 where policy and reference agree
     assert gradient == pytest.approx([0.0, 0.5 * (-advantage + (0.1 if estimator == "k1" else 0.0))], rel=1e-6)
+
+
+LN = math.log
+
+
+@pytest.mark.parametrize("mode, level, expected, beyond", [
+    # exp(old - rollout) of the tokens 1.5, 3, 0.25 | 0.8, 0.5; products 1.125 and 0.4; cap 2
+    ("truncate", "token", [1.5, 2.0, 0.25, 0.8, 0.5], [0, 1, 0, 0, 0]),
+    ("mask", "token", [1.5, 0.0, 0.0, 0.8, 0.5], [0, 1, 1, 0, 0]),  # outside [0.5, 2]; 0.5 itself is inside
+    ("truncate", "sequence", [1.125, 1.125, 1.125, 0.4, 0.4], [0, 0, 0, 0, 0]),
+    ("mask", "sequence", [1.125, 1.125, 1.125, 0.0, 0.0], [0, 0, 0, 1, 1]),
+])
+def test_importance_weights_of_two_sequences(mode, level, expected, beyond):
+    cfg = config.Loss(importance_level=level, importance_mode=mode, importance_cap=2.0)
+    weights, old = [1.5, 3.0, 0.25, 0.8, 0.5], [-1.0, -2.0, -0.5, -3.0, -1.0]
+    batch = tokens(old=old, rollout=[o - LN(w) for o, w in zip(old, weights)], sequence=[0, 0, 0, 1, 1], advantage=[1.0] * 5, weight=[0.2] * 5, dtype=torch.float64)
+    ours, changed = loss.importance(batch, cfg)
+    assert ours.dtype == torch.float32
+    assert ours.tolist() == pytest.approx(expected, rel=FLOAT32)
+    assert changed.tolist() == [bool(x) for x in beyond]
+
+
+@pytest.mark.parametrize("mode", ["truncate", "mask"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_what_the_trainer_would_have_sampled_alike_has_importance_exactly_one(mode, level):
+    rng = random.Random(1)
+    old = [-rng.expovariate(0.5) for _ in range(40)]
+    ours, changed = loss.importance(tokens(old=old, sequence=[i // 7 for i in range(40)], advantage=old, weight=old), config.Loss(importance_level=level, importance_mode=mode))
+    assert ours.tolist() == [1.0] * 40 and not changed.any()
+
+
+def test_a_wild_difference_has_a_finite_importance():
+    batch = tokens(old=[-1.0, -2e4], rollout=[-2e4, -1.0], sequence=[0, 1], advantage=[1.0] * 2, weight=[1.0] * 2)
+    for level in ("token", "sequence"):
+        assert loss.importance(batch, config.Loss(importance_level=level, importance_cap=1e30))[0].tolist() == pytest.approx([math.exp(20), math.exp(-20)], rel=1e-6)
+
+
+def test_a_sequence_over_two_ranks_has_the_sum_of_both():
+    # Tokens of sequence 0: 1 and 2 here, 4 there; of sequence 1: 8 there alone; sequence 2 is whole here: 16.
+    here, there = tokens(old=[0.0] * 3, sequence=[0, 0, 2], advantage=[0.0] * 3, weight=[0.0] * 3), tokens(old=[0.0] * 2, sequence=[0, 1], advantage=[0.0] * 2, weight=[0.0] * 2)
+    there.num_sequences = 3
+    sums = []
+
+    def note(sums_S):
+        sums.append(sums_S)
+        return sums_S
+
+    for values, part in (([1.0, 2.0, 16.0], here), ([4.0, 8.0], there)):
+        loss.sequence_sum(torch.tensor(values), part, note)
+    assert loss.sequence_sum(torch.tensor([1.0, 2.0, 16.0]), here, lambda _: sums[0] + sums[1]).tolist() == [7.0, 7.0, 16.0]
+    assert loss.sequence_sum(torch.tensor([4.0, 8.0]), there, lambda _: sums[0] + sums[1]).tolist() == [7.0, 8.0]
+
+
+def test_importance_multiplies_the_surrogate_and_not_the_kl():
+    # ratio 1, A = 2, importance 0.5 and 0: -0.5 x 2 x 0.25 = -0.25 and 0; KL of d = log 2: 1 - log 2 each, times 0.1 x 0.25
+    cfg = config.Loss(kl_coef=0.1, importance_level="token")
+    batch = tokens(old=[-2.0, -2.0], ref=[-2.0 + LN2] * 2, advantage=[2.0, 2.0], weight=[0.25, 0.25], importance=[0.5, 0.0])
+    value, gradient, _ = value_and_gradient([-2.0, -2.0], batch, cfg)
+    assert value == pytest.approx(-0.25 + 2 * 0.025 * (1 - LN2), rel=2e-6)
+    assert gradient == pytest.approx([-0.25 - 0.025, -0.025], rel=2e-6)  # d k3 = 1 - e^d = -1
 
 
 def test_supervised_is_the_weighted_negative_log_likelihood():
