@@ -9,6 +9,8 @@ The denominator is a property of the global batch; every token's weight already 
     constant        1 / (max_response_tokens x responses of the global batch)        Dr. GRPO
 
 so that loss = sum over tokens of weight * loss, whatever the packing, the padding, the microbatch size and the ranks.
+With skip_truncated (DAPO's overlong filtering, section 3.4), responses that hit the length limit have weight 0 and count
+neither as tokens nor as responses; but Dr. GRPO's constant stays one, and counts all.
 """
 
 import math
@@ -101,6 +103,7 @@ def assemble(
     aggregation: str,
     max_response_tokens: int,
     packing: Packing,
+    skip_truncated: bool = False,
 ) -> list[GlobalBatch]:
     """One GlobalBatch per optimizer step: consecutive samples, in the order of the groups.
 
@@ -114,19 +117,22 @@ def assemble(
     if len(samples) % global_batch_size or global_batch_size % packing.dp:
         raise ValueError(f"{len(samples)} samples, global_batch_size {global_batch_size}, {packing.dp} data ranks: each must divide the one before")
     return [
-        _global_batch(samples[i : i + global_batch_size], aggregation, max_response_tokens, packing)
+        _global_batch(samples[i : i + global_batch_size], aggregation, max_response_tokens, packing, skip_truncated)
         for i in range(0, len(samples), global_batch_size)
     ]
 
 
-def _global_batch(samples: Sequence[Sample], aggregation: str, max_response_tokens: int, packing: Packing) -> GlobalBatch:
-    num_loss_tokens = sum(len(s.response.token_ids) for s in samples)
+def _global_batch(samples: Sequence[Sample], aggregation: str, max_response_tokens: int, packing: Packing, skip_truncated: bool) -> GlobalBatch:
+    with_loss = [s for s in samples if not (skip_truncated and s.response.truncated)]
+    num_loss_tokens = sum(len(s.response.token_ids) for s in with_loss)
 
     def weight(s: Sample) -> float:
+        if skip_truncated and s.response.truncated:
+            return 0.0
         if aggregation == "token_mean":
             return 1.0 / num_loss_tokens
         if aggregation == "sequence_mean":
-            return 1.0 / (len(s.response.token_ids) * len(samples))
+            return 1.0 / (len(s.response.token_ids) * len(with_loss))
         return 1.0 / (max_response_tokens * len(samples))
 
     if packing.share_prompts:

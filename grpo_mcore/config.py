@@ -128,6 +128,14 @@ class Reward:
 
 
 @dataclass(frozen=True)
+class Shaping:
+    """What is added to the rewards before the advantages. The metrics reward/* and evaluations are of the grader's rewards alone."""
+
+    overlong_buffer_tokens: int = 0  # the last tokens before rollout.max_response_tokens, over which a penalty grows linearly from 0; 0: none
+    overlong_penalty: float = 1.0  # at the limit
+
+
+@dataclass(frozen=True)
 class Advantage:
     baseline: Literal["mean", "leave_one_out"] = "mean"
     normalize_by_std: bool = True  # std over the same responses as the baseline
@@ -135,11 +143,18 @@ class Advantage:
 
 @dataclass(frozen=True)
 class Loss:
+    """Formulas and sources stand in loss.py; aggregation and skip_truncated in batch.py."""
+
+    policy_loss: Literal["ppo_clip", "gspo", "cispo"] = "ppo_clip"
     clip_low: float = 0.2
     clip_high: float = 0.2
+    clip_dual: float | None = None  # bound of the ratio where the advantage is negative; null: none
     kl_coef: float = 0.0  # 0: no reference policy is kept
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_limit: float | None = None  # a token's estimate is clamped to +-kl_limit; null: it is not
+    entropy_coef: float = 0.0  # of the entropy bonus
     aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
+    skip_truncated: bool = False  # responses that hit the length limit have no loss; in their group's advantages they count
     importance_level: Literal["none", "token", "sequence"] = "none"  # correct for what sampled: exp(old - rollout), of a token or a response's product
     importance_cap: float = 2.0
     importance_mode: Literal["truncate", "mask"] = "truncate"  # weights above the cap become the cap; those outside [1 / cap, cap] become 0
@@ -198,6 +213,7 @@ class Config:
     rollout: Rollout = field(default_factory=Rollout)
     engine: Engine = field(default_factory=Engine)
     reward: Reward = field(default_factory=Reward)
+    shaping: Shaping = field(default_factory=Shaping)
     advantage: Advantage = field(default_factory=Advantage)
     loss: Loss = field(default_factory=Loss)
     batch: Batch = field(default_factory=Batch)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from grpo_mcore import advantage, batch, checkpoint, config, config_file, curves, entry, loss, metrics, model, prompts, reward, rules, warm_start
+from grpo_mcore import advantage, batch, checkpoint, config, config_file, curves, entry, loss, metrics, model, prompts, reward, rules, shaping, warm_start
 from grpo_mcore.engine import Engines, EnginesLost
 from grpo_mcore.evaluate import evaluate, grade
 from grpo_mcore.hf_weights import local_folder
@@ -58,6 +58,7 @@ def train(run: Run) -> None:
     Raises entry.Preempted, with the last completed step saved, if SIGTERM came.
     """
     cfg, time_of = run.cfg, run.timer
+    over_ranks = functools.partial(collectives.sum_over_context, topology=run.topology)
     while True:
         step = run.progress.step  # the policy has completed exactly `step` steps: its version
         with time_of("refit"):
@@ -74,13 +75,13 @@ def train(run: Run) -> None:
             run.stream.cursor = run.progress.cursor
             continue
         groups, rewards_PG, verdicts = work
-        advantages_PG = advantage.group_advantages(torch.tensor(rewards_PG), **dataclasses.asdict(cfg.advantage))
+        advantages_PG = advantage.group_advantages(shaping.shaped(rewards_PG, groups, cfg.shaping, cfg.rollout.max_response_tokens), **dataclasses.asdict(cfg.advantage))
         batches = assemble(run, groups, advantages_PG)
         with time_of("logprob"):
             mismatch = score(run, batches)
         with time_of("update"):
             lr = learning_rate(cfg.optimizer, step, cfg.num_steps)
-            updates = [run.policy.update(b, functools.partial(loss.grpo, cfg=cfg.loss), lr=lr) for b in batches]
+            updates = [run.policy.update(b, functools.partial(loss.grpo, cfg=cfg.loss, over_ranks=over_ranks), lr=lr) for b in batches]
         run.progress = checkpoint.Progress(step + 1, run.stream.cursor, run.seconds())
         write_step(run, groups, verdicts, refit_metrics, [mismatch, *updates], batches, lr)
         with time_of("checkpoint"):
@@ -130,6 +131,7 @@ def assemble(run: Run, groups: list[Group], advantages_PG: torch.Tensor) -> list
     cfg = run.cfg
     return batch.assemble(
         groups, advantages_PG, global_batch_size=cfg.batch.global_batch_size, aggregation=cfg.loss.aggregation, max_response_tokens=cfg.rollout.max_response_tokens,
+        skip_truncated=cfg.loss.skip_truncated,
         packing=model.packing(run.policy.hf_config, run.topology, cfg.precision, max_tokens=cfg.batch.max_tokens_per_microbatch))
 
 

@@ -17,7 +17,7 @@ PACKAGE = "grpo_mcore"
 LEVELS = [
     ["config", "config_file", "rules", "types"],
     ["kernels", "parallel"],
-    ["prompts", "arithmetic", "math_answer", "reward", "advantage", "batch", "logprob", "loss"],
+    ["prompts", "arithmetic", "math_answer", "reward", "shaping", "advantage", "batch", "logprob", "loss"],
     ["model", "hf_weights", "policy", "engine", "refit", "weight_transfer", "gloo_receiver", "checkpoint", "stored", "convert", "metrics"],
     ["rollout", "evaluate", "warm_start", "curves"],
     ["trainer", "trainer_async", "entry"],
@@ -36,6 +36,7 @@ LIBRARIES = {
 
 # All that these import, beside the standard library.
 PURE = {
+    "shaping": {"torch", f"{PACKAGE}.config", f"{PACKAGE}.types"},
     "advantage": {"torch", f"{PACKAGE}.config", f"{PACKAGE}.types"},
     "loss": {"torch", f"{PACKAGE}.config", f"{PACKAGE}.types"},
     "math_answer": {"math_verify"},
