@@ -119,8 +119,11 @@ class Engine:
 
 @dataclass(frozen=True)
 class Reward:
-    """math-verify on the last \\boxed{} after the thinking, in processes that can be killed."""
+    """The last \\boxed{} after the thinking against the answer, in processes that can be killed."""
 
+    verifier: Literal["math_verify", "boxed"] = "math_verify"  # boxed: the rules of the original DeepScaleR run (boxed_answer.py)
+    require_think: bool = False  # a response without </think> has no answer
+    compare_verifiers: bool = False  # ask the other one too: the metric reward/disagree counts, and RUN/disputes.jsonl holds, what they judge differently
     num_processes: int = 2
     cpu_s: float = 2.0  # CPU time of one comparison
     wall_s: float = 20.0  # wall clock of one comparison

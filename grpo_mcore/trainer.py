@@ -169,11 +169,16 @@ def write_step(run: Run, groups: list[Group], verdicts: list[reward.Verdict], re
     rewards = [v.reward for v in verdicts]
     groups_of_rewards = [rewards[i : i + len(groups[0].responses)] for i in range(0, len(rewards), len(groups[0].responses))]
     lengths = [len(r.token_ids) for g in groups for r in g.responses]
+    disputes = {}
+    if run.cfg.reward.compare_verifiers:
+        golds = [g.prompt.answer for g in groups for _ in g.responses]
+        disputes["reward/disagree"] = float(reward.append_disputes(Path(run.cfg.run_dir) / "disputes.jsonl", run.progress.step, golds, verdicts))
     times = run.timer.drain()
     row = {
         "reward/mean": sum(rewards) / len(rewards),
         "reward/mixed_groups_frac": sum(len(set(g)) > 1 for g in groups_of_rewards) / len(groups),
         **{f"reward/{status}": float(count) for status, count in reward.counts(verdicts).items()},
+        **disputes,
         "rollout/response_tokens_mean": sum(lengths) / len(lengths),
         "rollout/response_tokens_max": float(max(lengths)),
         "rollout/truncated_frac": sum(r.truncated for g in groups for r in g.responses) / len(lengths),

@@ -17,7 +17,7 @@ PACKAGE = "grpo_mcore"
 LEVELS = [
     ["config", "config_file", "rules", "types"],
     ["kernels", "parallel"],
-    ["prompts", "arithmetic", "math_answer", "reward", "shaping", "advantage", "batch", "logprob", "loss"],
+    ["prompts", "arithmetic", "math_answer", "boxed_answer", "verifiers", "grading_process", "reward", "shaping", "advantage", "batch", "logprob", "loss"],
     ["model", "hf_weights", "policy", "engine", "refit", "weight_transfer", "gloo_receiver", "checkpoint", "stored", "convert", "metrics"],
     ["rollout", "evaluate", "warm_start", "curves"],
     ["trainer", "trainer_async", "entry"],
@@ -40,7 +40,10 @@ PURE = {
     "advantage": {"torch", f"{PACKAGE}.config", f"{PACKAGE}.types"},
     "loss": {"torch", f"{PACKAGE}.config", f"{PACKAGE}.types"},
     "math_answer": {"math_verify"},
-    "reward": {"math_verify", f"{PACKAGE}.math_answer"},
+    "boxed_answer": {"sympy", "latex2sympy2_extended", f"{PACKAGE}.math_answer"},
+    "verifiers": {f"{PACKAGE}.boxed_answer", f"{PACKAGE}.math_answer"},
+    "grading_process": {f"{PACKAGE}.verifiers"},
+    "reward": {f"{PACKAGE}.grading_process", f"{PACKAGE}.math_answer", f"{PACKAGE}.verifiers"},
 }
 
 REFUSED_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base", "manager", "worker"}
