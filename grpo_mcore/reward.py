@@ -177,7 +177,8 @@ def _verdict(question: Question, reply: Reply) -> Verdict:
 
 
 def append_disputes(path: Path, step: int, golds: Sequence[str], verdicts: Sequence[Verdict]) -> int:
-    """Appends what the verifiers judge differently to a JSONL file, one object each, and returns how many they are."""
+    """Appends what the verifiers judge differently to a JSONL file, one object each, and returns how many they are. A step that a
+    resumed run does again is written again."""
     disputed = [(gold, v) for gold, v in zip(golds, verdicts, strict=True) if v.is_disputed]
     if disputed:
         with path.open("a") as f:

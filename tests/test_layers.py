@@ -17,7 +17,7 @@ PACKAGE = "grpo_mcore"
 LEVELS = [
     ["config", "config_file", "rules", "types"],
     ["kernels", "parallel"],
-    ["prompts", "arithmetic", "math_answer", "boxed_answer", "verifiers", "grading_process", "reward", "shaping", "advantage", "batch", "logprob", "loss"],
+    ["prompts", "arithmetic", "math_answer", "boxed_answer", "verifiers", "grading_process", "reward", "shaping", "scores", "advantage", "batch", "logprob", "loss"],
     ["model", "hf_weights", "policy", "engine", "refit", "weight_transfer", "gloo_receiver", "checkpoint", "stored", "convert", "metrics"],
     ["rollout", "evaluate", "warm_start", "curves"],
     ["trainer", "trainer_async", "entry"],
@@ -37,6 +37,7 @@ LIBRARIES = {
 # All that these import, beside the standard library.
 PURE = {
     "shaping": {"torch", f"{PACKAGE}.config", f"{PACKAGE}.types"},
+    "scores": set(),
     "advantage": {"torch", f"{PACKAGE}.config", f"{PACKAGE}.types"},
     "loss": {"torch", f"{PACKAGE}.config", f"{PACKAGE}.types"},
     "math_answer": {"math_verify"},

@@ -5,13 +5,14 @@ Not covered here: Transformer Engine and FP8 (marked gpu).
 
 import functools
 import random
+import types
 
 import pytest
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from grpo_mcore import batch, config, hf_weights, loss, metrics
+from grpo_mcore import batch, config, hf_weights, loss, metrics, trainer
 from grpo_mcore.batch import assemble
 from grpo_mcore.parallel import collectives, topology
 from grpo_mcore.policy import FrozenPolicy, Policy, learning_rate
@@ -223,6 +224,21 @@ def test_on_policy_the_ratio_is_one_and_nothing_is_clipped_and_kl_is_zero(model_
     assert stats["update/ratio"].value == 1.0
     assert stats["update/clip_frac"].value == 0.0
     assert stats["update/kl_to_ref"].value == 0.0
+
+
+@pytest.mark.parametrize("level", ["none", "token", "sequence"])
+def test_scoring_fills_in_what_the_loss_needs_before_the_first_update(model_folders, alone, level):
+    cfg = config.Config(model="", run_dir="", num_steps=1, data=config.Data(""), loss=config.Loss(importance_level=level))
+    run = types.SimpleNamespace(cfg=cfg, topology=alone, policy=make_policy(model_folders["qwen2_tied"], alone), reference=None)
+    b = batch_of(alone, max_tokens=60)
+    row = trainer.score(run, [b])
+    for m in b.microbatches:
+        # The engine's log-probs are -1 a token, so its sums are minus a response's length.
+        log_weight = m.old_logprobs_R + 1
+        if level == "sequence":
+            log_weight = torch.stack([log_weight[m.sequence_R == s].sum() for s in m.sequence_R])
+        assert level == "none" and m.importance_R is None or torch.allclose(m.importance_R, log_weight.clamp(min=-20).exp().clamp(max=2), rtol=1e-5)
+    assert ("importance/weight_mean" in row) == (level != "none")
 
 
 def test_an_update_makes_rewarded_responses_more_likely(model_folders, alone):
