@@ -55,7 +55,7 @@ _SPELLINGS = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"\\(?:left|right|displaystyle)(?![a-zA-Z])", ""),
     (r"\^\s*\{?\s*\\circ\s*\}?|°", ""),
     (r"\\?[$%]", ""),
-    (r"\\text\s*\{\s+[^{}]*\}\s*(?:\^\s*\{?\d\}?)?", ""),    # \text{ with a space: a unit
+    (r"(?<=\S)\s*\\text\s*\{\s+[^{}]*\}\s*(?:\^\s*\{?\d\}?)?", ""),    # \text{ with a space behind something: a unit
     (r"\\(?:text|mathrm|mbox)\s*\{([^{}]*)\}", r"\1"),
     (r"(?<![a-zA-Z\\])(?:or|and)(?![a-zA-Z])", ","),
     (rf"(?<=[\d\s)}}])\s*(?:{_UNITS})(?:es|s)?(?:\s*\^\s*\{{?\d\}}?)?$", ""),
@@ -139,7 +139,7 @@ def compare(answer: str, gold: str) -> tuple[bool, str]:
 
 def _pairs(answer: str, gold: str) -> tuple[list[tuple[str, str]] | None, str]:
     """The elements to compare, one by one; None where a rule has decided: "text" for equal, any other for not."""
-    mine, truth = normalise(answer), normalise(gold)
+    mine, truth = normalise(answer), normalise(extract_boxed(gold) or gold)  # some data sets' answers are whole sentences with a box
     if mine and mine == truth:
         return None, "text"
     if not mine:

@@ -3,9 +3,9 @@
     policy_loss  ppo_clip  -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A)    PPO, arXiv 1707.06347, eq. 7; two bounds (clip-higher):
                            DAPO, arXiv 2503.14476, eq. 8
                  gspo      the same with the geometric mean of a response's ratios for the ratio of each of its tokens: GSPO, arXiv 2507.18071,
-                           eq. 5 and 7, which has aggregation sequence_mean and clips at 3e-4 / 4e-4
+                           eq. 5, with aggregation sequence_mean and clips of 3e-4 / 4e-4
                  cispo     -clip(ratio, 1 - clip_low, 1 + clip_high) A logprob, the clipped ratio without gradient: CISPO, MiniMax-M1, arXiv
-                           2506.13585, eq. 4, which has no lower clip (clip_low 1)
+                           2506.13585, eq. 4, without a lower clip (clip_low 1)
     clip_dual    where A < 0, no more than -clip_dual A: Ye et al. 2020, arXiv 1912.09729 (dual-clip PPO)
     kl_coef      k1, k2, k3 of http://joschu.net/blog/kl-approx.html to the reference, per token, differentiated as written; kl_limit clamps the
                  estimate, whose gradient is 0 beyond (both published DeepScaleR runs: 10)

@@ -48,7 +48,9 @@ PAIRS = [
     (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", True, True), (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix} 2 \\ 1 \end{pmatrix}", False, False),
     # Words, bases, functions.
     (r"\text{Monday}", "Monday", True, True), ("monday", r"\text{Monday}", True, True), (r"\text{Monday}", "Tuesday", False, False), ("B", r"\text{B}", True, True), ("A", "B", False, False),
-    (r"\text{(C)}", "C", True, True), ("Evelyn", r"\text{Evelyn}", True, True), ("even", "odd", False, False), ("12431_7", "12431_{7}", True, False), ("12431_8", "12431_7", False, False),
+    (r"\text{(C)}", "C", True, True), ("Evelyn", r"\text{Evelyn}", True, True), ("even", "odd", False, False), (r"\text{ No }", "no", True, True),
+    # Data sets' answers as they come: boxed, in math shifts, in a sentence.
+    ("1700", r"\boxed{1700}", True, True), ("60", r"\[\boxed{60}\]", True, True), ("17", r"\boxed{1700}", False, False), ("197", r"\[\boxed{N=197}\]", True, True), ("No", r"$\text { No }$", True, True), ("12431_7", "12431_{7}", True, False), ("12431_8", "12431_7", False, False),
     (r"\sin x", r"\sin{x}", True, False), (r"\log_2 3", r"\log_2 3", True, True), (r"\ln 4", r"2\ln 2", True, False), (r"e^2", "e^2", True, True), ("i", "i", True, True),
     (r"\binom{5}{2}", r"\binom{5}{2}", True, True), (r"\infty", r"\infty", True, True), (r"\infty", r"-\infty", False, False), ("3+4i", "4i+3", True, True), ("3+4i", "3-4i", False, False),
 ]
