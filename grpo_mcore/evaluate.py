@@ -77,7 +77,7 @@ def protocol(cfg: config.Config, eval_prompts: Sequence[Prompt], num_left_out: i
     """All that the numbers depend on beside the model: two evaluations can be compared if theirs are equal."""
     content = json.dumps([(p.id, p.problem, p.answer) for p in eval_prompts])
     return {
-        **dataclasses.asdict(cfg.eval), "max_response_tokens": cfg.eval_response_tokens, "seed": cfg.seed, "engine_dtype": cfg.engine.dtype,
+        **{k: v for k, v in dataclasses.asdict(cfg.eval).items() if k != "every"}, "max_response_tokens": cfg.eval_response_tokens, "seed": cfg.seed, "engine_dtype": cfg.engine.dtype,
         "num_problems": len(eval_prompts), "problems_sha256": hashlib.sha256(content.encode()).hexdigest(), "over_long_left_out": num_left_out,
         "max_prompt_tokens": cfg.data.max_prompt_tokens, "prompt_template": cfg.data.prompt_template, "chat_template": cfg.data.chat_template,
         "first_prompt": tokenizer.decode(eval_prompts[0].token_ids), "grader": dataclasses.asdict(cfg.reward),
@@ -94,12 +94,15 @@ def read_problems(path: str) -> tuple[list[scores.Problem], dict]:
         raise config.InputError("--compare", path, f"is not what launch/evaluate.py --out wrote ({type(e).__name__})", "name such a file") from e
 
 
+def check_paired(eval_prompts: Sequence[Prompt], problems: Sequence[scores.Problem]) -> None:
+    """Raises InputError if an earlier evaluation's problems are others than those to be evaluated now."""
+    if {(p.id, p.answer) for p in eval_prompts} != {(p.id, p.answer) for p in problems}:
+        raise config.InputError("--compare", f"{len(problems)} problems", f"are not the {len(eval_prompts)} that are evaluated now", "evaluate both on the same eval.data and eval.max_prompts")
+
+
 def compare(result: Result, card: dict, problems: Sequence[scores.Problem], other: dict) -> dict:
-    """The paired comparison with an earlier evaluation, and in which of its terms the protocols (`card`, `other`) differ. Raises InputError."""
-    try:
-        paired = scores.compare(result.problems, problems)
-    except ValueError as e:
-        raise config.InputError("--compare", f"{len(problems)} problems", f"cannot be paired with these ({e})", "evaluate both on the same eval.data and eval.max_prompts") from e
+    """The paired comparison with an earlier evaluation, and in which of its terms the protocols (`card`, `other`) differ."""
+    paired = scores.compare(result.problems, problems)
     return {**dataclasses.asdict(paired), "protocols_differ_in": sorted(k for k in card.keys() | other.keys() if card.get(k) != other.get(k)), "text": str(paired)}
 
 
@@ -124,6 +127,8 @@ def evaluate_model(cfg: config.Config, source: str | None, *, compare_with: str 
         eval_prompts, num_left_out = prompts.load(cfg.eval.data, cfg.data, tokenizer, "eval.data")
         eval_prompts = eval_prompts[: cfg.eval.max_prompts]
         card = protocol(cfg, eval_prompts, num_left_out, tokenizer)
+        if earlier:
+            check_paired(eval_prompts, earlier[0])
         cuda = topology.pick_device(cfg.device).type == "cuda"
         engines = Engines(cfg, folder, cuda=cuda, stop_token_ids=tokenizer.stop_token_ids, load_weights=True)
         try:

@@ -64,10 +64,13 @@ def test_an_earlier_evaluation_is_read_back_and_compared(card, tmp_path):
     assert (seen["num_better"], seen["num_worse"], seen["protocols_differ_in"]) == (1, 0, ["temperature"])
 
 
-def test_what_cannot_be_compared_is_refused(card, tmp_path):
+def test_what_cannot_be_compared_is_refused(tmp_path):
     for text in ("{}", "[", '{"protocol": {}, "problems": [{"id": 3}]}'):
         (tmp_path / "x.json").write_text(text)
         with pytest.raises(config.InputError, match="--compare = .*x.json.*: is not what launch/evaluate.py --out wrote"):
             evaluate.read_problems(str(tmp_path / "x.json"))
-    with pytest.raises(config.InputError, match="cannot be paired"):
-        evaluate.compare(RESULT, card, RESULT.problems[:1], card)
+    now = [Prompt(3, "p", "5", (1,)), Prompt(8, "p", "5", (1,))]
+    evaluate.check_paired(now, RESULT.problems)
+    for others in (now[:1], [now[0], Prompt(8, "p", "6", (1,))], [now[0], Prompt(9, "p", "5", (1,))]):
+        with pytest.raises(config.InputError, match="--compare = '2 problems': are not the"):
+            evaluate.check_paired(others, RESULT.problems)
