@@ -143,12 +143,23 @@ class Engine:
 
 @dataclass(frozen=True)
 class Reward:
-    """math-verify on the last \\boxed{} after the thinking, in processes that can be killed."""
+    """The last \\boxed{} after the thinking against the answer, in processes that can be killed."""
 
+    verifier: Literal["math_verify", "boxed"] = "math_verify"  # boxed: the rules of the original DeepScaleR run (boxed_answer.py)
+    require_think: bool = False  # a response without </think> has no answer
+    compare_verifiers: bool = False  # ask the other one too: the metric reward/disagree counts what they judge differently, and RUN/rollouts has both verdicts
     num_processes: int = 2
     cpu_s: float = 2.0  # CPU time of one comparison
     wall_s: float = 20.0  # wall clock of one comparison
     memory_bytes: int = 2 << 30
+
+
+@dataclass(frozen=True)
+class Shaping:
+    """What is added to the rewards before the advantages. The metrics reward/* and evaluations are of the grader's rewards alone."""
+
+    overlong_buffer_tokens: int = 0  # the last tokens before rollout.max_response_tokens, over which a penalty grows linearly from 0; 0: none
+    overlong_penalty: float = 1.0  # at the limit
 
 
 @dataclass(frozen=True)
@@ -159,11 +170,21 @@ class Advantage:
 
 @dataclass(frozen=True)
 class Loss:
+    """Formulas and sources stand in loss.py; aggregation and skip_truncated in batch.py."""
+
+    policy_loss: Literal["ppo_clip", "gspo", "cispo"] = "ppo_clip"
     clip_low: float = 0.2
     clip_high: float = 0.2
+    clip_dual: float | None = None  # bound of the ratio where the advantage is negative; null: none
     kl_coef: float = 0.0  # 0: no reference policy is kept
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_limit: float | None = None  # a token's estimate is clamped to +-kl_limit; null: it is not
+    entropy_coef: float = 0.0  # of the entropy bonus
     aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
+    skip_truncated: bool = False  # responses that hit the length limit have no loss; in their group's advantages they count
+    importance_level: Literal["none", "token", "sequence"] = "none"  # correct for what sampled: exp(old - rollout), of a token or a response's product
+    importance_cap: float = 2.0
+    importance_mode: Literal["truncate", "mask"] = "truncate"  # weights above the cap become the cap; those outside [1 / cap, cap] become 0
 
 
 @dataclass(frozen=True)
@@ -229,6 +250,7 @@ class Config:
     rollout: Rollout = field(default_factory=Rollout)
     engine: Engine = field(default_factory=Engine)
     reward: Reward = field(default_factory=Reward)
+    shaping: Shaping = field(default_factory=Shaping)
     advantage: Advantage = field(default_factory=Advantage)
     loss: Loss = field(default_factory=Loss)
     batch: Batch = field(default_factory=Batch)

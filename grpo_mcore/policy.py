@@ -13,8 +13,8 @@ from grpo_mcore.parallel import collectives, context, pipeline
 from grpo_mcore.parallel.topology import Topology
 from grpo_mcore.types import GlobalBatch, Microbatch
 
-# (current_logprobs_R, microbatch) -> (loss, statistics [R] by name)
-LossFunction = Callable[[torch.Tensor, Microbatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+# (current_logprobs_R, entropy_R, microbatch) -> (loss, statistics [R] by name)
+LossFunction = Callable[[torch.Tensor, torch.Tensor, Microbatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
 class FrozenPolicy:
@@ -96,7 +96,7 @@ class Policy(FrozenPolicy):
 
         def after(output, m: Microbatch):
             logprobs_R, entropy_R = output
-            value, stats = loss(logprobs_R, _to(m, self.topology.device))
+            value, stats = loss(logprobs_R, entropy_R, _to(m, self.topology.device))
             # Read after the last microbatch: to read a number waits for the GPU.
             return value, {**stats, "entropy": entropy_R.detach(), "loss": value.detach().clone()}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from grpo_mcore import advantage, batch, checkpoint, config, config_file, curves, entry, loss, metrics, model, prompts, reward, rules, warm_start
+from grpo_mcore import advantage, batch, checkpoint, config, config_file, curves, entry, loss, metrics, model, prompts, reward, rules, shaping, warm_start
 from grpo_mcore.engines import Engines, EnginesLost
 from grpo_mcore.evaluate import evaluate
 from grpo_mcore.hf_weights import local_folder
@@ -59,6 +59,7 @@ def train(run: Run) -> None:
     Raises entry.Preempted, with the last completed step saved, if SIGTERM came.
     """
     cfg, time_of = run.cfg, run.timer
+    over_ranks = functools.partial(collectives.sum_over_context, topology=run.topology)
     while True:
         step = run.progress.step  # the policy has completed exactly `step` steps: its version
         lend_gpus(run)
@@ -72,13 +73,14 @@ def train(run: Run) -> None:
             continue
         if step == cfg.num_steps:
             break
-        advantages_PG = advantage.group_advantages(torch.tensor(work.rewards_PG), **dataclasses.asdict(cfg.advantage))
+        rewards_PG = shaping.shaped(work.rewards_PG, work.groups, cfg.shaping, cfg.rollout.max_response_tokens)
+        advantages_PG = advantage.group_advantages(rewards_PG, **dataclasses.asdict(cfg.advantage))
         batches = assemble(run, work.groups, advantages_PG)
         with time_of("logprob"):
             mismatch = score(run, batches)
         with time_of("update"):
             lr = learning_rate(cfg.optimizer, step, cfg.num_steps)
-            updates = [run.policy.update(b, functools.partial(loss.grpo, cfg=cfg.loss), lr=lr) for b in batches]
+            updates = [run.policy.update(b, functools.partial(loss.grpo, cfg=cfg.loss, over_ranks=over_ranks), lr=lr) for b in batches]
         run.progress = checkpoint.Progress(step + 1, work.cursor, run.seconds())
         write_step(run, work, refit_metrics, [mismatch, *updates], batches, lr)
         with time_of("checkpoint"):
@@ -148,17 +150,21 @@ def assemble(run: Run, groups: list[Group], advantages_PG: torch.Tensor) -> list
     cfg = run.cfg
     return batch.assemble(
         groups, advantages_PG, global_batch_size=cfg.batch.global_batch_size, aggregation=cfg.loss.aggregation, max_response_tokens=cfg.rollout.max_response_tokens,
+        skip_truncated=cfg.loss.skip_truncated,
         packing=model.packing(run.policy.hf_config, run.topology, cfg.precision, max_tokens=cfg.batch.max_tokens_per_microbatch))
 
 
 def score(run: Run, batches: list[GlobalBatch]) -> dict[str, metrics.Metric]:
-    """Fills in old and reference log-probs of all batches, before the first update; returns how far the engines' differ."""
+    """Fills in old and reference log-probs and importance weights of all batches, before the first update; returns how far the engines' log-probs differ."""
     parts = []
     for b in batches:
         for m, logprobs_R in zip(b.microbatches, run.policy.logprobs(b.microbatches), strict=True):
             m.old_logprobs_R = logprobs_R
             if logprobs_R is not None:  # the last pipeline stage
-                parts.append(metrics.mismatch(m.rollout_logprobs_R, logprobs_R, m.position_ids_T[m.position_R]))
+                parts.append(metrics.mismatch(m.rollout_logprobs_R, logprobs_R, m.position_ids_T[m.position_R], cap=run.cfg.loss.importance_cap))
+                if run.cfg.loss.importance_level != "none":
+                    m.importance_R, beyond_R = loss.importance(m, run.cfg.loss, functools.partial(collectives.sum_over_context, topology=run.topology))
+                    parts.append(metrics.importance(m.importance_R, beyond_R))
         if run.reference is not None:
             for m, logprobs_R in zip(b.microbatches, run.reference.logprobs(b.microbatches), strict=True):
                 m.ref_logprobs_R = logprobs_R
@@ -203,6 +209,8 @@ def rollout_rows(run: Run, work: Step) -> Iterator[dict]:
             row = {
                 "position": position, "prompt_id": group.prompt.id, "sample": sample, "prompt_tokens": len(group.prompt.token_ids), "response_tokens": len(response.token_ids),
                 "truncated": response.truncated, "versions": response.versions, "reward": verdict.reward, "status": verdict.status, "answer": verdict.answer, "detail": verdict.detail}
+            if verdict.other is not None:
+                row["other_verifier"] = {"reward": verdict.other.reward, "status": verdict.other.status, "answer": verdict.other.answer, "detail": verdict.other.detail}
             if index < run.cfg.rollout.keep_texts:
                 row |= {"problem": group.prompt.problem, "gold": group.prompt.answer, "response": run.tokenizer.decode(response.token_ids)}
             yield row
@@ -222,6 +230,7 @@ def sample_metrics(groups: list[Group], verdicts: list[reward.Verdict]) -> dict[
         "reward/mean": mean([v.reward for v in counted]),
         "reward/mixed_groups_frac": mean([len({v.reward for v in part}) > 1 for _, part in graded]),
         **{f"reward/{status}": float(count) for status, count in reward.counts(counted).items()},
+        **({"reward/disagree": float(sum(v.is_disputed for v in counted))} if any(v.other for v in counted) else {}),
         "rollout/masked_prompts_frac": 1 - len(graded) / len(groups),
         "rollout/response_tokens_mean": mean([len(r.token_ids) for r in responses]),
         "rollout/response_tokens_max": float(max((len(r.token_ids) for r in responses), default=0)),

@@ -220,6 +220,27 @@ def test_weights_of_all_ranks_and_microbatches_sum_to_the_aggregations_total(agg
             assert m.weight_R.tolist() == pytest.approx([per_token(n) for n in own], rel=1.2e-7)
 
 
+@pytest.mark.parametrize("aggregation, expected", [
+    # 3 + 2 + 1 tokens, of which the second response was cut off
+    ("token_mean", [1 / 4] * 3 + [0] * 2 + [1 / 4]),
+    ("sequence_mean", [1 / 6] * 3 + [0] * 2 + [1 / 2]),  # 1 / (length x 2 responses)
+    ("constant", [1 / 12] * 3 + [0] * 2 + [1 / 12]),  # 1 / (4 tokens x 3 responses): a constant
+])
+def test_truncated_responses_that_are_skipped_weigh_nothing_and_are_not_counted(aggregation, expected):
+    groups = [group(0, (7,), (1, 2, EOS), (1, 3), (EOS,))]
+    (b,) = assemble(
+        groups, torch.tensor([[1.0, 2.0, 3.0]]), global_batch_size=3, aggregation=aggregation, max_response_tokens=4, packing=Packing(max_tokens=20), skip_truncated=True)
+    assert b.microbatches[0].weight_R.tolist() == pytest.approx(expected)
+    assert (b.num_loss_tokens, b.num_tokens) == (4, 9)
+    assert b.microbatches[0].advantage_R.tolist() == [1.0] * 3 + [2.0] * 2 + [3.0]
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "constant"])
+def test_a_batch_of_nothing_but_skipped_responses_weighs_nothing(aggregation):
+    (b,) = assemble([group(0, (7,), (1, 2), (1, 3))], torch.zeros(1, 2), global_batch_size=2, aggregation=aggregation, max_response_tokens=4, packing=Packing(max_tokens=20), skip_truncated=True)
+    assert b.microbatches[0].weight_R.tolist() == [0.0] * 4 and b.num_loss_tokens == 0
+
+
 def test_averaging_the_microbatches_token_means_is_another_number():
     # Responses of 1 token (loss 1) and 3 tokens (loss 0). Token mean of the global batch: 1 / 4.
     groups, advantages = [group(0, (5,), (1,), (2, 3, 4))], torch.tensor([[1.0, 0.0]])

@@ -169,7 +169,7 @@ rollout.group_size rollout.temperature rollout.max_response_tokens rollout.max_t
 engine.max_running_responses engine.num_threads engine.start_timeout_s reward.num_processes reward.cpu_s reward.wall_s
 reward.memory_bytes batch.global_batch_size batch.max_tokens_per_microbatch refit.bucket_bytes refit.timeout_s eval.every
 eval.samples_per_prompt eval.temperature eval.top_p checkpoint.keep""".split()
-MAY_BE_ZERO = "data.skip_prompts loss.kl_coef loss.clip_low loss.clip_high optimizer.warmup_steps optimizer.weight_decay optimizer.clip_grad checkpoint.every".split()
+MAY_BE_ZERO = "data.skip_prompts loss.kl_coef loss.entropy_coef shaping.overlong_buffer_tokens shaping.overlong_penalty loss.clip_low loss.clip_high optimizer.warmup_steps optimizer.weight_decay optimizer.clip_grad checkpoint.every rollout.max_staleness rollout.oversampling_frac rollout.keep_texts".split()
 
 
 @pytest.mark.parametrize("name", MUST_BE_POSITIVE)
@@ -217,6 +217,12 @@ def test_a_coefficient_may_be_zero_but_not_negative(minimal, name):
     (["checkpoint.keep_best=2", "checkpoint.best_metric=eval/mean@8"], "checkpoint.best_metric = 'eval/mean@8': is known of a checkpoint only if eval.every = 10 divides checkpoint.every = 10, "
      "and eval.data is given. Remedy: change one of them."),
     (["kernels.linear_logprob=triton", "device=cpu"], "kernels.linear_logprob = 'triton': needs a GPU, and this is a CPU. Remedy: set it to auto, or run on a GPU."),
+    (["loss.clip_dual=1.0"], "loss.clip_dual = 1.0: must be more than 1, the ratio on policy. Remedy: raise it, or set it to null."),
+    (["loss.clip_dual=3.0", "loss.policy_loss=cispo"], "loss.clip_dual = 3.0: has no meaning for policy_loss = cispo, whose ratio is clipped whatever the advantage's sign. "
+                                                       "Remedy: set it to null."),
+    (["shaping.overlong_buffer_tokens=7169"], "shaping.overlong_buffer_tokens = 7169: must be at most rollout.max_response_tokens = 7168, at whose end it stands. Remedy: lower it."),
+    (["loss.kl_limit=0"], "loss.kl_limit = 0.0: must be greater than 0. Remedy: raise it."),
+    (["loss.importance_cap=0.5"], "loss.importance_cap = 0.5: must be 1 or more: at weight 1 there is nothing to correct. Remedy: raise it."),
     (["eval.top_p=1.5"], "eval.top_p = 1.5: must be between 0 and 1. Remedy: lower it."),
 ])
 def test_rules_between_fields_name_field_value_constraint_and_remedy(minimal, overrides, message):
