@@ -111,17 +111,27 @@ class Engine:
             pass
         return output
 
+    async def places(self) -> list[list[str]]:
+        """[host, GPU's UUID or ""] of each process that holds weights."""
+        return await self._llm.collective_rpc("place")
+
     async def init_transfer(self, init_info: dict) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
 
-    async def receive(self, update_info: dict, version: int) -> None:
-        """One whole refit: the sender streams while this runs."""
+    async def begin_refit(self) -> None:
+        await self._llm.start_weight_update()
+
+    async def load_weights(self, update_info: dict) -> float:
+        """Part of a refit, or all of it: what the sender sends meanwhile, or has sent. Returns seconds."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        await self._llm.start_weight_update()
-        await self._llm.update_weights(WeightTransferUpdateRequest(update_info=update_info))
+        start = time.perf_counter()
+        await self._llm.update_weights(WeightTransferUpdateRequest(update_info={"info": update_info}))
+        return time.perf_counter() - start
+
+    async def end_refit(self, version: int) -> None:
         await self._llm.finish_weight_update()
         # Cached keys and values are those of the old weights.
         if not await self._llm.reset_prefix_cache():
@@ -358,12 +368,12 @@ def _engine_args(cfg: config.Config, folder: str, *, cuda: bool, load_weights: b
         generation_config="vllm",  # not the model folder's: it may carry a temperature or a top_p of its own
         logprobs_mode="processed_logprobs",  # those of the distribution that was sampled from
         load_format="auto" if load_weights else "dummy",
-        weight_transfer_config={"backend": "nccl" if cuda else "gloo"},
+        weight_transfer_config={"backend": "grpo_mcore"},  # receiver.py's, for every transport
+        worker_extension_cls="grpo_mcore.receiver.WorkerExtension",
         disable_log_stats=True,
     )
     if not cuda:
         args |= dict(
-            worker_extension_cls="grpo_mcore.gloo_receiver.WorkerExtension",
             enforce_eager=True,
             block_size=32,  # the CPU's default of 128 leaves short prompts without a prefix hit
             # A seeded request whose prompt is split over two engine steps rewinds its generator, which a CPU's cannot.

@@ -18,7 +18,7 @@ LEVELS = [
     ["config", "config_file", "rules", "types"],
     ["kernels", "parallel"],
     ["prompts", "arithmetic", "math_answer", "reward", "advantage", "batch", "logprob", "loss"],
-    ["model", "hf_weights", "policy", "engine", "refit", "weight_transfer", "gloo_receiver", "checkpoint", "stored", "convert", "metrics"],
+    ["model", "hf_weights", "policy", "engine", "refit", "weight_transfer", "senders", "live_weights", "receiver", "checkpoint", "stored", "convert", "metrics"],
     ["rollout", "evaluate", "warm_start", "curves"],
     ["trainer", "trainer_async", "entry"],
 ]
@@ -26,9 +26,9 @@ LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 # Library -> the modules that may import it.
 LIBRARIES = {
-    "torch.distributed": {"parallel", "weight_transfer", "gloo_receiver", "checkpoint", "stored"},  # the last two: its checkpoint format
+    "torch.distributed": {"parallel", "weight_transfer", "senders", "live_weights", "receiver", "checkpoint", "stored"},  # the last two: its checkpoint format
     "triton": {"kernels"},
-    "vllm": {"engine", "refit", "rollout", "gloo_receiver", "weight_transfer"},
+    "vllm": {"engine", "refit", "rollout", "senders", "live_weights", "receiver"},
     "ray": {"engine", "refit", "rollout"},
     "megatron": {"parallel", "model", "policy", "refit", "checkpoint", "convert"},
     "transformers": {"prompts", "model", "hf_weights", "arithmetic"},
