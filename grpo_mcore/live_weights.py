@@ -60,10 +60,10 @@ class LiveWeights:
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Keeps none of the tensors. Raises KeyError for a name that was not announced, or comes twice."""
-        targets = {}
+        touched = {}
         for name, tensor in weights:
             self._missing.remove(name)
-            target = targets[id(t)] = t = self._target_of[name]
+            target = touched[id(self._target_of[name])] = self._target_of[name]
             if target.packed:
                 target.arrived[name] = tensor
                 if len(target.arrived) == len(target.parts):
@@ -76,7 +76,7 @@ class LiveWeights:
                     for module in target.repacked:
                         module.cpu_linear = None  # first gives the old copy's memory back
                         module.quant_method.process_weights_after_loading(module)
-        for target in targets.values():  # what waits for its other parts outlives the buffer
+        for target in touched.values():  # what waits for its other parts outlives the buffer
             target.arrived = {name: tensor.clone() for name, tensor in target.arrived.items()}
 
     def end(self) -> None:

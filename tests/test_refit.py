@@ -47,7 +47,7 @@ class Session:
         self.cfg = configuration(folder, run_dir, *overrides)
         self.topo = topology.connect(config.Parallel(**axes), device=torch.device("cpu"), timeout_s=120, seed=1)
         self.engines = Engines(self.cfg, folder, cuda=False, stop_token_ids=[1]) if self.topo.is_driver else None
-        self.policy = Policy(folder, self.topo, precision=config.Precision(params="float32"), temperature=1.0, optimizer=config.Optimizer(lr=1e-2))
+        self.policy = Policy(folder, self.topo, precision=self.cfg.precision, temperature=1.0, optimizer=config.Optimizer(lr=1e-2))
         if self.engines:
             self.engines.wait_until_ready()
         self.refit = Refit(self.policy, self.engines, self.cfg, self.topo, CANARY)
