@@ -121,7 +121,7 @@ class Engine:
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
 
     async def begin_refit(self) -> None:
-        await self._llm.start_weight_update()
+        await self._llm.collective_rpc("begin_weight_update")
 
     async def load_weights(self, update_info: dict) -> float:
         """Part of a refit, or all of it: what the sender sends meanwhile, or has sent. Returns seconds."""

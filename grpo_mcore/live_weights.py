@@ -56,6 +56,8 @@ class LiveWeights:
 
     def begin(self) -> None:
         self._missing = set(self._target_of)
+        for target in self._target_of.values():
+            target.arrived.clear()
 
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:

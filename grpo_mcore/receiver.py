@@ -5,6 +5,7 @@ the trainer can choose when it has seen where the engines are; NCCL and IPC are 
 """
 
 import base64
+import ctypes
 import pickle
 import socket
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+from vllm.platforms import current_platform
 
 from grpo_mcore.live_weights import LiveWeights
 from grpo_mcore.weight_transfer import TensorInfo, from_dict, open_gloo, open_shared, start_broadcast, unpack
@@ -40,8 +42,11 @@ class UpdateInfo(WeightTransferUpdateInfo):
 class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
+    _reloading = False  # layerwise
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
+        if current_platform.is_cpu():
+            keep_freed_memory()
         infos = from_dict(init_info.weights)
         self._live = LiveWeights.of(self.model, infos) if self.parallel_config.world_size == 1 else None
         arguments = infos, init_info.info
@@ -55,8 +60,11 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
     def start_weight_update(self) -> None:
         if self._live:
             self._live.begin()
-        else:
-            initialize_layerwise_reload(self.model)
+            return
+        if self._reloading:  # an update that was given up; layers that it began would take what comes now for the rest
+            finalize_layerwise_reload(self.model, self.model_config)
+        self._reloading = True
+        initialize_layerwise_reload(self.model)
 
     @property
     def target(self) -> LiveWeights | torch.nn.Module:
@@ -64,8 +72,12 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         return self._live or self.model
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        for weights in self._wire.receive(update_info.info):
-            self.target.load_weights(weights)
+        try:
+            for weights in self._wire.receive(update_info.info):
+                self.target.load_weights(weights)
+        except BaseException:
+            self._wire.abort()
+            raise
 
     def finish_weight_update(self) -> None:
         self._wire.finish()
@@ -74,6 +86,7 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
             return
         check_complete(self.model)
         finalize_layerwise_reload(self.model, self.model_config)
+        self._reloading = False
         for module in self.model.modules():
             # A CPU worker multiplies with its own packed copy of the head, which the reload of a tied embedding
             # does not renew.
@@ -103,6 +116,15 @@ def check_complete(model: torch.nn.Module) -> None:
             raise RuntimeError(f"{name} received {info.load_numel} of {expected} elements")
 
 
+def keep_freed_memory() -> None:
+    """Of a CPU engine, which packs all its weights anew in each refit: pages given back to the system would be touched anew
+    each time, which takes as long as the packing. Where the C library has no mallopt, nothing changes."""
+    trim_threshold, mmap_max = -1, -4  # malloc.h
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
+
+
 class Gloo:
     """A broadcast of all buckets in one update; the next one arrives while one is loaded."""
 
@@ -127,6 +149,10 @@ class Gloo:
     def finish(self) -> None:
         pass
 
+    def abort(self) -> None:
+        """The sender learns it at once, and not when its time is up."""
+        self._group.abort()
+
 
 class Shared:
     """One bucket an update, where the sender wrote it."""
@@ -141,6 +167,9 @@ class Shared:
         yield unpack(buffer.clone() if self._reused else buffer, bucket)
 
     def finish(self) -> None:
+        pass
+
+    def abort(self) -> None:
         pass
 
 
@@ -163,9 +192,17 @@ class Vllms:
         if self._is_ipc:
             self._engine.shutdown()  # lets go of the sender's buffer; the next update maps its own
 
+    def abort(self) -> None:
+        self._engine.shutdown()
+
 
 class WorkerExtension:
     """Named in worker_extension_cls: its methods become the worker's."""
+
+    def begin_weight_update(self) -> None:
+        """start_weight_update, also after an update that was never finished, as when another engine failed in it."""
+        self._weight_update_active = False
+        self.start_weight_update()
 
     def place(self) -> list[str]:
         """[host, GPU's UUID or ""]"""

@@ -18,9 +18,11 @@ from grpo_mcore.engine import EngineError, Engines
 from grpo_mcore.parallel import collectives
 from grpo_mcore.parallel.topology import Topology
 from grpo_mcore.policy import Policy
-from grpo_mcore.senders import GlooSender, IpcSender, NcclSender, Place, SharedSender, Stream, choose
+from grpo_mcore.senders import BrokenWire, GlooSender, IpcSender, NcclSender, Place, SharedSender, Stream, choose
 from grpo_mcore.types import Prompt, Response
 from grpo_mcore.weight_transfer import TensorInfo, num_bytes, ranks, to_dict
+
+FAILED_ENGINE_S = 5.0  # for an engine to say what it failed of
 
 
 class RefitError(RuntimeError):
@@ -98,21 +100,25 @@ class Refit:
     def _send(self, stream: Stream, version: int) -> None:
         """The stream to the engines. Whatever fails, the stream is drained: the other ranks take part in what is left of it."""
         phase, began = f"refit to version {version}", self._call("begin_refit")
+        loading: list[ray.ObjectRef] = []
 
         def update(info: dict, what: str) -> Callable[[], object]:
             self._wait(began, f"{phase}: beginning")
-            refs = self._call("load_weights", info)
+            loading[:] = refs = self._call("load_weights", info)
             return lambda: self._wait(refs, f"{phase}: {what}")
 
         try:
             self._sender.send(stream, update)
             self._wait(self._call("end_refit", version), f"{phase}: ending")
-        except EngineError:
-            stream.drain()
-            raise
-        except (RuntimeError, OSError) as e:
+        except (EngineError, RuntimeError, OSError) as e:
+            self._members = []  # whoever sends next joins anew
             at = stream.at
+            self._sender.close()
             stream.drain()
+            if isinstance(e, EngineError):
+                raise
+            if isinstance(e, BrokenWire):  # an engine that failed says why
+                self._engines.wait(loading, f"{phase}: sending {at}", FAILED_ENGINE_S)
             raise RefitError(f"{phase}: sending {at} failed: {e}") from e
 
     def _call(self, method: str, *args) -> list[ray.ObjectRef]:

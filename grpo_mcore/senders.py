@@ -22,6 +22,10 @@ from grpo_mcore.weight_transfer import SharedMemory, TensorInfo, buckets, free_p
 Update = Callable[[dict, str], Callable[[], object]]
 
 
+class BrokenWire(RuntimeError):
+    """An engine at the other end failed, or is late."""
+
+
 class Place(NamedTuple):
     """Where a trainer rank or an engine's process computes."""
 
@@ -98,6 +102,7 @@ class GlooSender:
         """`stream` is one like those to be sent; the engines reach the sender at `address`."""
         self._args = (address, free_port(address), 0, world_size, timeout_s)
         self._buffers = [torch.empty(stream.capacity_bytes, dtype=torch.uint8) for _ in range(2)]
+        self._group = None
 
     def init_info(self, first_rank: int) -> dict:
         """For the engine whose first process has this rank of the group."""
@@ -120,9 +125,15 @@ class GlooSender:
     def _arrive(self, under_way, stream: Stream) -> None:
         if under_way:
             work, stream.at = under_way
-            work.wait()
+            try:
+                work.wait()
+            except RuntimeError as e:
+                raise BrokenWire(str(e)) from e
 
     def close(self) -> None:
+        """Engines that still wait for a bucket fail now."""
+        if self._group is not None:
+            self._group.abort()
         self._group = None
 
 
