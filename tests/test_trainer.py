@@ -34,7 +34,7 @@ eval: {{data: "arithmetic:two_digit_sums/heldout", every: 2, max_prompts: 8, sam
 checkpoint: {{every: 1}}
 """
 # Wall clock differs between runs, and nothing else may.
-CLOCKS = ("time/", "tokens_per_s", "refit/seconds")
+CLOCKS = ("time/", "tokens_per_s", "refit/seconds", "refit/gb_per_s")
 
 
 @pytest.fixture(scope="session")
