@@ -88,11 +88,11 @@ def summary(seconds: list[float], size: int | None = None) -> dict:
     return out | ({"gb_per_s_of_median": round(size / 1e9 / statistics.median(seconds), 2)} if size else {})
 
 
-def fill(refit: TimedRefit, memory: Callable[[int, int], torch.Tensor]) -> None:
+def fill(refit: TimedRefit, memory: SharedMemory) -> None:
     stream = Stream(refit._groups, refit._cfg.bucket_bytes, functools.partial(refit._policy.export, dtype=refit._dtype))
     if refit._engines is None:
         return stream.drain()
-    for _ in stream.fill(lambda i: memory(i, stream.capacity_bytes)):
+    for _ in stream.fill(lambda i: memory.bytes[i % 2 * stream.capacity_bytes :]):
         pass
 
 
@@ -153,9 +153,7 @@ def measure(cfg: config.Config, topo: topology.Topology, args: argparse.Namespac
                     seconds[name].append(s)
                 errors.append(seen["refit/canary_abs_mean"].value)
         if not cuda:
-            shared = {}
-            memory = lambda i, capacity: shared.setdefault(i % 2, SharedMemory(capacity)).bytes  # noqa: E731
-            fill(refit, memory)
+            memory = SharedMemory(2 * Stream(refit._groups, cfg.refit.bucket_bytes, lambda into: iter(())).capacity_bytes)
             seconds["fill"] = [timed(lambda: fill(refit, memory), topo.device) for _ in range(args.repeats)]
             if topo.is_driver and refit._transport == "shared_memory":
                 seconds["load"] = [timed(lambda: load(refit), topo.device) for _ in range(args.repeats)]

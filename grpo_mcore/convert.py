@@ -45,7 +45,7 @@ def to_hf(folder: str | Path, hf_folder: str | Path) -> None:
             key, layer = _key(row)
             whole = _merged_shape(row)
             part = stored.read(key, (*layer, *[0] * len(whole)), (*[1] * len(layer), *whole))
-            yield from zip(row.hf, _from_store(row, part.view(whole), hf_config), strict=True)
+            yield from zip(row.hf, _split(row, part.view(whole), hf_config), strict=True)
 
     dtype = stored.dtype(_key(rows[0])[0])
     hf_weights.save_folder(hf_folder, tensors(), side, shapes=hf_weights.shapes(hf_config), dtype=dtype)
@@ -77,19 +77,24 @@ def _to_store(row: Row, tensors: list[torch.Tensor], hf_config) -> ShardedTensor
 
     if row.layout is gate_up:  # put side by side where they are stored, not here
         return [place(tensor, (len(layers), half, 2)) for half, tensor in enumerate(tensors)]
+    return place(_merge(row, tensors, hf_config))
+
+
+def _merge(row: Row, tensors: list[torch.Tensor], hf_config) -> torch.Tensor:
+    """HF tensors -> the Megatron parameter of one rank; a single one is the parameter."""
     if len(tensors) == 1:
-        return place(tensors[0])
-    whole = torch.empty(_merged_shape(row), dtype=tensors[0].dtype)
+        return tensors[0]
+    whole = tensors[0].new_empty(_merged_shape(row))
     for hf, part in row.layout(tensors, whole, hf_config, 1, 0):
         part.copy_(hf)
-    return place(whole)
+    return whole
 
 
-def _from_store(row: Row, whole: torch.Tensor, hf_config) -> list[torch.Tensor]:
-    """Hugging Face's tensors of a merged one."""
+def _split(row: Row, whole: torch.Tensor, hf_config) -> list[torch.Tensor]:
+    """Undoes _merge."""
     if len(row.hf) == 1:
         return [whole]
-    tensors = [torch.empty(shape, dtype=whole.dtype) for shape in row.hf.values()]
+    tensors = [whole.new_empty(shape) for shape in row.hf.values()]
     for hf, part in row.layout(tensors, whole, hf_config, 1, 0):
         hf.copy_(part)
     return tensors
