@@ -43,7 +43,7 @@ warnings.filterwarnings("ignore", module=r"(megatron|torch\.distributed)\..*")  
 
 from grpo_mcore import config, config_file, rules  # noqa: E402
 from grpo_mcore.config import InputError  # noqa: E402
-from grpo_mcore.engine import Engines  # noqa: E402
+from grpo_mcore.engines import Engines  # noqa: E402
 from grpo_mcore.parallel import collectives, topology  # noqa: E402
 from grpo_mcore.policy import Policy  # noqa: E402
 from grpo_mcore.refit import Refit  # noqa: E402
@@ -64,13 +64,13 @@ class TimedRefit(Refit):
 
     seconds: dict[str, float] = defaultdict(float)
 
-    def _wait(self, refs, phase: str) -> list:
+    def _settle(self, refs: dict, what: str, timeout_s: float | None = None) -> dict:
         start = time.perf_counter()
         try:
-            return super()._wait(refs, phase)
+            return super()._settle(refs, what, timeout_s)
         finally:
-            name = phase.rpartition(": ")[2].partition(" ")[0]
-            self.seconds[{"beginning": "begin", "receiving": "loading", "ending": "end"}.get(name, name)] += time.perf_counter() - start
+            name = what.partition(" ")[0]
+            self.seconds[{"pausing": "begin", "receiving": "loading", "ending": "end"}.get(name, name)] += time.perf_counter() - start
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
@@ -102,7 +102,7 @@ def load(refit: TimedRefit) -> None:
         for info in sum(refit._groups, []):
             yield info.name, into(info.name)
 
-    refit._send(Stream(refit._groups, refit._cfg.bucket_bytes, export), version=0)
+    refit._send(Stream(refit._groups, refit._cfg.bucket_bytes, export), version=0, discard=False)
 
 
 def repack(refit: TimedRefit) -> Callable[[], None]:

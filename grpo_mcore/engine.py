@@ -79,6 +79,7 @@ class Engine:
             seed=sampling.seed, stop_token_ids=self._stop_token_ids, logprobs=0, detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY)  # any other kind drops the responses that end before the last
         while True:
+            await self._released.wait()  # a refit under way is waited for
             version, discards = self._version, self._discards
             try:
                 output = await self._last(token_ids, params, name)
@@ -146,7 +147,8 @@ class Engine:
         """Running requests pause; weights may arrive. With `discard` what they have, and what is not yet released, is sampled again from
         its first token: the weights of the last refit were not what they should be."""
         self._released.clear()
-        await self._llm.pause_generation(mode="keep", clear_cache=False)
+        if self._names:  # it takes 20 ms
+            await self._llm.pause_generation(mode="keep", clear_cache=False)
         if discard:
             self._discards += 1
             await self._llm.abort(list(self._names.values()))

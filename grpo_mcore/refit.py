@@ -170,10 +170,11 @@ class Refit:
             for ids in self._canary
         ]
         packed = batch.microbatch(samples, [0.0] * len(samples), self._packing)
-        ours = self._policy.logprobs_everywhere(packed, temperature=1.0)
+        scoring = self._engines.call(self._members, "score", (self._canary,)) if self._engines is not None else {}
+        ours = self._policy.logprobs_everywhere(packed, temperature=1.0)  # meanwhile
         if self._engines is None:
             return None
-        answers, failed = self._engines.collect(self._engines.call(self._members, "score", (self._canary,)), self._cfg.timeout_s)
+        answers, failed = self._engines.collect(scoring, self._cfg.timeout_s)
         errors = {}
         for slot, answer in answers.items():
             theirs = torch.tensor([lp for sequence in answer for lp in sequence])
