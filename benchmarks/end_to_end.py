@@ -2,6 +2,7 @@
 
     python benchmarks/end_to_end.py                                          both CPU recipes, ours alone
     pip install -e ".[peers]" && python benchmarks/end_to_end.py --peer trl  ours, then TRL, recipe by recipe
+    python benchmarks/end_to_end.py --ahead 1                                ours, in turns and with sampling a step ahead
 
 Ours is launch/train.py as a user runs it, without evaluation and checkpoints; trl_peer.py says what TRL shares with it.
 Each is a process of its own, one after the other, watched from outside. Figures are medians over the steps after the
@@ -12,6 +13,9 @@ warm-up; a step lasts from one row of metrics to the next.
     response tok/s  sampled tokens of a step / its seconds
     packed tok/s    the same with the prompts of all responses: the tokens that are trained on
     CPU s           processor seconds of a step, of all processes: Ray, the engines and the grader included
+
+--ahead N compares rollout.max_staleness 0 and N, the trainer bound to one core and the engine to another, a thread each. What sampling
+ahead can gain at best is the longer of the two sides for the sum of both: step / max(rollout, rest), both of the run in turns.
 
 A machine with other work spoils the clock, and less so the processor seconds: see the load averages that are recorded.
 Threads: ours as the recipe says (num_threads, engine.num_threads); TRL, which is one process, as --peer-threads says.
@@ -116,13 +120,13 @@ def figures(before: Step, step: Step, responses_per_step: int) -> dict[str, floa
         "packed_tokens": packed_tokens, "packed_tokens_per_s": packed_tokens / step_s, "reward_mean": step.row["reward/mean"]}
 
 
-def measure(program: str, recipe: str, args: argparse.Namespace, env: dict[str, str], scratch: str) -> dict:
-    """One program on one recipe: the medians of its figures, and how they came about."""
-    overrides = ["eval.data=null", "checkpoint.every=0", f"num_steps={args.warmup + args.steps}"]
+def measure(program: str, recipe: str, args: argparse.Namespace, env: dict[str, str], scratch: str, *, name: str = "", more: list[str] = [], prefix: list[str] = []) -> dict:
+    """One program on one recipe, with `more` overrides: the medians of its figures, and how they came about."""
+    overrides = ["eval.data=null", "checkpoint.every=0", f"num_steps={args.warmup + args.steps}", *more]
     cfg = config_file.load(ROOT / recipe, overrides)
-    run_dir, load = Path(scratch) / f"{Path(recipe).stem}_{Path(program).stem}", os.getloadavg()[0]
+    run_dir, load = Path(scratch) / f"{Path(recipe).stem}_{name or Path(program).stem}", os.getloadavg()[0]
     print(f"{program} --cfg {recipe}: {cfg.num_steps} steps ...", file=sys.stderr, flush=True)
-    steps = watch([sys.executable, program, "--cfg", recipe, f"run_dir={run_dir}", *overrides], run_dir, env=env, timeout_s=args.timeout_s)
+    steps = watch([*prefix, sys.executable, program, "--cfg", recipe, f"run_dir={run_dir}", *overrides], run_dir, env=env, timeout_s=args.timeout_s)
     if len(steps) != cfg.num_steps:
         sys.exit(f"error: {program} wrote {len(steps)} rows of metrics for {cfg.num_steps} steps")
     samples = [figures(b, s, cfg.responses_per_step) for b, s in zip(steps[args.warmup - 1:], steps[args.warmup:])]
@@ -151,6 +155,23 @@ def compare(recipe: str, args: argparse.Namespace, scratch: str) -> dict:
     return out
 
 
+def compare_ahead(recipe: str, args: argparse.Namespace, scratch: str) -> dict:
+    """Ours in turns and with sampling ahead, each side on a core of its own; prints their table."""
+    trainer_core, engine_core = sorted(os.sched_getaffinity(0))[:2]
+    bound = ["num_threads=1", "engine.num_engines=1", "engine.num_threads=1", f"engine.cores=[{engine_core}]"]
+    of = {
+        staleness: measure("launch/train.py", recipe, args, {}, scratch, name=f"staleness_{staleness}", more=[*bound, f"rollout.max_staleness={staleness}"],
+                           prefix=["taskset", "-c", str(trainer_core)])
+        for staleness in (0, args.ahead)}
+    turns, ahead = of[0], of[args.ahead]
+    sides = {"rollout_s": turns["rollout_s"], "rest_s": round(turns["step_s"] - turns["rollout_s"], 4)}
+    out = {"recipe": recipe, "in_turns": turns, f"staleness_{args.ahead}": ahead, "sides_in_turns": sides,
+           "step_over_longer_side": round(ahead["step_s"] / max(sides.values()), 3), "target": "at most 1.15", "step_over_step_in_turns": round(ahead["step_s"] / turns["step_s"], 3)}
+    print(f"\n{recipe}, trainer on core {trainer_core}, engine on core {engine_core}: a step takes {turns['step_s']:.2f} s in turns (rollout {sides['rollout_s']:.2f} s, the rest {sides['rest_s']:.2f} s), "
+          f"{ahead['step_s']:.2f} s with sampling {args.ahead} ahead: {out['step_over_longer_side']:.3f} x the longer side (target: {out['target']})", flush=True)
+    return out
+
+
 def surroundings() -> dict:
     """What the figures depend on besides the code."""
     def first(file: str, key: str) -> str:
@@ -172,6 +193,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="steps that count (8)")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them, at least 1 (2)")
     parser.add_argument("--peer", choices=["trl"])
+    parser.add_argument("--ahead", type=int, metavar="N", help="compare rollout.max_staleness 0 and N instead")
     parser.add_argument("--peer-threads", type=int, default=len(os.sched_getaffinity(0)), help="(all cores)")
     parser.add_argument("--timeout-s", type=float, default=1800.0, help="of one program on one recipe (1800)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/end_to_end.json", help="(benchmarks/results/end_to_end.json)")
@@ -182,7 +204,7 @@ def main() -> None:
         sys.exit(f'error: --peer {args.peer}: it is not installed. Remedy: pip install -e ".[peers]"')
     about = surroundings()
     with tempfile.TemporaryDirectory() as scratch:
-        results = [compare(recipe, args, scratch) for recipe in args.recipes]
+        results = [(compare_ahead if args.ahead else compare)(recipe, args, scratch) for recipe in args.recipes]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
     print(f"\nwritten to {args.out}")

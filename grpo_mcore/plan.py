@@ -75,10 +75,10 @@ class Sharing:
 
 def sharing(cfg: Config) -> Sharing:
     e, size = cfg.engine, 2 if cfg.engine.dtype == "bfloat16" else 4
-    colocated = getattr(e, "placement", "auto") in ("auto", "colocated")
+    colocated = e.is_colocated("cuda")
     return Sharing(
-        colocated, getattr(e, "tp", 1), getattr(e, "gpu_memory_frac", None) or (0.5 if colocated else 0.9), getattr(e, "offload_trainer", ()) if colocated else (),
-        1 if getattr(e, "quantization", None) else size, 1 if getattr(e, "kv_cache_dtype", "auto") == "fp8" else size)
+        colocated, e.tp, e.gpu_memory_frac or (0.5 if colocated else 0.9), e.offload_trainer if colocated else (),
+        1 if e.quantization else size, 1 if e.kv_cache_dtype == "fp8" else size)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from grpo_mcore.config import Config, InputError
 from grpo_mcore.loss import EXPONENT_LIMIT
 
 STAGES = ("8k", "16k", "24k")
-NOT_BUILT = "no such key"
 SAMPLE_PROMPT_TOKENS = 192  # of the prompt after which the limit of a response is compared
 
 GUIDE_PROMPT = (
@@ -48,12 +47,12 @@ class Row:
         return getattr(value, f"of_{stage}") if isinstance(value, Each) else value
 
 
-def key(dotted: str, absent: object = NOT_BUILT) -> Callable[[Config], object]:
-    """The value of a configuration's key; `absent`: what holds if there is no such key."""
+def key(dotted: str) -> Callable[[Config], object]:
+    """The value of a configuration's key."""
     def of(config: Config) -> object:
         value = config
         for name in dotted.split("."):
-            value = getattr(value, name, absent)
+            value = getattr(value, name)
         return "none" if value is None else value
 
     return of
@@ -98,12 +97,12 @@ ROWS = (
     Row("KL coefficient", "", key("loss.kl_coef"), Each(0.0, 0.001, 0.0001), 0.001),
     Row("KL estimator", "", key("loss.kl_estimator"), "k3", "k3"),
     Row("KL clamp, input", "+-", fixed(EXPONENT_LIMIT), 20.0, None),
-    Row("KL clamp, output", "+-", key("loss.kl_limit", None), 10.0, 10.0),
+    Row("KL clamp, output", "+-", key("loss.kl_limit"), 10.0, 10.0),
     Row("reference policy", "", fixed("the stage's initial weights"), "the stage's initial weights", "the stage's initial weights"),
     Row("ratio clip, low and high", "", lambda c: (c.loss.clip_low, c.loss.clip_high), Each((0.2, 0.2), (0.2, 0.28), (0.2, 0.28)), (0.2, 0.2)),
-    Row("policy loss", "", key("loss.policy_loss", "ppo_clip"), "ppo_clip", "ppo_clip"),
-    Row("correction for what sampled", "", key("loss.importance_level", "none"), "none", "none"),
-    Row("entropy bonus", "", key("loss.entropy_coef", 0.0), 0.0, 0.001),
+    Row("policy loss", "", key("loss.policy_loss"), "ppo_clip", "ppo_clip"),
+    Row("correction for what sampled", "", key("loss.importance_level"), "none", "none"),
+    Row("entropy bonus", "", key("loss.entropy_coef"), 0.0, 0.001),
     Row("advantage baseline", "", key("advantage.baseline"), "leave_one_out", "mean"),
     Row("advantage over the std", "of the same responses", key("advantage.normalize_by_std"), True, True),
     Row("advantage where the std is 0", "", fixed("not normalised"), "not normalised", None),
@@ -113,10 +112,10 @@ ROWS = (
     Row("over-long prompts", "", key("data.overlong_prompts"), "mask", "filter"),
     Row("longest sequence", "tokens", lambda c: c.longest_train_tokens, Each(8192, 16384, 24576), Each(9216, 17408, 25600)),
     Row("longest response", f"tokens after {SAMPLE_PROMPT_TOKENS}", lambda c: c.response_tokens(SAMPLE_PROMPT_TOKENS), Each(8000, 16192, 24384), Each(8192, 16384, 24576)),
-    Row("truncated responses left out", "", key("loss.skip_truncated", False), False, False),
-    Row("overlong penalty", "over the last tokens", key("shaping.overlong_buffer_tokens", 0), 0, 0),
-    Row("groups replaced", "without variance", key("rollout.dynamic_sampling", False), False, False),
-    Row("staleness", "steps", key("rollout.max_staleness", 0), 0, 0),
+    Row("truncated responses left out", "", key("loss.skip_truncated"), False, False),
+    Row("overlong penalty", "over the last tokens", key("shaping.overlong_buffer_tokens"), 0, 0),
+    Row("groups replaced", "without variance", key("rollout.dynamic_sampling"), False, False),
+    Row("staleness", "steps", key("rollout.max_staleness"), 0, 0),
     Row("temperature", "", key("rollout.temperature"), 1.0, 0.6),
     Row("top_p", "", fixed(1.0), 1.0, 1.0),
     Row("old log-probs", "", fixed("recomputed by the trainer"), "recomputed by the trainer", "recomputed by the trainer"),
@@ -125,8 +124,8 @@ ROWS = (
     Row("chat template", "", key("data.chat_template"), True, True),
     Row("system prompt", "", fixed("none"), "none", "none"),
     Row("reward", "", fixed("1 or 0"), "1 or 0", "1 or 0"),
-    Row("verifier", "", key("reward.verifier", "math_verify"), "math_verify", "boxed"),
-    Row("think tags required", "", key("reward.require_think", False), False, True),
+    Row("verifier", "", key("reward.verifier"), "math_verify", "boxed"),
+    Row("think tags required", "", key("reward.require_think"), False, True),
     Row("validation set", "", key("eval.data"), "HuggingFaceH4/aime_2024", "HuggingFaceH4/aime_2024"),
     Row("validation samples", "a problem", key("eval.samples_per_prompt"), 16, Each(8, 16, 16)),
     Row("validation every", "steps", key("eval.every"), 10, Each(20, 10, 10)),
