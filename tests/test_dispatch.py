@@ -63,12 +63,13 @@ def test_an_engine_that_leaves_gives_its_requests_to_the_others_ahead_of_later_o
 
 
 def test_an_engine_that_comes_back_begins_with_nothing():
-    d = dispatch("a", max_running_responses=1)
+    d = dispatch("a", "b", max_running_responses=1)
     d.submit((0,), 2)
-    list(d.deal())
+    assert list(d.deal()) == [("a", (0,))]
     d.leave("a")
     d.join("a")
-    assert d.dealt_to("a") == [] and list(d.deal()) == [("a", (0,))]
+    d.submit((1,), 2)
+    assert d.dealt_to("a") == [] and list(d.deal()) == [("b", (0,)), ("a", (1,))], "and is the one that joined last"
 
 
 def test_a_cancelled_request_is_gone_and_may_be_submitted_again():
