@@ -19,7 +19,7 @@ LEVELS = [
     ["kernels", "parallel"],
     ["prompts", "arithmetic", "math_answer", "reward", "advantage", "batch", "logprob", "loss", "dispatch", "admission"],
     ["model", "hf_weights", "policy", "engine", "engines", "refit", "weight_transfer", "gloo_receiver", "checkpoint", "stored", "convert", "metrics"],
-    ["rollout", "evaluate", "warm_start", "curves", "cluster", "simulate"],
+    ["rollout", "evaluate", "warm_start", "curves", "cluster", "simulate", "predict"],
     ["trainer", "trainer_async", "entry"],
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
