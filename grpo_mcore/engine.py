@@ -1,6 +1,7 @@
 """One vLLM engine as a Ray actor: token ids in, token ids and log-probs out. It never sees text. engines.py is the handle of all of them."""
 
 import asyncio
+import contextlib
 import os
 import socket
 from collections.abc import Sequence
@@ -52,7 +53,7 @@ class Engine:
         self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
         self._stop_token_ids: list[int] = []
         self._version = LOADED
-        self._num_requests = 0
+        self._num_requests = self._discards = 0
         self._names: dict[int, str] = {}  # vLLM's name of a request, by ours
         self._released = asyncio.Event()
         self._released.set()
@@ -77,12 +78,15 @@ class Engine:
             n=sampling.num_responses, temperature=sampling.temperature, top_p=sampling.top_p, max_tokens=sampling.max_tokens,
             seed=sampling.seed, stop_token_ids=self._stop_token_ids, logprobs=0, detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY)  # any other kind drops the responses that end before the last
-        version = self._version
-        try:
-            output = await self._last(token_ids, params, name)
-        finally:
-            self._names.pop(name, None)
-        await self._released.wait()
+        while True:
+            version, discards = self._version, self._discards
+            try:
+                output = await self._last(token_ids, params, name)
+            finally:
+                self._names.pop(name, None)
+            await self._released.wait()
+            if discards == self._discards:
+                break
         return [
             Completion(
                 list(c.token_ids), [at[t].logprob for at, t in zip(c.logprobs, c.token_ids, strict=True)], c.finish_reason == "length", self._versions(c, version))
@@ -102,6 +106,11 @@ class Engine:
         """Ends a request, whose answer nobody waits for."""
         if name in self._names:
             await self._llm.abort(self._names[name])
+
+    async def discard(self) -> None:
+        """Whatever is unfinished or not yet released is sampled again, from its first token: the weights were not what they should be."""
+        self._discards += 1
+        await self._llm.abort(list(self._names.values()))
 
     async def score(self, sequences: list[list[int]]) -> list[list[float]]:
         """Log-probs, at temperature 1, of each sequence's tokens from its second on."""
@@ -140,7 +149,9 @@ class Engine:
         await self._llm.pause_generation(mode="keep", clear_cache=False)
         if self._asleep:
             await self._llm.wake_up(tags=["weights"])
-        if self._refitting:  # the one before broke off
+        if self._refitting:  # the one before broke off: closes what is half loaded
+            with contextlib.suppress(Exception):  # it is open still, if nothing was loaded
+                await self._llm.start_weight_update()
             await self._llm.finish_weight_update()
         self._refitting = True
         await self._llm.start_weight_update()

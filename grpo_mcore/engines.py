@@ -351,6 +351,9 @@ def _problem_with(completions: Sequence[Completion], sampling: Sampling) -> str 
 
 
 def _last_line(e: BaseException) -> str:
+    """Of a traceback from an engine; when the engine is gone Ray has an essay on it, of which the start says what happened."""
+    if isinstance(e, ray.exceptions.RayActorError):
+        return "its process is gone"
     return str(e).strip().splitlines()[-1]
 
 

@@ -54,7 +54,7 @@ class Refit:
         start = time.perf_counter()
         with self._engines.refitting() if self._engines else contextlib.nullcontext():
             for attempt in range(1, ATTEMPTS + 1):
-                if not collectives.broadcast(self._deliver(version), self._topology):
+                if not collectives.broadcast(self._deliver(version, again=attempt > 1), self._topology):
                     continue
                 seconds, error = time.perf_counter() - start, self._attest(version)
                 if collectives.broadcast(error, self._topology) is not None:
@@ -82,7 +82,7 @@ class Refit:
         self._raise(self._engines.collect(refs, self._cfg.timeout_s)[1], "joining the transfer group")
         self._members = members
 
-    def _deliver(self, version: int) -> bool:
+    def _deliver(self, version: int, *, again: bool) -> bool:
         """Whether all engines that take part have the weights. Collective."""
         stream = (tensor for _, tensor in self._policy.export())
         if self._engines is None:
@@ -93,6 +93,8 @@ class Refit:
         try:
             self._join(members)
             self._raise(self._engines.collect(self._engines.call(members, "begin_refit"), self._cfg.timeout_s)[1], "pausing")
+            if again:
+                self._raise(self._engines.collect(self._engines.call(members, "discard"), self._cfg.timeout_s)[1], "discarding what was sampled")
             refs = self._engines.call(members, "load", (update_info(self._infos),))
             try:
                 self._sender.send(self._infos, stream)

@@ -10,8 +10,8 @@ import random
 import pytest
 import torch
 
-from grpo_mcore import metrics
-from grpo_mcore.metrics import Max, Mean, Sum, merge, mismatch
+from grpo_mcore import config, metrics
+from grpo_mcore.metrics import Max, Mean, MismatchError, Sum, check_mismatch, merge
 
 LN2, LN4 = math.log(2), math.log(4)
 
@@ -63,12 +63,18 @@ def test_a_mean_of_many_float32_values_is_summed_in_float64():
     assert Mean.of(torch.tensor([2.0**24, 1.0, 1.0, 1.0, 1.0])).total == 2.0**24 + 4
 
 
+def mismatch(rollout: torch.Tensor, old: torch.Tensor, **cap: float) -> dict[str, metrics.Metric]:
+    """At positions near the start of their sequences."""
+    return metrics.mismatch(rollout, old, torch.arange(len(old)), **cap)
+
+
 def test_mismatch_worked_numbers():
     rollout, old = torch.tensor([-1.0, -2.0, -1.0]), torch.tensor([-1.0, -2.0 + LN4, -1.0 - LN2])
     # d = old - rollout = 0, log 4, -log 2; importance weights 1, 4, 1/2
     m = {name: metric.value for name, metric in mismatch(rollout, old).items()}
     assert m == pytest.approx({
         "mismatch/logprob_abs_mean": (LN4 + LN2) / 3,
+        "mismatch/logprob_abs_mean_from_0": (LN4 + LN2) / 3,
         "mismatch/logprob_abs_max": LN4,
         "mismatch/beyond_cap_frac": 1 / 3,  # only 4 > 2; 1/2 is a small weight, not a large one
         "mismatch/k3": ((4 - 1 - LN4) + (0.5 - 1 + LN2)) / 3,  # e^d - 1 - d
@@ -94,6 +100,27 @@ def test_a_wild_mismatch_stays_finite():
     assert all(math.isfinite(metric.value) for metric in m.values())
     assert m["mismatch/logprob_abs_max"].value == 1e4
     assert m["mismatch/beyond_cap_frac"].value == 0.5
+
+
+def test_a_mismatch_is_told_apart_by_position_in_the_sequence():
+    position_R = torch.tensor([0, 255, 256, 1023, 1024, 16383, 16384, 90000])
+    d = torch.tensor([0.1, 0.3, 0.2, 0.4, 0.5, 0.6, 0.7, 0.9])
+    m = metrics.mismatch(torch.zeros(8), d, position_R)
+    by_position = {name.removeprefix("mismatch/logprob_abs_mean_from_"): metric.value for name, metric in m.items() if "_from_" in name}
+    assert by_position == pytest.approx({"0": 0.2, "256": 0.3, "1024": 0.5, "4096": 0.6, "16384": 0.8})
+
+
+def test_a_mismatch_above_its_bounds_warns_and_stops(capsys):
+    seen = {"mismatch/logprob_abs_mean": Mean(0.6, 3)}  # 0.2
+    check_mismatch(seen, config.Mismatch(warn_above=0.2, stop_above=0.3), speaks=True)
+    assert capsys.readouterr().out == ""
+    check_mismatch(seen, config.Mismatch(warn_above=0.1, stop_above=0.3), speaks=True)
+    assert "warning: mean |old - rollout| log-prob is 0.2" in capsys.readouterr().out
+    check_mismatch(seen, config.Mismatch(warn_above=0.1), speaks=False)
+    assert capsys.readouterr().out == ""
+    for total in (0.6, math.nan):
+        with pytest.raises(MismatchError, match="mismatch.stop_above = 0.15"):
+            check_mismatch({"mismatch/logprob_abs_mean": Mean(total, 3)}, config.Mismatch(stop_above=0.15), speaks=False)
 
 
 def test_a_timer_adds_up_a_phases_passes_and_starts_anew_when_drained():

@@ -182,36 +182,26 @@ def test_every_end_token_that_the_folder_names_stops_a_response(folder, tmp_path
 PROMPTS = [Prompt(i, "", "", (i,)) for i in range(7)]
 
 
-def ids(drawn: list[Prompt]) -> list[int]:
-    return [p.id for p in drawn]
+def order(seed: int, start: int, end: int) -> list[int]:
+    """Ids of the prompts at these positions, by a stream that was asked for no others."""
+    stream = prompts.Stream(PROMPTS, seed)
+    return [stream.at(position).id for position in range(start, end)]
 
 
 def test_each_epoch_is_another_permutation_of_all_prompts():
-    stream = prompts.Stream(PROMPTS, seed=3)
-    epochs = [tuple(ids(stream.next(7))) for _ in range(6)]
+    epochs = [tuple(order(3, 7 * i, 7 * i + 7)) for i in range(6)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert len(set(epochs)) > 1 and epochs[0] != tuple(range(7))
 
 
 def test_the_order_is_a_function_of_the_seed():
-    def first(seed: int) -> list[int]:
-        return ids(prompts.Stream(PROMPTS, seed=seed).next(21))
-
-    assert first(3) == first(3)
-    assert len({tuple(first(seed)) for seed in range(5)}) == 5
+    assert order(3, 0, 21) == order(3, 0, 21)
+    assert len({tuple(order(seed, 0, 21)) for seed in range(5)}) == 5
 
 
-def test_the_order_does_not_depend_on_how_many_are_drawn_at_once():
-    whole = ids(prompts.Stream(PROMPTS, seed=3).next(30))
-    stream = prompts.Stream(PROMPTS, seed=3)
-    assert [i for n in (1, 2, 20, 0, 7) for i in ids(stream.next(n))] == whole
-    assert stream.cursor == 30
-
-
-@pytest.mark.parametrize("cursor", range(0, 23))
-def test_resuming_at_a_cursor_goes_on_as_if_never_interrupted(cursor):
-    whole = ids(prompts.Stream(PROMPTS, seed=3).next(30))
-    resumed = prompts.Stream(PROMPTS, seed=3, cursor=cursor)
-    # 7 prompts at a time: over an epoch's end wherever the cursor is not on it
-    assert ids(resumed.next(7)) == whole[cursor : cursor + 7]
-    assert resumed.cursor == cursor + 7
+def test_what_stands_at_a_position_does_not_depend_on_what_was_asked_before():
+    whole = order(3, 0, 30)
+    # 7 prompts: over an epoch's end wherever a start is not on it
+    assert all(order(3, start, start + 7) == whole[start : start + 7] for start in range(23))
+    stream = prompts.Stream(PROMPTS, 3)
+    assert [stream.at(p).id for p in reversed(range(30))] == whole[::-1]

@@ -1,6 +1,6 @@
 """Real vLLM engines under Ray: what a refit delivers, and how it is attested.
 
-Not covered here: NCCL and IPC (they need GPUs); engines that fail (test_engine.py).
+Not covered here: NCCL and IPC (they need GPUs); engines that fail and refits that are corrupted (test_engines.py).
 """
 
 import functools
@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from grpo_mcore import config, config_file, loss
-from grpo_mcore.engine import Engines, Sampling
+from grpo_mcore.engine import Sampling
+from grpo_mcore.engines import Engines
 from grpo_mcore.parallel import topology
 from grpo_mcore.policy import Policy
-from grpo_mcore.refit import Refit, RefitError
-from grpo_mcore.rollout import StaleError, rollout
+from grpo_mcore.refit import Refit
+from grpo_mcore.rollout import StaleError, sample
 from grpo_mcore.types import Prompt
 from tests.dist import spawn
 from tests.test_policy import batch_of
@@ -58,8 +59,16 @@ class Session:
             m.old_logprobs_R = logprobs
         self.policy.update(b, functools.partial(loss.grpo, cfg=config.Loss()), lr=1e-2)
 
+    def weights(self) -> list[torch.Tensor]:
+        return [p.detach().clone() for chunk in self.policy.chunks for p in chunk.parameters()]
+
+    def restore(self, weights: list[torch.Tensor]) -> None:
+        with torch.no_grad():
+            for p, w in zip((p for chunk in self.policy.chunks for p in chunk.parameters()), weights, strict=True):
+                p.copy_(w)
+
     def sample(self, version: int, seed: int = 0) -> list[list[tuple[int, ...]]]:
-        groups = rollout(self.engines, PROMPTS, group_size=4, temperature=1.0, max_tokens=24, seed=seed, version=version)
+        groups = sample(self.engines, PROMPTS, group_size=4, temperature=1.0, max_tokens=24, seed=seed, version=version, timeout_s=60)
         return [[r.token_ids for r in g.responses] for g in groups]
 
     def close(self) -> None:
@@ -88,13 +97,18 @@ def test_the_engines_own_logprobs_equal_the_trainers_of_the_same_tokens(session)
     from grpo_mcore import batch, metrics
 
     session.refit(7)
-    groups = rollout(session.engines, PROMPTS, group_size=4, temperature=1.0, max_tokens=24, seed=5, version=7)
+    groups = sample(session.engines, PROMPTS, group_size=4, temperature=1.0, max_tokens=24, seed=5, version=7, timeout_s=60)
     (b,) = batch.assemble(groups, torch.zeros(6, 4), global_batch_size=24, aggregation="token_mean", max_response_tokens=24, packing=batch.Packing(max_tokens=8192))
     (ours,) = session.policy.logprobs(b.microbatches)
-    seen = metrics.mismatch(b.microbatches[0].rollout_logprobs_R, ours)
+    seen = metrics.mismatch(b.microbatches[0].rollout_logprobs_R, ours, b.microbatches[0].position_R)
     assert seen["mismatch/logprob_abs_max"].value < 1e-3
     assert seen["mismatch/beyond_cap_frac"].value == 0
     assert len({r.token_ids for g in groups for r in g.responses}) > 6  # siblings differ
+
+
+def generate(session, requests) -> list:
+    answers = [session.engines.submit((i,), token_ids, sampling, "test") for i, (token_ids, sampling) in enumerate(requests)]
+    return [answer.result(60) for answer in answers]
 
 
 def test_the_same_seed_gives_the_same_tokens_whatever_the_order_of_engines(session):
@@ -104,8 +118,8 @@ def test_the_same_seed_gives_the_same_tokens_whatever_the_order_of_engines(sessi
     assert session.sample(8, seed=1) != first
     # Prompt i goes to engine i % 2; shifted by one, each goes to the other engine.
     requests = [(p.token_ids, Sampling(4, 1.0, 24, seed=100 + i)) for i, p in enumerate(PROMPTS)]
-    plain = session.engines.generate(requests, "test")
-    shifted = session.engines.generate([requests[0], *requests], "test")[1:]
+    plain = generate(session, requests)
+    shifted = generate(session, [requests[0], *requests])[1:]
     assert [[c.token_ids for c in cs] for cs in plain] == [[c.token_ids for c in cs] for cs in shifted]
 
 
@@ -113,31 +127,15 @@ def test_more_prompt_tokens_than_one_engine_step_takes_are_sampled_the_same(sess
     session.refit(8)
     # 2 engines x 75 prompts x 4 responses x 15 tokens: twice the 2048 tokens of an engine step
     requests = [((3 + i % 80, *range(20, 34)), Sampling(4, 1.0, 24, seed=i)) for i in range(150)]
-    together = session.engines.generate(requests, "test")
-    (alone,) = session.engines.generate([requests[100]], "test")
+    together = generate(session, requests)
+    (alone,) = generate(session, [requests[100]])
     assert [c.token_ids for c in together[100]] == [c.token_ids for c in alone]
 
 
 def test_a_response_sampled_with_other_weights_is_refused(session):
     session.refit(9)
-    with pytest.raises(StaleError, match="version 9, the step needs 10"):
+    with pytest.raises(StaleError, match="of version 9, where the step needs 10"):
         session.sample(10)
-
-
-def test_a_refit_that_leaves_an_engine_with_other_weights_is_caught_and_says_what_it_saw(session, monkeypatch):
-    weight = session.policy.chunks[0].decoder.layers[1].mlp.linear_fc2.weight
-    honest = session.policy.export
-
-    def corrupted():
-        for name, tensor in honest():
-            yield name, tensor * 1.5 if name == "model.layers.1.mlp.down_proj.weight" else tensor
-
-    monkeypatch.setattr(session.policy, "export", corrupted)
-    with pytest.raises(RefitError, match=r"version 11: engine 0 does not compute what the trainer computes: mean .* tolerance 0.001; worst at canary token"):
-        session.refit(11)
-    monkeypatch.undo()
-    assert session.refit(12)["refit/canary_abs_mean"].value < 1e-4
-    assert weight.isfinite().all()
 
 
 def refit_on_ranks(folder: str, run_dir: str, axes: dict[str, int]) -> list[dict]:
