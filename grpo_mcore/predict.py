@@ -92,13 +92,17 @@ def cluster_of(cfg: Config, ask: Question) -> Cluster:
     if rate := ask.number("failures_per_day", 0):
         failures = Failures(cfg.engine.num_engines * 86400 / rate, ask.number("restart_s", 300))
     engine = cluster.engine_from(ask.profile) if ask.profile else cluster.engine_on(gpu, cluster.Shape.of(cfg.model), tp=cfg.engine.tp)
-    if engine.kv_cache_tokens is not None and engine.kv_cache_tokens < cfg.data.max_prompt_tokens + cfg.rollout.max_response_tokens:
-        raise InputError("engine.tp", cfg.engine.tp, f"leaves room for {engine.kv_cache_tokens} tokens in an engine's cache, less than one sequence", "raise it")
+    check_room(cfg, engine)
     if ask.like:
         trainer = cluster.trainer_of(cluster.measured_steps(ask.like)[1:] or cluster.measured_steps(ask.like))
     else:
         trainer = cluster.trainer_on(gpu, cluster.Shape.of(cfg.model), num_gpus=int(ask.number("trainer_gpus", 1, 1)), forward_passes=cluster.forward_passes(cfg))
     return Cluster(engine, trainer, failures)
+
+
+def check_room(cfg: Config, engine: cluster.EngineProfile) -> None:
+    if engine.kv_cache_tokens is not None and engine.kv_cache_tokens < cfg.data.max_prompt_tokens + cfg.rollout.max_response_tokens:
+        raise InputError("engine.tp", cfg.engine.tp, f"leaves room for {engine.kv_cache_tokens} tokens in an engine's cache, less than one sequence", "raise it, or shorten the sequences")
 
 
 def lengths_of(cfg: Config, ask: Question) -> Measured | LogNormal:
