@@ -4,10 +4,15 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from tests import models
+from tests.dist import environment
 
 torch.set_num_threads(1)
 
@@ -23,3 +28,32 @@ def model_folders(tmp_path_factory) -> dict[str, str]:
     """A tiny Hugging Face folder, random weights, of every family and kind of `tests.models.KINDS`."""
     root = tmp_path_factory.mktemp("models")
     return {kind: models.make(kind, root / kind) for kind in models.KINDS}
+
+
+# A whole run in half a minute: two steps of it are two optimizer steps each.
+CONFIG = """
+model: {model}
+run_dir: {run_dir}
+num_steps: 4
+seed: 3
+device: cpu
+data: {{train: "arithmetic:two_digit_sums/train", prompt_template: "{{problem}}=", chat_template: false, max_prompt_tokens: 8}}
+precision: {{params: float32}}
+optimizer: {{lr: 1e-3}}
+warm_start: {{task: two_digit_sums, stop_at_pass_rate: 0.25}}
+rollout: {{prompts_per_step: 4, group_size: 4, max_response_tokens: 40, timeout_s: 120}}
+engine: {{num_engines: 1, dtype: float32, kv_cache_bytes: 33554432}}
+loss: {{kl_coef: 0.01}}
+batch: {{global_batch_size: 8, max_tokens_per_microbatch: 128}}
+eval: {{data: "arithmetic:two_digit_sums/heldout", every: 2, max_prompts: 8, samples_per_prompt: 2}}
+checkpoint: {{every: 1}}
+"""
+
+@pytest.fixture(scope="session")
+def taught(tmp_path_factory) -> Path:
+    """A model that is right now and then: without it rewards are all 0, and with them every gradient."""
+    folder = tmp_path_factory.mktemp("taught")
+    path = folder / "cfg.yaml"
+    path.write_text(CONFIG.format(model=folder / "model", run_dir=folder / "run"))
+    subprocess.run([sys.executable, "-m", "grpo_mcore.warm_start", str(path)], cwd=folder, env=environment(), check=True, timeout=300)
+    return folder / "model"

@@ -14,37 +14,11 @@ from pathlib import Path
 import pytest
 
 from grpo_mcore import arithmetic, checkpoint, metrics
+from tests.conftest import CONFIG
 from tests.dist import ROOT, environment
 
-CONFIG = """
-model: {model}
-run_dir: {run_dir}
-num_steps: 4
-seed: 3
-device: cpu
-data: {{train: "arithmetic:two_digit_sums/train", prompt_template: "{{problem}}=", chat_template: false, max_prompt_tokens: 8}}
-precision: {{params: float32}}
-optimizer: {{lr: 1e-3}}
-warm_start: {{task: two_digit_sums, stop_at_pass_rate: 0.25}}
-rollout: {{prompts_per_step: 4, group_size: 4, max_response_tokens: 40, timeout_s: 120}}
-engine: {{num_engines: 1, dtype: float32, kv_cache_bytes: 33554432}}
-loss: {{kl_coef: 0.01}}
-batch: {{global_batch_size: 8, max_tokens_per_microbatch: 128}}
-eval: {{data: "arithmetic:two_digit_sums/heldout", every: 2, max_prompts: 8, samples_per_prompt: 2}}
-checkpoint: {{every: 1}}
-"""
 # Wall clock differs between runs, and nothing else may.
 CLOCKS = ("time/", "tokens_per_s", "refit/seconds")
-
-
-@pytest.fixture(scope="session")
-def taught(tmp_path_factory) -> Path:
-    """A model that is right now and then: without it rewards are all 0, and with them every gradient."""
-    folder = tmp_path_factory.mktemp("taught")
-    path = folder / "cfg.yaml"
-    path.write_text(CONFIG.format(model=folder / "model", run_dir=folder / "run"))
-    subprocess.run([sys.executable, "-m", "grpo_mcore.warm_start", str(path)], cwd=folder, env=environment(), check=True, timeout=300)
-    return folder / "model"
 
 
 @pytest.fixture
