@@ -46,9 +46,8 @@ class EngineProfile:
             return 0
         a = self.kv_token_s * running / 2
         b = self.base_s(running) + self.kv_token_s * kv_tokens - a
-        n = int(seconds / b) if not a else int((math.sqrt(b * b + 4 * a * seconds) - b) / (2 * a))
-        while n > 0 and self.decode_s(n, running, kv_tokens) > seconds:
-            n -= 1
+        estimate = seconds / b if not a else (math.sqrt(b * b + 4 * a * seconds) - b) / (2 * a)
+        n = max(int(estimate) - 1, 0)  # it may be rounded up
         while self.decode_s(n + 1, running, kv_tokens) <= seconds:
             n += 1
         return n

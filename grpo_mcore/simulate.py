@@ -135,8 +135,8 @@ class _Engine:
             response.attempt.left -= 1
             if not response.attempt.left:
                 done.append(self.attempts.pop(response.attempt.key))
-        if not self._make_room():
-            self._start()
+        self._make_room()
+        self._start()
         self.ahead = self._to_the_next_change() if self._running else None
         return done, None if self.ahead is None else self.at + self._seconds(self.ahead)
 
@@ -173,11 +173,11 @@ class _Engine:
         response.tokens += tokens
         response.since = self.iteration
 
-    def _make_room(self) -> bool:
-        """Whether responses had to leave for the next iteration's tokens."""
+    def _make_room(self) -> None:
+        """For the next iteration's tokens."""
         capacity, kept, kv = self._profile.kv_cache_tokens, len(self._running), self._kv
         if capacity is None or kept == 1 or kv + kept <= capacity:
-            return False
+            return
         by_age = sorted(self._running, key=lambda entry: entry[1])
         while kept > 1 and kv + kept > capacity:
             kept -= 1
@@ -186,7 +186,6 @@ class _Engine:
         self._leave(by_age[kept:])
         self._queue.extendleft(response for _, _, response in reversed(by_age[kept:]))
         self.preemptions += len(by_age) - kept
-        return True
 
     def _leave(self, entries: list[tuple[int, int, _Response]]) -> None:
         gone = {id(response) for _, _, response in entries}
@@ -305,7 +304,6 @@ class Simulation:
         admitted, stale = self._admission.begin(self._version)
         for position in stale:
             index = self._dispatch.cancel((position,))
-            self._arrived.pop(position, None)
             if index is not None:
                 engine = self._engines[index]
                 engine.settle(self.now)

@@ -22,6 +22,17 @@ def simulation(lengths, *, profile=EngineProfile(((1, 1), (2, 1))), trainer=Trai
         Cluster(profile, trainer, failures), lambda p: Draw(prompt_tokens, lengths[p % len(lengths)]))
 
 
+class Lives(Failures):
+    """As given, one after the other."""
+
+    def __init__(self, lives, restart_s):
+        super().__init__(0, restart_s)
+        object.__setattr__(self, "_lives", iter(lives))
+
+    def life_s(self, rng):
+        return next(self._lives)
+
+
 def test_one_engine_two_responses():
     """Iterations of 2 s with two responses and 1 s with one: 3 x 2 s, then 4 x 1 s; the trainer takes 1 s + 0.5 s a token, a refit 3 s."""
     sim = simulation([(3, 7)], profile=EngineProfile(((1, 1), (2, 2))), trainer=TrainerProfile(step_s=1, token_s=0.5, refit_s=3))
@@ -64,13 +75,7 @@ def test_the_youngest_loses_its_place_when_the_cache_is_full():
 
 
 def test_a_failed_engines_requests_begin_anew_elsewhere_and_it_joins_at_the_next_refit():
-    class At4(Failures):
-        lives = iter([4, 100, 100])
-
-        def life_s(self, rng):
-            return next(self.lives)
-
-    sim = simulation([(6, 6)], prompts=2, num_engines=2, max_running=2, trainer=TrainerProfile(step_s=1), failures=At4(0, 3))
+    sim = simulation([(6, 6)], prompts=2, num_engines=2, max_running=2, trainer=TrainerProfile(step_s=1), failures=Lives([4, 100, 100], 3))
     first, second = sim.run(2)
     # Engine 0 dies at 4 and leaves its two responses to engine 1, which is busy until 6 and samples them until 12.
     assert (first.rollout_s, first.failures, first.issued_again, first.busy_s) == (12, 1, 1, 4 + 12)
@@ -78,16 +83,16 @@ def test_a_failed_engines_requests_begin_anew_elsewhere_and_it_joins_at_the_next
 
 
 def test_if_no_engine_is_left_the_run_waits_for_the_first_and_refits_it():
-    class At4(Failures):
-        lives = iter([4, 100])
-
-        def life_s(self, rng):
-            return next(self.lives)
-
-    sim = simulation([(6, 6)], trainer=TrainerProfile(refit_s=2), failures=At4(0, 10))
+    sim = simulation([(6, 6)], trainer=TrainerProfile(refit_s=2), failures=Lives([4, 100], 10))
     # It joins at 0, samples from 2 to 4, is back at 14, has the weights at 16 and the responses at 22.
     (step,) = sim.run(1)
     assert (step.refit_s, step.rollout_s, step.issued_again) == (2 + 2, 2 + 10 + 6, 1)
+
+
+def test_if_the_last_engine_fails_while_it_is_refitted_there_is_another_refit():
+    sim = simulation([(6, 6)], trainer=TrainerProfile(refit_s=10), failures=Lives([2, 100], 3))
+    (step,) = sim.run(1)  # dead at 2, back at 5, given the weights from 10 to 20
+    assert (step.refit_s, step.rollout_s, step.failures) == (20, 6, 1)
 
 
 @pytest.mark.parametrize("train_s", [2, 6, 9])
@@ -124,15 +129,6 @@ def test_a_group_without_variance_is_replaced():
                      Cluster(EngineProfile(((1, 1),)), TrainerProfile()), lambda p: Draw(0, (3, 3), p > 0))
     (step,) = sim.run(1)
     assert (step.positions, step.rollout_s) == ([1, 2], 6)
-
-
-class Lives(Failures):
-    def __init__(self, lives, restart_s):
-        super().__init__(0, restart_s)
-        object.__setattr__(self, "_lives", iter(lives))
-
-    def life_s(self, rng):
-        return next(self._lives)
 
 
 def random_case(seed):
