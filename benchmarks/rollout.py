@@ -31,6 +31,7 @@ import json
 import os
 import random
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -58,12 +59,10 @@ CPU_BLOCK_TOKENS = 32  # of engine.arguments
 class Bench:
     """Engines, and timed work for them."""
 
-    def __init__(self, cfg: config.Config, folder: str, run_dir: str):
-        self.cfg, self.cuda = cfg, topology.pick_device(cfg.device).type == "cuda"
+    def __init__(self, cfg: config.Config, engines: Engines):
+        self.cfg, self.engines = cfg, engines
         self._rng, self._num_requests = random.Random(cfg.seed), 0
-        self._vocabulary = AutoConfig.from_pretrained(folder).vocab_size
-        self.engines = Engines(dataclasses.replace(cfg, run_dir=run_dir), folder, cuda=self.cuda, stop_token_ids=[])
-        self.engines.wait_until_ready()
+        self._vocabulary = AutoConfig.from_pretrained(cfg.model).vocab_size
 
     def prompt(self, num_tokens: int) -> list[int]:
         return self._rng.choices(range(self._vocabulary), k=num_tokens)
@@ -110,14 +109,14 @@ def works(bench: Bench, runnings: list[int], draws: list[Draw]) -> dict[str, Cal
     return out | {"no siblings": lambda: bench.alike(most, p1, 1, 1), "load": lambda: bench.load(draws)}
 
 
-def computed_tokens(running: int, group_size: int, prompt_tokens: int, block_tokens: int) -> int:
+def computed_tokens(running: int, group_size: int, prompt_tokens: int, block: int) -> int:
     """Of prompts, in one engine."""
     groups = -(-running // group_size)
-    rest = (prompt_tokens - 1) % block_tokens + 1 if block_tokens else prompt_tokens
+    rest = (prompt_tokens - 1) % block + 1 if block else prompt_tokens
     return groups * prompt_tokens + (running - groups) * rest
 
 
-def profile_of(cfg: config.Config, seconds: dict[str, float], runnings: list[int], block_tokens: int) -> EngineProfile:
+def profile_of(cfg: config.Config, seconds: dict[str, float], runnings: list[int], block: int) -> EngineProfile:
     """See the definitions."""
     (p0, p1), (l0, l1) = sizes(cfg)
     most, G = runnings[-1], cfg.rollout.group_size
@@ -127,12 +126,16 @@ def profile_of(cfg: config.Config, seconds: dict[str, float], runnings: list[int
 
     kv_token_s = max(iteration("long prompts") - iteration(f"{most} running"), 0) / (most * (p1 - p0))
     iteration_s = tuple((n, iteration(f"{n} running") - kv_token_s * n * (p0 + (l0 + l1 - 1) / 2)) for n in runnings)
-    tokens = [computed_tokens(most, G, p, block_tokens) for p in (p0, p1)]
+    tokens = [computed_tokens(most, G, p, block) for p in (p0, p1)]
     short, long = (seconds[f"prompts of {p}"] - kv_token_s * most * p for p in (p0, p1))
     prefill_token_s = max(long - short, 0) / (tokens[1] - tokens[0])
     response_s = (short - prefill_token_s * tokens[0] - iteration_s[-1][1]) / most
     cache = None if cfg.engine.kv_cache_bytes is None else cfg.engine.kv_cache_bytes // cache_bytes(cfg)
-    return EngineProfile(iteration_s, kv_token_s, prefill_token_s, max(response_s, 0.0), block_tokens, cache)
+    return EngineProfile(iteration_s, kv_token_s, prefill_token_s, max(response_s, 0.0), block, cache)
+
+
+def block_tokens(cfg: config.Config, *, cuda: bool) -> int:
+    return 0 if not cfg.engine.prefix_caching else cluster.BLOCK_TOKENS if cuda else CPU_BLOCK_TOKENS
 
 
 def cache_bytes(cfg: config.Config) -> int:
@@ -145,7 +148,7 @@ def predicted_load_s(cfg: config.Config, profile: EngineProfile, draws: list[Dra
     return predict.run(one_step, Cluster(profile, TrainerProfile()), draws.__getitem__, num_steps=1, skip=0)[0].rollout_s
 
 
-def surroundings(args: argparse.Namespace) -> dict:
+def surroundings(program: str, description: str) -> dict:
     """What the figures depend on besides the code."""
     def first(file: str, key: str) -> str:
         return next((line.partition(":")[2].strip() for line in Path(file).read_text().splitlines() if line.startswith(key)), "unknown")
@@ -154,9 +157,19 @@ def surroundings(args: argparse.Namespace) -> dict:
     commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], cwd=ROOT, capture_output=True, text=True)
     gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if torch.cuda.is_available() else {}
     return {
-        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"), "git_commit": commit.stdout.strip() or "unknown", "command": shlex.join(["python", "benchmarks/rollout.py", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"), "git_commit": commit.stdout.strip() or "unknown", "command": shlex.join(["python", f"benchmarks/{Path(program).name}", *sys.argv[1:]]),
         "hardware": {**gpu, "cpu": first("/proc/cpuinfo", "model name"), "cores": len(os.sched_getaffinity(0)), "memory_gib": round(int(first("/proc/meminfo", "MemTotal").split()[0]) / 2**20, 1)},
-        "versions": {name: installed[name] for name in PACKAGES if name in installed}, "rounds": args.rounds, "definitions": __doc__.partition("Definitions:\n")[2].splitlines()}
+        "versions": {name: installed[name] for name in PACKAGES if name in installed}, "definitions": description.partition("Definitions:\n")[2].splitlines()}
+
+
+def endless(source: str | Path, folder: str | Path, *, whole: bool = False) -> None:
+    """The model (`whole`: its weights and tokenizer too), in which vLLM finds no token that ends a response: not in its config, and without its
+    generation_config."""
+    for path in Path(source).iterdir() if whole else ():
+        if path.name != "generation_config.json":
+            shutil.copy(path, folder)
+    shape = json.loads((Path(source) / "config.json").read_text()) | {"eos_token_id": None}
+    (Path(folder) / "config.json").write_text(json.dumps(shape))
 
 
 def measure(cfg: config.Config, args: argparse.Namespace) -> dict:
@@ -167,10 +180,12 @@ def measure(cfg: config.Config, args: argparse.Namespace) -> dict:
     G = cfg.rollout.group_size
     draws = [Draw(p1, lengths(i).response_tokens * G) for i in range(cfg.engine.num_engines * args.load // G)]
     seconds: dict[str, list[float]] = {}
+    cuda = topology.pick_device(cfg.device).type == "cuda"
     with tempfile.TemporaryDirectory() as run_dir:
-        bench = Bench(cfg, cfg.model, run_dir)
+        engines = Engines(dataclasses.replace(cfg, run_dir=run_dir), cfg.model, cuda=cuda, stop_token_ids=[])
         try:
-            todo = works(bench, runnings, draws)
+            engines.wait_until_ready()
+            todo = works(Bench(cfg, engines), runnings, draws)
             for round_ in range(-1, args.rounds):  # the first one warms up
                 for name, work in todo.items():
                     s = work()
@@ -178,10 +193,9 @@ def measure(cfg: config.Config, args: argparse.Namespace) -> dict:
                         seconds.setdefault(name, []).append(s)
                 print(f"round {round_ + 1} of {args.rounds}: load average {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
         finally:
-            bench.engines.stop()
-    block_tokens = 0 if not cfg.engine.prefix_caching else cluster.BLOCK_TOKENS if bench.cuda else CPU_BLOCK_TOKENS
+            engines.stop()
     median = {name: statistics.median(s) for name, s in seconds.items()}
-    profile = profile_of(cfg, median, runnings, block_tokens)
+    profile = profile_of(cfg, median, runnings, block_tokens(cfg, cuda=cuda))
     tokens = sum(n for d in draws for n in d.response_tokens)
     predicted = predicted_load_s(cfg, profile, draws)
     return {
@@ -204,14 +218,11 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     cfg = config_file.load(args.cfg, args.overrides)
     with tempfile.TemporaryDirectory() as made, tempfile.TemporaryDirectory() as folder:
-        source = made
         if cfg.warm_start is not None and not Path(cfg.model).is_dir():
             arithmetic.make_model(made, cfg.seed)
-        else:
-            source = local_folder(cfg.model)
-        shape = json.loads((Path(source) / "config.json").read_text()) | {"eos_token_id": None}  # nor the generation_config.json beside it
-        (Path(folder) / "config.json").write_text(json.dumps(shape))
-        result = surroundings(args) | measure(dataclasses.replace(cfg, model=folder), args)
+            cfg = dataclasses.replace(cfg, model=made)
+        endless(local_folder(cfg.model), folder)
+        result = surroundings(__file__, __doc__) | {"rounds": args.rounds} | measure(dataclasses.replace(cfg, model=folder), args)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     for n, s in result["profile"]["iteration_s"]:
