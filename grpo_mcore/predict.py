@@ -145,11 +145,13 @@ def answer(cfg: Config, ask: Question) -> dict:
 
 
 def comparison(measured: Sequence[cluster.MeasuredStep], predicted: Sequence[Step]) -> dict[str, dict[str, float]]:
-    """Mean seconds by phase."""
+    """Mean and median seconds by phase."""
     out = {}
     for name in ("refit_s", "rollout_s", "train_s", "seconds"):
-        m, p = statistics.mean(getattr(s, name) for s in measured), statistics.mean(getattr(s, name) for s in predicted)
-        out["step_s" if name == "seconds" else name] = {"measured": m, "predicted": p, "predicted_over_measured": p / m if m else float("nan")}
+        m, p = ([getattr(s, name) for s in steps] for steps in (measured, predicted))
+        out["step_s" if name == "seconds" else name] = {
+            "measured": statistics.mean(m), "predicted": statistics.mean(p), "predicted_over_measured": statistics.mean(p) / statistics.mean(m),
+            "measured_p50": statistics.median(m), "predicted_p50": statistics.median(p)}
     return out
 
 
@@ -160,8 +162,8 @@ def table(result: dict) -> str:
         values = [c[name] for c in columns.values()]
         lines.append(f"{name:24}" + "".join(f"{v:14.1%}" if name.endswith("_frac") else f"{v:14,}" if isinstance(v, int) else f"{v:14,.2f}" for v in values))
     if "measured" in result:
-        lines += ["", f"{'seconds of a step':24}{'measured':>14}{'predicted':>14}{'ratio':>14}"]
-        lines += [f"{name:24}{r['measured']:14.3f}{r['predicted']:14.3f}{r['predicted_over_measured']:14.3f}" for name, r in result["measured"].items()]
+        lines += ["", f"{'seconds of a step':24}{'measured':>14}{'predicted':>14}{'ratio':>14}{'measured p50':>14}{'predicted p50':>14}"]
+        lines += [f"{name:24}" + "".join(f"{value:14.3f}" for value in r.values()) for name, r in result["measured"].items()]
     return "\n".join(lines)
 
 
