@@ -44,7 +44,7 @@ import ray
 import torch
 from transformers import AutoConfig
 
-from grpo_mcore import arithmetic, cluster, config, config_file, predict
+from grpo_mcore import arithmetic, cluster, config, config_file, model, plan, predict
 from grpo_mcore.cluster import Cluster, Draw, EngineProfile, LogNormal, TrainerProfile
 from grpo_mcore.engine import Sampling
 from grpo_mcore.engines import Engines
@@ -130,17 +130,12 @@ def profile_of(cfg: config.Config, seconds: dict[str, float], runnings: list[int
     short, long = (seconds[f"prompts of {p}"] - kv_token_s * most * p for p in (p0, p1))
     prefill_token_s = max(long - short, 0) / (tokens[1] - tokens[0])
     response_s = (short - prefill_token_s * tokens[0] - iteration_s[-1][1]) / most
-    cache = None if cfg.engine.kv_cache_bytes is None else cfg.engine.kv_cache_bytes // cache_bytes(cfg)
+    cache = None if cfg.engine.kv_cache_bytes is None else cfg.engine.kv_cache_bytes // plan.kv_bytes_per_token(model.load_hf_config(cfg.model), plan.sharing(cfg).kv_bytes)
     return EngineProfile(iteration_s, kv_token_s, prefill_token_s, max(response_s, 0.0), block, cache)
 
 
 def block_tokens(cfg: config.Config, *, cuda: bool) -> int:
     return 0 if not cfg.engine.prefix_caching else cluster.BLOCK_TOKENS if cuda else CPU_BLOCK_TOKENS
-
-
-def cache_bytes(cfg: config.Config) -> int:
-    """Of one token."""
-    return cluster.Shape.of(cfg.model).kv_bytes * (2 if cfg.engine.dtype == "float32" else 1)
 
 
 def predicted_load_s(cfg: config.Config, profile: EngineProfile, draws: list[Draw]) -> float:

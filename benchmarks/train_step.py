@@ -174,7 +174,7 @@ def measure(cfg: config.Config, topo: Topology, args: argparse.Namespace, phases
         for m, logprobs_R in zip(b.microbatches, policy.logprobs(b.microbatches), strict=True):
             m.old_logprobs_R = logprobs_R
         begin("forward_backward")
-        policy.update(b, functools.partial(loss.grpo, cfg=cfg.loss), lr=cfg.optimizer.lr)
+        policy.update(b, functools.partial(loss.grpo, cfg=cfg.loss, over_ranks=functools.partial(collectives.sum_over_context, topology=topo)), lr=cfg.optimizer.lr)
         begin(None)
     phases.steps = phases.steps[args.warmup : -1]
     return b

@@ -9,6 +9,10 @@ The denominator is a property of the global batch; every token's weight already 
     constant        1 / (max_response_tokens x responses of the global batch)        Dr. GRPO
 
 so that loss = sum over tokens of weight * loss, whatever the packing, the padding, the microbatch size and the ranks.
+Responses to a masked prompt are packed like others, but none of their tokens is a response token of a microbatch: they count neither
+in the loss nor in a denominator nor in a statistic.
+With skip_truncated (DAPO's overlong filtering, section 3.4), responses that hit the length limit have weight 0 and count
+neither as tokens nor as responses; but Dr. GRPO's constant stays one, and counts all that are not masked.
 """
 
 import math
@@ -101,6 +105,7 @@ def assemble(
     aggregation: str,
     max_response_tokens: int,
     packing: Packing,
+    skip_truncated: bool = False,
 ) -> list[GlobalBatch]:
     """One GlobalBatch per optimizer step: consecutive samples, in the order of the groups.
 
@@ -114,20 +119,24 @@ def assemble(
     if len(samples) % global_batch_size or global_batch_size % packing.dp:
         raise ValueError(f"{len(samples)} samples, global_batch_size {global_batch_size}, {packing.dp} data ranks: each must divide the one before")
     return [
-        _global_batch(samples[i : i + global_batch_size], aggregation, max_response_tokens, packing)
+        _global_batch(samples[i : i + global_batch_size], aggregation, max_response_tokens, packing, skip_truncated)
         for i in range(0, len(samples), global_batch_size)
     ]
 
 
-def _global_batch(samples: Sequence[Sample], aggregation: str, max_response_tokens: int, packing: Packing) -> GlobalBatch:
-    num_loss_tokens = sum(len(s.response.token_ids) for s in samples)
+def _global_batch(samples: Sequence[Sample], aggregation: str, max_response_tokens: int, packing: Packing, skip_truncated: bool) -> GlobalBatch:
+    counted = [s for s in samples if not s.prompt.masked]
+    with_loss = [s for s in counted if not (skip_truncated and s.response.truncated)]
+    num_loss_tokens = sum(len(s.response.token_ids) for s in with_loss)
 
     def weight(s: Sample) -> float:
+        if s.prompt.masked or (skip_truncated and s.response.truncated):
+            return 0.0
         if aggregation == "token_mean":
             return 1.0 / num_loss_tokens
         if aggregation == "sequence_mean":
-            return 1.0 / (len(s.response.token_ids) * len(samples))
-        return 1.0 / (max_response_tokens * len(samples))
+            return 1.0 / (len(s.response.token_ids) * len(with_loss))
+        return 1.0 / (max_response_tokens * len(counted))
 
     if packing.share_prompts:
         plan = pack_in_order(samples, packing)
@@ -282,7 +291,8 @@ def microbatch(samples: Sequence[Sample], weights: Sequence[float], packing: Pac
         last_of_prompt = len(token_ids) - 1
         for branch, s in enumerate(block, 1):
             response = s.response.token_ids
-            positions += [last_of_prompt, *range(len(token_ids), len(token_ids) + len(response) - 1)]
+            if not s.prompt.masked:
+                positions += [last_of_prompt, *range(len(token_ids), len(token_ids) + len(response) - 1)]
             token_ids += response
             position_ids += range(len(prompt), len(prompt) + len(response))
             branches += [branch] * len(response)
@@ -292,6 +302,8 @@ def microbatch(samples: Sequence[Sample], weights: Sequence[float], packing: Pac
         length = len(s.response.token_ids)
         if len(s.response.rollout_logprobs) != length:
             raise ValueError(f"a response to prompt {s.prompt.id} has {length} tokens, but {len(s.response.rollout_logprobs)} rollout log-probs")
+        if s.prompt.masked:
+            continue
         targets += s.response.token_ids
         sequences += [index] * length
         advantages += [s.advantage] * length
@@ -303,9 +315,10 @@ def microbatch(samples: Sequence[Sample], weights: Sequence[float], packing: Pac
         branch_T=torch.tensor(branches),
         cu_seqlens=torch.tensor([*cu_seqlens, len(token_ids)], dtype=torch.int32),
         max_seqlen=max(position_ids) + 1,
-        position_R=torch.tensor(positions),
-        target_R=torch.tensor(targets),
-        sequence_R=torch.tensor(sequences),
+        num_sequences=len(samples),
+        position_R=torch.tensor(positions, dtype=torch.int64),
+        target_R=torch.tensor(targets, dtype=torch.int64),
+        sequence_R=torch.tensor(sequences, dtype=torch.int64),
         advantage_R=torch.tensor(advantages, dtype=torch.float32),
         weight_R=torch.tensor(weight_R, dtype=torch.float32),
         rollout_logprobs_R=torch.tensor(rollout_logprobs, dtype=torch.float32),

@@ -1,6 +1,6 @@
 """What a cluster's parts take: seconds of an engine's iteration, of a training step, of a refit; lengths of responses. For simulate.py.
 
-Measured (benchmarks/rollout.py, a run's metrics and rollouts), or estimated from data sheets.
+Measured (benchmarks/rollout.py, a run's metrics and rollouts), or estimated from data sheets as plan.py does.
 """
 
 import json
@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from grpo_mcore import metrics
+from grpo_mcore import metrics, plan, plan_time
 from grpo_mcore.config import Config, InputError
+from grpo_mcore.plan import Machine
+from grpo_mcore.plan_time import Assumptions
 
 
 @dataclass(frozen=True)
@@ -173,73 +175,35 @@ def measured_steps(run_dir: str | Path) -> list[MeasuredStep]:
     return out
 
 
+def counted(steps: Sequence[MeasuredStep]) -> Sequence[MeasuredStep]:
+    """Without the first, which warms up, if there are others."""
+    return steps[1:] or steps
+
+
 def trainer_of(steps: Sequence[MeasuredStep]) -> TrainerProfile:
     """Seconds per token, and the mean refit."""
     return TrainerProfile(token_s=sum(s.train_s for s in steps) / sum(s.tokens for s in steps), refit_s=statistics.mean(s.refit_s for s in steps))
 
 
-# Estimates, for what is not measured. The shares below are assumptions, in the middle of what is commonly reached.
+# Estimates, with plan.py's GPUs and plan_time.py's assumptions.
 
-@dataclass(frozen=True)
-class Gpu:
-    flops_per_s: float  # bfloat16, dense
-    bytes_per_s: float  # of its memory
-    memory_bytes: float
-
-
-GPUS = {  # vendors' data sheets, SXM
-    "A100": Gpu(312e12, 2.04e12, 80e9), "H100": Gpu(989e12, 3.35e12, 80e9), "H200": Gpu(989e12, 4.8e12, 141e9), "B200": Gpu(2250e12, 8e12, 180e9)}
-BANDWIDTH_FRAC = 0.7  # of a GPU's memory, while an engine decodes
-ENGINE_FLOPS_FRAC = 0.4  # of its peak, while an engine computes prompts or large batches
-TRAINER_FLOPS_FRAC = 0.35  # of its peak, packing and pipeline included
-CACHE_MEMORY_FRAC = 0.85  # of its memory, weights and cache of an engine
-ITERATION_S = 0.003  # of every iteration: launches, scheduling, sampling
-REFIT_BYTES_PER_S, REFIT_S = 20e9, 2.0  # one engine's weights over the network, all engines at once; besides: pause, canary, going on
+RUNNING = tuple(1 << i for i in range(13))  # responses of an engine, at which its iteration is estimated
 BLOCK_TOKENS = 16  # vLLM's on a GPU
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Of a dense model."""
-
-    parameters: int
-    multiplied: int  # parameters that a token is multiplied with: all but the embedding, which is looked up
-    layers: int
-    width: int  # heads x head_dim
-    kv_bytes: int  # per token, bfloat16
-
-    @classmethod
-    def of(cls, folder: str | Path) -> "Shape":
-        """From its Hugging Face config.json. Raises InputError."""
-        path = Path(folder) / "config.json"
-        if not path.is_file():
-            raise InputError("model", str(folder), "is no folder with a config.json, which an estimate needs", "add model=configs/benchmarks/1.5b, or another folder")
-        c = json.loads(path.read_text())
-        d, layers, heads = c["hidden_size"], c["num_hidden_layers"], c["num_attention_heads"]
-        head_dim, kv_heads = c.get("head_dim") or d // heads, c.get("num_key_value_heads") or heads
-        embedding = c["vocab_size"] * d
-        multiplied = layers * (2 * d * head_dim * (heads + kv_heads) + 3 * d * c["intermediate_size"]) + embedding
-        return cls(multiplied + (0 if c.get("tie_word_embeddings") else embedding), multiplied, layers, heads * head_dim, 4 * layers * kv_heads * head_dim)
-
-
-def engine_on(gpu: Gpu, shape: Shape, *, tp: int) -> EngineProfile:
-    """bfloat16 on `tp` GPUs that share weights and cache evenly, at no cost: an iteration reads every weight once, or takes its products' time
-    if that is longer; and it reads the whole cache."""
-    bytes_per_s, flops_per_s = gpu.bytes_per_s * BANDWIDTH_FRAC * tp, gpu.flops_per_s * ENGINE_FLOPS_FRAC * tp
-    return EngineProfile(
-        tuple((n, ITERATION_S + max(2 * shape.multiplied / bytes_per_s, 2 * shape.multiplied * n / flops_per_s)) for n in (1 << i for i in range(13))),
-        kv_token_s=shape.kv_bytes / bytes_per_s, prefill_token_s=2 * shape.multiplied / flops_per_s, block_tokens=BLOCK_TOKENS,
-        kv_cache_tokens=int((gpu.memory_bytes * CACHE_MEMORY_FRAC * tp - 2 * shape.parameters) / shape.kv_bytes))
-
-
-def trainer_on(gpu: Gpu, shape: Shape, *, num_gpus: int, forward_passes: int) -> TrainerProfile:
-    """`forward_passes`: those of all of a step's phases, a backward pass counted as two."""
-    seconds_per_flop = forward_passes / (gpu.flops_per_s * TRAINER_FLOPS_FRAC * num_gpus)
-    return TrainerProfile(
-        token_s=2 * shape.multiplied * seconds_per_flop, token_pair_s=2 * shape.layers * shape.width * seconds_per_flop,  # causal: half of 4 x width a pair
-        refit_s=REFIT_S + 2 * shape.parameters / REFIT_BYTES_PER_S)
-
-
-def forward_passes(cfg: Config) -> int:
-    """Old log-probs, forward and backward of the update; reference log-probs; full recomputation."""
-    return 1 + 3 + (cfg.loss.kl_coef > 0) + (cfg.parallel.recompute == "full")
+def estimated(cfg: Config, hf_config, machine: Machine, a: Assumptions) -> Cluster:
+    """Raises InputError for what the GPUs or the model do not allow."""
+    gpu, engines, numbers = machine.gpu, plan.sharing(cfg), plan.num_parameters(hf_config)
+    kv_bytes, cache = plan.kv_bytes_per_token(hf_config, engines.kv_bytes), plan.memory(cfg, hf_config, machine).phases["rollout"]["engine: KV cache"]
+    bytes_per_s, token_s = a.decode_bandwidth_frac * gpu.hbm_bytes_per_s, 2 * numbers / engines.tp / (a.decode_mfu * gpu.bf16_flops_per_s)
+    weights_s = plan.engine_weight_bytes(cfg, hf_config) / bytes_per_s
+    engine = EngineProfile(
+        tuple((n, a.decode_fixed_s + max(weights_s, n * token_s)) for n in RUNNING), kv_token_s=kv_bytes / engines.tp / bytes_per_s, prefill_token_s=token_s,
+        block_tokens=BLOCK_TOKENS if cfg.engine.prefix_caching else 0, kv_cache_tokens=int(cache * engines.tp / kv_bytes))
+    seconds = plan_time.times(cfg, hf_config, machine, a)
+    tokens = a.prompt_tokens + a.response_tokens
+    # As the assumed step's, by the FLOPs of a sequence; every token a response token.
+    linear, (_, pairs) = sum(plan_time.forward_flops(hf_config, 1, 1)), plan_time.forward_flops(hf_config, 1, 0)
+    linear -= pairs
+    per_flop = (seconds["logprob"] + seconds["update"]) / cfg.responses_per_step / (linear * tokens + pairs * tokens**2)
+    return Cluster(engine, TrainerProfile(token_s=linear * per_flop, token_pair_s=pairs * per_flop, refit_s=seconds["refit"]))

@@ -25,7 +25,10 @@ class Data:
     answer_key: str = "answer"
     prompt_template: str = "{problem}"  # `{problem}` is replaced; every other brace is literal
     chat_template: bool = True  # wrap the text as the user's turn in the tokenizer's chat template
-    max_prompt_tokens: int = 1024  # longer prompts are left out, and counted
+    max_prompt_tokens: int = 1024  # longer prompts are over-long
+    overlong_prompts: Literal["filter", "mask"] = "filter"  # left out, or kept in their place, cut to max_prompt_tokens, without a loss
+    shuffle_seed: int | None = None  # of the prompts' order; null: seed
+    skip_prompts: int = 0  # of that order, at the start: those that former stages trained on
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ class Rollout:
     max_draws: float = 3.0  # of dynamic sampling: prompts drawn for one step, as a multiple of prompts_per_step; then such groups are kept
     oversampling_frac: float = 0.0  # of dynamic sampling: prompts drawn ahead of need, likewise
     keep_texts: int = 4  # groups per step whose texts are kept in RUN/rollouts
+    max_total_tokens: int | None = None  # prompt and response together; null: no limit but their own
     timeout_s: float = 3600.0  # for all responses of a step
 
 
@@ -132,15 +136,30 @@ class Engine:
     health_timeout_s: float = 60.0  # an engine that does not answer for so long is replaced
     max_failures: int = 3  # of engines in one process's life; one more stops the run
 
+    def is_colocated(self, device: str) -> bool:
+        """Whether engines and trainers of this device (cpu, cuda) take turns on it."""
+        return device == "cuda" and self.placement in ("auto", "colocated")
+
 
 @dataclass(frozen=True)
 class Reward:
-    """math-verify on the last \\boxed{} after the thinking, in processes that can be killed."""
+    """The last \\boxed{} after the thinking against the answer, in processes that can be killed."""
 
+    verifier: Literal["math_verify", "boxed"] = "math_verify"  # boxed: the rules of the original DeepScaleR run (boxed_answer.py)
+    require_think: bool = False  # a response without </think> has no answer
+    compare_verifiers: bool = False  # ask the other one too: the metric reward/disagree counts what they judge differently, and RUN/rollouts has both verdicts
     num_processes: int = 2
     cpu_s: float = 2.0  # CPU time of one comparison
     wall_s: float = 20.0  # wall clock of one comparison
     memory_bytes: int = 2 << 30
+
+
+@dataclass(frozen=True)
+class Shaping:
+    """What is added to the rewards before the advantages. The metrics reward/* and evaluations are of the grader's rewards alone."""
+
+    overlong_buffer_tokens: int = 0  # the last tokens before rollout.max_response_tokens, over which a penalty grows linearly from 0; 0: none
+    overlong_penalty: float = 1.0  # at the limit
 
 
 @dataclass(frozen=True)
@@ -151,11 +170,21 @@ class Advantage:
 
 @dataclass(frozen=True)
 class Loss:
+    """Formulas and sources stand in loss.py; aggregation and skip_truncated in batch.py."""
+
+    policy_loss: Literal["ppo_clip", "gspo", "cispo"] = "ppo_clip"
     clip_low: float = 0.2
     clip_high: float = 0.2
+    clip_dual: float | None = None  # bound of the ratio where the advantage is negative; null: none
     kl_coef: float = 0.0  # 0: no reference policy is kept
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_limit: float | None = None  # a token's estimate is clamped to +-kl_limit; null: it is not
+    entropy_coef: float = 0.0  # of the entropy bonus
     aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
+    skip_truncated: bool = False  # responses that hit the length limit have no loss; in their group's advantages they count
+    importance_level: Literal["none", "token", "sequence"] = "none"  # correct for what sampled: exp(old - rollout), of a token or a response's product
+    importance_cap: float = 2.0
+    importance_mode: Literal["truncate", "mask"] = "truncate"  # weights above the cap become the cap; those outside [1 / cap, cap] become 0
 
 
 @dataclass(frozen=True)
@@ -187,7 +216,7 @@ class Eval:
     max_prompts: int | None = None
     temperature: float = 1.0
     top_p: float = 1.0
-    max_response_tokens: int | None = None  # null: rollout.max_response_tokens
+    max_response_tokens: int | None = None  # null: as in training, rollout.max_total_tokens included
 
 
 @dataclass(frozen=True)
@@ -211,6 +240,8 @@ class Config:
     deterministic: bool = False  # arithmetic of trainer and engines on a GPU, slower; a CPU's is anyway
     num_threads: int = 1  # CPU threads of one trainer rank
     collective_timeout_s: float = 1800.0  # longest wait of a rank for the others, beyond rollout.timeout_s
+    recipe: Literal["guide/8k", "guide/16k", "guide/24k", "original/8k", "original/16k", "original/24k"] | None = None  # what this follows, see recipe.py
+    recipe_deviations: tuple[str, ...] = ()  # the quantities of that recipe in which this deviates on purpose
     warm_start: WarmStart | None = None
     parallel: Parallel = field(default_factory=Parallel)
     precision: Precision = field(default_factory=Precision)
@@ -219,6 +250,7 @@ class Config:
     rollout: Rollout = field(default_factory=Rollout)
     engine: Engine = field(default_factory=Engine)
     reward: Reward = field(default_factory=Reward)
+    shaping: Shaping = field(default_factory=Shaping)
     advantage: Advantage = field(default_factory=Advantage)
     loss: Loss = field(default_factory=Loss)
     batch: Batch = field(default_factory=Batch)
@@ -227,14 +259,25 @@ class Config:
     eval: Eval = field(default_factory=Eval)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
 
-    @property
-    def max_total_tokens(self) -> int:
-        """Longest sequence, prompt and response, of training or evaluation."""
-        return self.data.max_prompt_tokens + max(self.rollout.max_response_tokens, self.eval_response_tokens)
+    def response_tokens(self, prompt_tokens: int, *, evaluation: bool = False) -> int:
+        """The limit of one response to a prompt of `prompt_tokens`; at least 1."""
+        if evaluation and self.eval.max_response_tokens is not None:
+            return self.eval.max_response_tokens
+        total, response = self.rollout.max_total_tokens, self.rollout.max_response_tokens
+        return response if total is None else max(min(response, total - prompt_tokens), 1)
 
     @property
-    def eval_response_tokens(self) -> int:
-        return self.eval.max_response_tokens or self.rollout.max_response_tokens
+    def longest_train_tokens(self) -> int:
+        """Longest sequence, prompt and response, that is trained on."""
+        prompt, total = self.data.max_prompt_tokens, self.rollout.max_total_tokens
+        longest = prompt + self.rollout.max_response_tokens
+        return longest if total is None else min(longest, total)
+
+    @property
+    def longest_tokens(self) -> int:
+        """Longest sequence, prompt and response, of training or evaluation."""
+        evaluated = self.data.max_prompt_tokens + self.eval.max_response_tokens if self.eval.max_response_tokens else 0
+        return max(self.longest_train_tokens, evaluated)
 
     @property
     def responses_per_step(self) -> int:

@@ -2,6 +2,9 @@
 
 Parsed once from a file plus dotted overrides; unknown keys are refused with a suggestion; values are coerced by the field's
 type (PyYAML reads `1e-6` as a string); the result is checked (rules.py).
+
+`inherit: other.yaml`, a path from the file's own folder, takes all keys of that file (and of what it inherits), below the file's
+own: sections merge key by key; a value, a list or null replaces what was there.
 """
 
 import dataclasses
@@ -30,15 +33,7 @@ class _Loader(yaml.SafeLoader):
 
 def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     """Config from a YAML file and `key.sub=value` overrides (values in YAML). Raises InputError."""
-    path = Path(path)
-    if not path.is_file():
-        raise InputError("--cfg", str(path), "there is no such file", "give the path of a YAML file, such as configs/quickstart.yaml")
-    try:
-        tree = yaml.load(path.read_text(), _Loader)
-    except yaml.YAMLError as e:
-        raise InputError("--cfg", str(path), f"is not valid YAML ({' '.join(str(e).split())})", "mend the line it names") from e
-    if not isinstance(tree, dict):
-        raise InputError("--cfg", str(path), "must hold a mapping of keys", "see configs/quickstart.yaml")
+    tree = _read(Path(path), ())
     for override in overrides:
         dotted, eq, text = override.partition("=")
         if not eq or not dotted:
@@ -51,6 +46,33 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     config = _build(Config, tree, "")
     rules.check(config)
     return config
+
+
+def _read(path: Path, heirs: tuple[Path, ...]) -> dict:
+    """The mapping of a YAML file over what it inherits. `heirs`: the files that led here."""
+    name, seen = ("inherit", f"{path} (in {heirs[-1]})") if heirs else ("--cfg", str(path))
+    if not path.is_file():
+        raise InputError(name, seen, "there is no such file", "give the path of a YAML file, such as configs/quickstart.yaml")
+    if path.resolve() in map(Path.resolve, heirs):
+        raise InputError(name, seen, "inherits itself, by way of others or at once", "break the circle")
+    try:
+        tree = yaml.load(path.read_text(), _Loader)
+    except yaml.YAMLError as e:
+        raise InputError(name, seen, f"is not valid YAML ({' '.join(str(e).split())})", "mend the line it names") from e
+    if not isinstance(tree, dict):
+        raise InputError(name, seen, "must hold a mapping of keys", "see configs/quickstart.yaml")
+    if "inherit" not in tree:
+        return tree
+    parent = tree.pop("inherit")
+    if not isinstance(parent, str):
+        raise InputError("inherit", parent, "must be one file's path", f"name one, from the folder of {path}")
+    return _over(_read(path.parent / parent, (*heirs, path)), tree)
+
+
+def _over(below: dict, above: dict) -> dict:
+    """`above` over `below`, section by section."""
+    merged = {key: _over(below[key], value) if isinstance(below.get(key), dict) and isinstance(value, dict) else value for key, value in above.items()}
+    return {**below, **merged}
 
 
 def _section(tree: dict, dotted: str) -> dict:
@@ -121,7 +143,7 @@ def describe(config: Config, world_size: int) -> str:
         "responses per optimizer step": f"{config.batch.global_batch_size} responses (over all ranks)",
         "optimizer steps per step": f"{config.optimizer_steps_per_step} optimizer steps",
         "tokens per microbatch": f"at most {config.batch.max_tokens_per_microbatch} tokens (per data-parallel rank)",
-        "longest sequence": f"{config.max_total_tokens} tokens (prompt and response)",
+        "longest sequence": f"{config.longest_tokens} tokens (prompt and response)",
         "optimizer steps of the run": f"{config.num_steps * config.optimizer_steps_per_step} optimizer steps ({config.num_steps} steps)",
         "ranks by axis": f"tp {p.tp} x cp {p.cp} x pp {p.pp} x dp {world_size // p.ranks_per_replica} = {world_size} ranks; {config.engine.num_engines} engines",
     }

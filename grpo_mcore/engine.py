@@ -204,7 +204,7 @@ def arguments(cfg: config.Config, folder: str, *, cuda: bool, load_weights: bool
         quantization=e.quantization,
         kv_cache_dtype=e.kv_cache_dtype,
         kv_cache_memory_bytes=e.kv_cache_bytes,
-        max_model_len=cfg.max_total_tokens,
+        max_model_len=cfg.longest_tokens,
         max_num_seqs=e.max_running_responses,
         max_num_batched_tokens=e.max_batched_tokens,
         enable_prefix_caching=e.prefix_caching,
@@ -220,7 +220,7 @@ def arguments(cfg: config.Config, folder: str, *, cuda: bool, load_weights: bool
         disable_log_stats=True,
     )
     if cuda:
-        colocated = e.placement in ("auto", "colocated")
+        colocated = e.is_colocated("cuda")
         args |= dict(enable_sleep_mode=colocated, gpu_memory_utilization=e.gpu_memory_frac or (0.5 if colocated else 0.9))
         return args
     if e.kv_cache_bytes is None:
@@ -232,7 +232,7 @@ def arguments(cfg: config.Config, folder: str, *, cuda: bool, load_weights: bool
         block_size=32,  # the CPU's default of 128 leaves short prompts without a prefix hit
         # A seeded request whose prompt is split over two engine steps rewinds its generator, which a CPU's cannot.
         enable_chunked_prefill=False,
-        max_num_batched_tokens=max(e.max_batched_tokens or 2048, cfg.max_total_tokens),
+        max_num_batched_tokens=max(e.max_batched_tokens or 2048, cfg.longest_tokens),
     )
 
 

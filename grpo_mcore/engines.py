@@ -321,6 +321,13 @@ class Engines:
                 failed[slot] = _last_line(e)
         return results, failed
 
+    def sleep(self, timeout_s: float) -> None:
+        """They give their GPUs' memory back, until the next refit. Raises EngineError after engine.max_failures failures."""
+        _, failed = self.collect(self.call(self.ready, "sleep"), timeout_s)
+        for slot, problem in failed.items():
+            with contextlib.suppress(EnginesLost):
+                self.lose(slot, "sleep", problem)
+
     def stop(self) -> None:
         self._events.put(None)
         for slot in [*self._slots, *self._starting.values()]:

@@ -41,7 +41,7 @@ def parse(description: str, *options: str) -> Command:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     args = parser.parse_intermixed_args()
     return Command(config_file.load(args.cfg, args.overrides), args.dry_run,
-                   {name: getattr(args, name) for name in (o.removeprefix("--").replace("-", "_") for o in options)})
+                   {o.removeprefix("--"): getattr(args, o.removeprefix("--").replace("-", "_")) for o in options})
 
 
 def stop_on_sigterm() -> None:

@@ -9,7 +9,7 @@ What decides is math-verify, with two departures from its defaults, both because
 
 math-verify can run for ever on a hostile answer (9^{9^{9^9}}). Its own time-out is an alarm signal, which costs seconds
 of clock, cancels the caller's alarm and fails off the main thread, so it is off: call `is_equal` in a process that can
-be killed (reward.py does). `is_equal_as_text` is the part that is safe anywhere.
+be killed (grading_process.py does). `is_equal_as_text` is the part that is safe anywhere.
 """
 import functools
 import re

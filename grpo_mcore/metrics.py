@@ -55,7 +55,28 @@ class Sum:
         return Sum(self.value + other.value)
 
 
-Metric = Mean | Max | Sum
+@dataclass(frozen=True)
+class EffectiveFraction:
+    """Kish's effective sample size of weights, (sum w)^2 / sum w^2, over their number: 1 if all are equal, 1/n if one has it all."""
+
+    total: float
+    squares: float
+    count: float
+
+    @classmethod
+    def of(cls, weights: torch.Tensor) -> "EffectiveFraction":
+        w = weights.double()
+        return cls(w.sum().item(), w.square().sum().item(), w.numel())
+
+    def merge(self, other: "EffectiveFraction") -> "EffectiveFraction":
+        return EffectiveFraction(self.total + other.total, self.squares + other.squares, self.count + other.count)
+
+    @property
+    def value(self) -> float:
+        return self.total**2 / (self.count * self.squares) if self.squares else 0.0
+
+
+Metric = Mean | Max | Sum | EffectiveFraction
 
 
 def merge(parts: list[dict[str, Metric]]) -> dict[str, Metric]:
@@ -100,6 +121,15 @@ def check_mismatch(merged: dict[str, Metric], bounds: config.Mismatch, *, speaks
         raise MismatchError(f"{what}; mismatch.stop_above = {bounds.stop_above:g}. {advice}; loss.importance_level corrects for it.")
     if bounds.warn_above is not None and not seen <= bounds.warn_above and speaks:
         print(f"warning: {what}; mismatch.warn_above = {bounds.warn_above:g}. {advice}", flush=True)
+
+
+def importance(importance_R: torch.Tensor, beyond_R: torch.Tensor) -> dict[str, Metric]:
+    """The importance correction's weights as the loss takes them, token by token, and the share that the cap changed."""
+    return {
+        "importance/weight_mean": Mean.of(importance_R),
+        "importance/beyond_cap_frac": Mean.of(beyond_R.float()),
+        "importance/effective_frac": EffectiveFraction.of(importance_R),
+    }
 
 
 class Timer:

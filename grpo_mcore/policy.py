@@ -13,8 +13,8 @@ from grpo_mcore.parallel import collectives, context, pipeline
 from grpo_mcore.parallel.topology import Topology
 from grpo_mcore.types import GlobalBatch, Microbatch
 
-# (current_logprobs_R, microbatch) -> (loss, statistics [R] by name)
-LossFunction = Callable[[torch.Tensor, Microbatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+# (current_logprobs_R, entropy_R, microbatch) -> (loss, statistics [R] by name)
+LossFunction = Callable[[torch.Tensor, torch.Tensor, Microbatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
 class FrozenPolicy:
@@ -96,7 +96,7 @@ class Policy(FrozenPolicy):
 
         def after(output, m: Microbatch):
             logprobs_R, entropy_R = output
-            value, stats = loss(logprobs_R, _to(m, self.topology.device))
+            value, stats = loss(logprobs_R, entropy_R, _to(m, self.topology.device))
             # Read after the last microbatch: to read a number waits for the GPU.
             return value, {**stats, "entropy": entropy_R.detach(), "loss": value.detach().clone()}
 
@@ -122,6 +122,21 @@ class Policy(FrozenPolicy):
         if self.topology.parallel.overlap_param_gather:
             for module in self.modules:
                 module.start_param_sync(force_sync=True)
+
+    def offload(self, parts: Sequence[str]) -> None:
+        """Gives back the GPU memory of `gradients` and of the `optimizer`, whose state goes to the host's; `onload` undoes it."""
+        if "gradients" in parts:
+            for module in self.modules:
+                module.offload_grad_buffers()
+        if "optimizer" in parts:
+            self.optimizer.offload_to_cpu()
+
+    def onload(self, parts: Sequence[str]) -> None:
+        if "gradients" in parts:
+            for module in self.modules:
+                module.restore_grad_buffers()
+        if "optimizer" in parts:
+            self.optimizer.restore_from_cpu()
 
     def _check_gradient(self) -> None:
         ends = [x for module in self.modules for buffer in module.buffers for x in torch.aminmax(buffer.grad_data)]  # NaN is an end

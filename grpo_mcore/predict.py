@@ -6,17 +6,18 @@ What is asked for is a Question; its answer is printed as a table, one column pe
 import dataclasses
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from grpo_mcore import cluster
-from grpo_mcore.cluster import Cluster, Failures, LogNormal, Measured
+from grpo_mcore import cluster, plan, plan_time
+from grpo_mcore.cluster import Cluster, Draw, Failures, LogNormal, Measured
 from grpo_mcore.config import Config, InputError
 from grpo_mcore.simulate import Simulation, Step
 
-MEDIAN_FRAC, MEAN_FRAC = 0.25, 0.35  # of rollout.max_response_tokens: lengths where nothing is known of them
-PROMPT_TOKENS = 128  # likewise
+MEDIAN_FRAC, MEAN_FRAC = 0.25, 0.35  # of the limit: lengths of responses where nothing is known of them
+PROMPT_TOKENS = 192  # likewise
+NUM_DRAWS = 256  # of prompts, for their mean
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,11 @@ def summary(steps: Sequence[Step], num_engines: int, max_running_responses: int,
 class Question:
     """Numbers come as the command line's text; None: not given."""
 
-    like: str | None = None  # RUN: lengths and the trainers' seconds are its
+    like: str | None = None  # RUN: its lengths; and its trainers' seconds, unless gpu is given
     profile: str | None = None  # JSON of benchmarks/rollout.py: the engines' seconds
-    gpu: str | None = None  # of cluster.GPUS: what is not measured is estimated
-    trainer_gpus: str | None = None
+    gpu: str | None = None  # of plan.GPUS: what is not measured is estimated for it
+    num_gpus: str | None = None
+    model_config: str | None = None
     steps: str | None = None  # without those that fill the pipeline
     staleness: str | None = None  # 0,1,2; None: the configuration's
     median_tokens: str | None = None  # of responses
@@ -82,27 +84,19 @@ class Question:
         return value
 
 
-def cluster_of(cfg: Config, ask: Question) -> Cluster:
+def cluster_of(cfg: Config, ask: Question, draw: Callable[[int], Draw]) -> Cluster:
     """Measured parts where they are given, else estimates. Raises InputError."""
-    if (ask.like is None or ask.profile is None) and ask.gpu is None:
-        raise InputError("--gpu", None, "must name the GPU that what is not measured (--profile: engines; --like: trainers) is estimated for", f"one of {', '.join(cluster.GPUS)}")
-    if ask.gpu is not None and ask.gpu not in cluster.GPUS:
-        raise InputError("--gpu", ask.gpu, "is not known", f"choose one of {', '.join(cluster.GPUS)}")
-    gpu, failures = cluster.GPUS.get(ask.gpu), None
-    if rate := ask.number("failures_per_day", 0):
-        failures = Failures(cfg.engine.num_engines * 86400 / rate, ask.number("restart_s", 300))
-    engine = cluster.engine_from(ask.profile) if ask.profile else cluster.engine_on(gpu, cluster.Shape.of(cfg.model), tp=cfg.engine.tp)
-    check_room(cfg, engine)
-    if ask.like:
-        trainer = cluster.trainer_of(cluster.measured_steps(ask.like)[1:] or cluster.measured_steps(ask.like))
-    else:
-        trainer = cluster.trainer_on(gpu, cluster.Shape.of(cfg.model), num_gpus=int(ask.number("trainer_gpus", 1, 1)), forward_passes=cluster.forward_passes(cfg))
-    return Cluster(engine, trainer, failures)
-
-
-def check_room(cfg: Config, engine: cluster.EngineProfile) -> None:
-    if engine.kv_cache_tokens is not None and engine.kv_cache_tokens < cfg.data.max_prompt_tokens + cfg.rollout.max_response_tokens:
-        raise InputError("engine.tp", cfg.engine.tp, f"leaves room for {engine.kv_cache_tokens} tokens in an engine's cache, less than one sequence", "raise it, or shorten the sequences")
+    engine = cluster.engine_from(ask.profile) if ask.profile else None
+    trainer = cluster.trainer_of(cluster.counted(cluster.measured_steps(ask.like))) if ask.like and ask.gpu is None else None
+    if engine is None or trainer is None:
+        machine, draws = plan.machine_of(ask.gpu, ask.num_gpus), [draw(p) for p in range(NUM_DRAWS)]
+        mean = plan_time.Assumptions(statistics.mean(d.prompt_tokens for d in draws), statistics.mean(n for d in draws for n in d.response_tokens))
+        parts = cluster.estimated(cfg, plan.hf_config_of(cfg, ask.model_config), machine, mean)
+        engine, trainer = engine or parts.engine, trainer or parts.trainer
+    if engine.kv_cache_tokens is not None and engine.kv_cache_tokens < cfg.longest_tokens:
+        raise InputError("engine.tp", cfg.engine.tp, f"leaves room for {engine.kv_cache_tokens} tokens in an engine's cache, less than the longest sequence, {cfg.longest_tokens}", "raise it, or shorten the sequences")
+    rate = ask.number("failures_per_day", 0)
+    return Cluster(engine, trainer, Failures(cfg.engine.num_engines * 86400 / rate, ask.number("restart_s", 300)) if rate else None)
 
 
 def lengths_of(cfg: Config, ask: Question) -> Measured | LogNormal:
@@ -113,9 +107,10 @@ def lengths_of(cfg: Config, ask: Question) -> Measured | LogNormal:
         if (group_size := len(measured.draws[0].response_tokens)) != r.group_size:
             raise InputError("rollout.group_size", r.group_size, f"and the groups of {ask.like} have {group_size} responses", "take the run's, or give --median-tokens")
         return measured
-    median = ask.number("median_tokens", MEDIAN_FRAC * r.max_response_tokens, 1)
-    return LogNormal(median, ask.number("mean_tokens", median * MEAN_FRAC / MEDIAN_FRAC, median), r.max_response_tokens, int(ask.number("prompt_tokens", PROMPT_TOKENS, 1)),
-                     r.group_size, ask.number("flat_frac", 0))
+    prompt_tokens = int(ask.number("prompt_tokens", min(PROMPT_TOKENS, cfg.data.max_prompt_tokens), 1))
+    limit = cfg.response_tokens(prompt_tokens)
+    median = ask.number("median_tokens", MEDIAN_FRAC * limit, 1)
+    return LogNormal(median, ask.number("mean_tokens", median * MEAN_FRAC / MEDIAN_FRAC, median), limit, prompt_tokens, r.group_size, ask.number("flat_frac", 0))
 
 
 def run(cfg: Config, parts: Cluster, draw: Measured | LogNormal, *, num_steps: int, skip: int) -> list[Step]:
@@ -125,22 +120,22 @@ def run(cfg: Config, parts: Cluster, draw: Measured | LogNormal, *, num_steps: i
 
 def answer(cfg: Config, ask: Question) -> dict:
     """Predictions by staleness, with what they rest on; with `like`, of the same configuration too, beside what was measured."""
-    parts, draw = cluster_of(cfg, ask), lengths_of(cfg, ask)
+    draw = lengths_of(cfg, ask)
+    parts = cluster_of(cfg, ask, draw)
     measured = cluster.measured_steps(ask.like) if ask.like else []
-    num_steps = int(ask.number("steps", max(len(measured) - 1, 1) if ask.like else 10, 1))
+    num_steps = int(ask.number("steps", len(cluster.counted(measured)) or 10, 1))
     try:
         ages = [cfg.rollout.max_staleness] if ask.staleness is None else [int(s) for s in ask.staleness.split(",")]
     except ValueError:
         raise InputError("--staleness", ask.staleness, "must be whole numbers", "write them as 0,1,2") from None
     out = {"engine": dataclasses.asdict(parts.engine), "trainer": dataclasses.asdict(parts.trainer), "predicted": {}}
-    if isinstance(draw, LogNormal):
-        out["lengths"] = dataclasses.asdict(draw)
+    out["lengths"] = dataclasses.asdict(draw) if isinstance(draw, LogNormal) else {"like": ask.like}
     for age in ages:
-        of = dataclasses.replace(cfg, rollout=dataclasses.replace(cfg.rollout, max_staleness=age))
+        of = plan.changed(cfg, {"rollout.max_staleness": age})
         steps = run(of, parts, draw, num_steps=num_steps, skip=1 if ask.like else age + 1)
         out["predicted"][age] = dataclasses.asdict(summary(steps, cfg.engine.num_engines, cfg.engine.max_running_responses, cfg.responses_per_step))
         if ask.like and age == cfg.rollout.max_staleness:
-            out["measured"] = comparison(measured[1:] or measured, steps)
+            out["measured"] = comparison(cluster.counted(measured), steps)
     return out
 
 

@@ -84,29 +84,32 @@ def _row(row: dict, data: config.Data, name: str, where: str) -> tuple[str, str]
     return str(row[data.problem_key]), str(row[data.answer_key])
 
 
-def load(source: str, data: config.Data, tokenizer: Tokenizer, name: str) -> tuple[list[Prompt], int]:
-    """(prompts in the data set's order, number of over-long ones left out). Raises InputError."""
+def load(source: str, data: config.Data, tokenizer: Tokenizer, name: str, *, overlong: str = "filter") -> tuple[list[Prompt], int]:
+    """(prompts in the data set's order, number of over-long ones: left out, or with overlong="mask" cut and masked). Raises InputError."""
     prompts, too_long = [], 0
     for i, (problem, answer) in enumerate(read_rows(source, data, name)):
         token_ids = tokenizer.encode(problem, data)
-        if len(token_ids) > data.max_prompt_tokens:
-            too_long += 1
-        else:
-            prompts.append(Prompt(i, problem, answer, token_ids))
-    if not prompts:
+        masked = len(token_ids) > data.max_prompt_tokens
+        too_long += masked
+        if not masked or overlong == "mask":
+            prompts.append(Prompt(i, problem, answer, token_ids[: data.max_prompt_tokens], masked))
+    if all(p.masked for p in prompts):
         raise InputError(name, source, f"holds no prompt of at most {data.max_prompt_tokens} tokens", "raise data.max_prompt_tokens, or check the file")
     return prompts, too_long
 
 
 class Stream:
-    """Endless prompts, shuffled anew each epoch: a position in it is all the state there is."""
+    """Endless prompts, shuffled anew each epoch: a position in it is all the state there is.
 
-    def __init__(self, prompts: Sequence[Prompt], seed: int):
-        self._prompts, self._seed = prompts, seed
+    `skip`: of the order, the prompts that former stages took: a run goes on where they stopped.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], seed: int, *, skip: int = 0):
+        self._prompts, self._seed, self._skip = prompts, seed, skip
         self._orders: dict[int, list[int]] = {}  # of the epochs last asked for
 
     def at(self, position: int) -> Prompt:
-        epoch, index = divmod(position, len(self._prompts))
+        epoch, index = divmod(self._skip + position, len(self._prompts))
         return self._prompts[self._order(epoch)[index]]
 
     def _order(self, epoch: int) -> list[int]:

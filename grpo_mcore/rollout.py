@@ -9,7 +9,7 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
@@ -42,12 +42,15 @@ class Step:
 
 
 def sample(
-    engines: Engines, prompts: Sequence[Prompt], *, group_size: int, temperature: float, max_tokens: int, seed: int,
+    engines: Engines, prompts: Sequence[Prompt], *, group_size: int, temperature: float, max_tokens: Callable[[int], int], seed: int,
     version: int, timeout_s: float, top_p: float = 1.0, phase: str = "evaluation",
 ) -> list[Group]:
-    """One group of `group_size` responses per prompt, in the order of the prompts. Raises EngineError, EnginesLost, StaleError."""
+    """One group of `group_size` responses per prompt, in the order of the prompts. `max_tokens` of a response, by its prompt's length.
+
+    Raises EngineError, EnginesLost, StaleError.
+    """
     answers = [
-        engines.submit((EVALUATION, i), p.token_ids, Sampling(group_size, temperature, max_tokens, seed_of(seed, phase, i, p), top_p), phase)
+        engines.submit((EVALUATION, i), p.token_ids, Sampling(group_size, temperature, max_tokens(len(p.token_ids)), seed_of(seed, phase, i, p), top_p), phase)
         for i, p in enumerate(prompts)
     ]
     end = time.monotonic() + timeout_s
@@ -162,7 +165,7 @@ class Rollout:
         r = self._cfg.rollout
         for position in positions:
             prompt = self._stream.at(position)
-            sampling = Sampling(r.group_size, r.temperature, r.max_response_tokens, seed_of(self._cfg.seed, "rollout", position, prompt))
+            sampling = Sampling(r.group_size, r.temperature, self._cfg.response_tokens(len(prompt.token_ids)), seed_of(self._cfg.seed, "rollout", position, prompt))
             self._answers[position] = answer = self._engines.submit((TRAINING, position), prompt.token_ids, sampling, "rollout")
             answer.add_done_callback(lambda answer, position=position: self._arrived.put((position, answer)))
 
@@ -194,6 +197,6 @@ class Rollout:
                     continue
                 del self._answers[position]
                 self._graded[position] = group, rewards, verdicts[i * G : (i + 1) * G]
-                self._submit(self._admission.arrived(position, has_variance=len(set(rewards)) > 1))
+                self._submit(self._admission.arrived(position, has_variance=len(set(rewards)) > 1 and not group.prompt.masked))
             self._grading_s += time.perf_counter() - start
             self._changed.notify()

@@ -2,15 +2,17 @@
 
 import math
 
-from grpo_mcore.config import Config, InputError, Parallel, packed_alignment
+from grpo_mcore.config import Config, InputError, Loss, Parallel, packed_alignment
 
 _POSITIVE = """num_steps num_threads collective_timeout_s data.max_prompt_tokens parallel.tp parallel.pp
 parallel.virtual_pp parallel.cp parallel.ep parallel.recompute_num_layers precision.fp8_amax_history optimizer.lr rollout.prompts_per_step
-rollout.group_size rollout.temperature rollout.max_response_tokens rollout.timeout_s engine.num_engines
-engine.max_running_responses engine.tp engine.gpu_memory_frac engine.max_batched_tokens rollout.max_draws mismatch.warn_above mismatch.stop_above engine.num_threads engine.start_timeout_s engine.health_timeout_s reward.num_processes reward.cpu_s reward.wall_s
+rollout.group_size rollout.temperature rollout.max_response_tokens rollout.max_total_tokens rollout.timeout_s rollout.max_draws engine.num_engines
+engine.max_running_responses engine.tp engine.gpu_memory_frac engine.max_batched_tokens engine.num_threads engine.start_timeout_s engine.health_timeout_s mismatch.warn_above mismatch.stop_above
+reward.num_processes reward.cpu_s reward.wall_s
 reward.memory_bytes batch.global_batch_size batch.max_tokens_per_microbatch refit.bucket_bytes refit.timeout_s eval.every
-eval.samples_per_prompt eval.max_prompts eval.max_response_tokens engine.kv_cache_bytes eval.temperature eval.top_p checkpoint.keep checkpoint.timeout_s warm_start.batch_size warm_start.lr warm_start.max_steps""".split()
-_NOT_NEGATIVE = """loss.kl_coef loss.clip_low loss.clip_high optimizer.warmup_steps optimizer.weight_decay optimizer.clip_grad checkpoint.every checkpoint.keep_best engine.max_failures rollout.max_staleness rollout.oversampling_frac rollout.keep_texts
+loss.kl_limit eval.samples_per_prompt eval.max_prompts eval.max_response_tokens engine.kv_cache_bytes eval.temperature eval.top_p checkpoint.keep checkpoint.timeout_s warm_start.batch_size warm_start.lr warm_start.max_steps""".split()
+_NOT_NEGATIVE = """data.skip_prompts loss.kl_coef loss.entropy_coef shaping.overlong_buffer_tokens shaping.overlong_penalty loss.clip_low loss.clip_high optimizer.warmup_steps optimizer.weight_decay optimizer.clip_grad
+checkpoint.every checkpoint.keep_best engine.max_failures rollout.max_staleness rollout.oversampling_frac rollout.keep_texts
 precision.fp8_first_layers_bf16 precision.fp8_last_layers_bf16""".split()
 _FRACTIONS = "engine.gpu_memory_frac loss.clip_low eval.top_p optimizer.beta1 optimizer.beta2 optimizer.warmup_start_frac warm_start.corrupted_frac warm_start.stop_at_pass_rate".split()
 
@@ -36,14 +38,18 @@ def check(config: Config) -> None:
             "batch.global_batch_size", config.batch.global_batch_size,
             f"must divide the {config.responses_per_step} responses of a step (rollout.prompts_per_step x rollout.group_size)",
             "choose a divisor")
-    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    d, r = config.data, config.rollout
+    if r.max_total_tokens is not None and d.max_prompt_tokens >= r.max_total_tokens:
+        raise InputError("data.max_prompt_tokens", d.max_prompt_tokens, f"must leave room for a response in rollout.max_total_tokens = {r.max_total_tokens}", "lower it")
+    longest = config.longest_train_tokens
+    limits = "rollout.max_total_tokens" if longest == r.max_total_tokens else "data.max_prompt_tokens + rollout.max_response_tokens"
     align, cp = packed_alignment(config.parallel, config.precision), config.parallel.cp
     needed = -(-longest // (cp * align * (2 if cp > 1 else 1))) * align * (2 if cp > 1 else 1)  # a rank's share of it, padded
     if needed > config.batch.max_tokens_per_microbatch:
         share = "" if needed == longest else f"; with its padding {needed} on each of {cp} context ranks"
         raise InputError(
             "batch.max_tokens_per_microbatch", config.batch.max_tokens_per_microbatch,
-            f"must hold the longest sequence, {longest} tokens (data.max_prompt_tokens + rollout.max_response_tokens){share}",
+            f"must hold the longest sequence, {longest} tokens ({limits}){share}",
             f"set it to {needed} or more, or shorten the sequences")
     if config.reward.cpu_s > config.reward.wall_s:
         raise InputError("reward.wall_s", config.reward.wall_s, f"must be reward.cpu_s = {config.reward.cpu_s} or more: a process has no more CPU time than clock time", "raise it")
@@ -52,6 +58,10 @@ def check(config: Config) -> None:
         raise InputError("checkpoint.best_metric", c.best_metric, f"is known of a checkpoint only if eval.every = {e.every} divides checkpoint.every = {c.every}, and eval.data is given",
                          "change one of them")
     _check_rollout(config)
+    _check_loss(config.loss)
+    buffer, limit = config.shaping.overlong_buffer_tokens, config.rollout.max_response_tokens
+    if buffer > limit:
+        raise InputError("shaping.overlong_buffer_tokens", buffer, f"must be at most rollout.max_response_tokens = {limit}, at whose end it stands", "lower it")
     _check_parallel(config.parallel)
     check_device(config, config.device)
     if "{problem}" not in config.data.prompt_template:
@@ -75,6 +85,15 @@ def _check_rollout(config: Config) -> None:
             raise InputError("engine.offload_trainer", part, "must be of gradients, optimizer", "choose among them")
 
 
+def _check_loss(loss: Loss) -> None:
+    if not 1 <= loss.importance_cap < math.inf:
+        raise InputError("loss.importance_cap", loss.importance_cap, "must be 1 or more: at weight 1 there is nothing to correct", "raise it")
+    if loss.clip_dual is not None and not 1 < loss.clip_dual < math.inf:
+        raise InputError("loss.clip_dual", loss.clip_dual, "must be more than 1, the ratio on policy", "raise it, or set it to null")
+    if loss.clip_dual is not None and loss.policy_loss == "cispo":
+        raise InputError("loss.clip_dual", loss.clip_dual, "has no meaning for policy_loss = cispo, whose ratio is clipped whatever the advantage's sign", "set it to null")
+
+
 def _check_parallel(p: Parallel) -> None:
     if p.ep > 1:
         raise InputError("parallel.ep", p.ep, "expert parallelism is not built: the model families here are dense", "leave it at 1")
@@ -95,6 +114,8 @@ def check_device(config: Config, device: str) -> None:
     p, kernel, e = config.precision, config.kernels.linear_logprob, config.engine
     if e.placement not in ("auto", "cpu") and device == "cpu":
         raise InputError("engine.placement", e.placement, "shares out GPUs, and this is a CPU", "set it to auto, or run on a GPU")
+    if e.is_colocated(device) and p.params == "float32" and "optimizer" in e.offload_trainer:
+        raise InputError("engine.offload_trainer", e.offload_trainer, "cannot take the optimizer off the GPU with precision.params = float32: its weights are the model's own", "leave optimizer out, or train in bfloat16")
     if e.placement == "cpu" and device == "cuda":
         raise InputError("engine.placement", e.placement, "is for engines on a CPU, and this is a GPU", "choose colocated or disaggregated")
     if kernel == "triton" and device == "cpu":

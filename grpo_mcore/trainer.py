@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from grpo_mcore import advantage, batch, checkpoint, config, config_file, curves, entry, loss, metrics, model, prompts, reward, rules, warm_start
+from grpo_mcore import advantage, batch, checkpoint, config, config_file, curves, entry, loss, metrics, model, prompts, reward, rules, shaping, warm_start
 from grpo_mcore.engines import Engines, EnginesLost
 from grpo_mcore.evaluate import evaluate
 from grpo_mcore.hf_weights import local_folder
@@ -59,24 +59,28 @@ def train(run: Run) -> None:
     Raises entry.Preempted, with the last completed step saved, if SIGTERM came.
     """
     cfg, time_of = run.cfg, run.timer
+    over_ranks = functools.partial(collectives.sum_over_context, topology=run.topology)
     while True:
         step = run.progress.step  # the policy has completed exactly `step` steps: its version
+        lend_gpus(run)
         with time_of("refit"):
             refit_metrics = run.refit(version=step)
         work = collectives.broadcast(evaluate_and_sample(run, step), run.topology)
+        reclaim_gpus(run)
         if work is None:
             return leave(run)
         if work == ENGINES_LOST:  # the same step again, with those that take their place
             continue
         if step == cfg.num_steps:
             break
-        advantages_PG = advantage.group_advantages(torch.tensor(work.rewards_PG), **dataclasses.asdict(cfg.advantage))
+        rewards_PG = shaping.shaped(work.rewards_PG, work.groups, cfg.shaping, cfg.rollout.max_response_tokens)
+        advantages_PG = advantage.group_advantages(rewards_PG, **dataclasses.asdict(cfg.advantage))
         batches = assemble(run, work.groups, advantages_PG)
         with time_of("logprob"):
             mismatch = score(run, batches)
         with time_of("update"):
             lr = learning_rate(cfg.optimizer, step, cfg.num_steps)
-            updates = [run.policy.update(b, functools.partial(loss.grpo, cfg=cfg.loss), lr=lr) for b in batches]
+            updates = [run.policy.update(b, functools.partial(loss.grpo, cfg=cfg.loss, over_ranks=over_ranks), lr=lr) for b in batches]
         run.progress = checkpoint.Progress(step + 1, work.cursor, run.seconds())
         write_step(run, work, refit_metrics, [mismatch, *updates], batches, lr)
         with time_of("checkpoint"):
@@ -110,7 +114,26 @@ def evaluate_and_sample(run: Run, step: int) -> Step | str | None:
         except EnginesLost:
             return ENGINES_LOST
 
-    return run.preemption.unless_asked(work)
+    result = run.preemption.unless_asked(work)
+    if colocated(run):
+        run.engines.sleep(cfg.refit.timeout_s)
+    return result
+
+
+def colocated(run: Run) -> bool:
+    return run.cfg.engine.is_colocated(run.topology.device.type)
+
+
+def lend_gpus(run: Run) -> None:
+    """Before a refit wakes the engines: they sample with the memory that the trainer can do without."""
+    if colocated(run):
+        run.policy.offload(run.cfg.engine.offload_trainer)
+
+
+def reclaim_gpus(run: Run) -> None:
+    """When the engines are asleep."""
+    if colocated(run):
+        run.policy.onload(run.cfg.engine.offload_trainer)
 
 
 def leave(run: Run) -> None:
@@ -127,17 +150,21 @@ def assemble(run: Run, groups: list[Group], advantages_PG: torch.Tensor) -> list
     cfg = run.cfg
     return batch.assemble(
         groups, advantages_PG, global_batch_size=cfg.batch.global_batch_size, aggregation=cfg.loss.aggregation, max_response_tokens=cfg.rollout.max_response_tokens,
+        skip_truncated=cfg.loss.skip_truncated,
         packing=model.packing(run.policy.hf_config, run.topology, cfg.precision, max_tokens=cfg.batch.max_tokens_per_microbatch))
 
 
 def score(run: Run, batches: list[GlobalBatch]) -> dict[str, metrics.Metric]:
-    """Fills in old and reference log-probs of all batches, before the first update; returns how far the engines' differ."""
+    """Fills in old and reference log-probs and importance weights of all batches, before the first update; returns how far the engines' log-probs differ."""
     parts = []
     for b in batches:
         for m, logprobs_R in zip(b.microbatches, run.policy.logprobs(b.microbatches), strict=True):
             m.old_logprobs_R = logprobs_R
             if logprobs_R is not None:  # the last pipeline stage
-                parts.append(metrics.mismatch(m.rollout_logprobs_R, logprobs_R, m.position_ids_T[m.position_R]))
+                parts.append(metrics.mismatch(m.rollout_logprobs_R, logprobs_R, m.position_ids_T[m.position_R], cap=run.cfg.loss.importance_cap))
+                if run.cfg.loss.importance_level != "none":
+                    m.importance_R, beyond_R = loss.importance(m, run.cfg.loss, functools.partial(collectives.sum_over_context, topology=run.topology))
+                    parts.append(metrics.importance(m.importance_R, beyond_R))
         if run.reference is not None:
             for m, logprobs_R in zip(b.microbatches, run.reference.logprobs(b.microbatches), strict=True):
                 m.ref_logprobs_R = logprobs_R
@@ -157,17 +184,9 @@ def write_step(run: Run, work: Step, refit_metrics: dict, parts: list[dict], bat
     metrics.check_mismatch(merged, run.cfg.mismatch, speaks=run.topology.is_driver)
     if run.writer is None:
         return
-    responses = [r for g in work.groups for r in g.responses]
-    rewards = [v.reward for v in work.verdicts]
-    lengths = [len(r.token_ids) for r in responses]
     times = run.timer.drain()
     row = {
-        "reward/mean": sum(rewards) / len(rewards),
-        "reward/mixed_groups_frac": sum(len(set(row)) > 1 for row in work.rewards_PG) / len(work.groups),
-        **{f"reward/{status}": float(count) for status, count in reward.counts(work.verdicts).items()},
-        "rollout/response_tokens_mean": sum(lengths) / len(lengths),
-        "rollout/response_tokens_max": float(max(lengths)),
-        "rollout/truncated_frac": sum(r.truncated for r in responses) / len(lengths),
+        **sample_metrics(work.groups, work.verdicts),
         **{name: metric.value for name, metric in sorted(merged.items())},
         "update/lr": lr,
         "update/microbatches": float(sum(len(b.microbatches) for b in batches)),
@@ -190,9 +209,33 @@ def rollout_rows(run: Run, work: Step) -> Iterator[dict]:
             row = {
                 "position": position, "prompt_id": group.prompt.id, "sample": sample, "prompt_tokens": len(group.prompt.token_ids), "response_tokens": len(response.token_ids),
                 "truncated": response.truncated, "versions": response.versions, "reward": verdict.reward, "status": verdict.status, "answer": verdict.answer, "detail": verdict.detail}
+            if verdict.other is not None:
+                row["other_verifier"] = {"reward": verdict.other.reward, "status": verdict.other.status, "answer": verdict.other.answer, "detail": verdict.other.detail}
             if index < run.cfg.rollout.keep_texts:
                 row |= {"problem": group.prompt.problem, "gold": group.prompt.answer, "response": run.tokenizer.decode(response.token_ids)}
             yield row
+
+
+def sample_metrics(groups: list[Group], verdicts: list[reward.Verdict]) -> dict[str, float]:
+    """Of a step's groups and their verdicts, in order; masked ones only count as such."""
+    def mean(values: list) -> float:
+        return sum(values) / len(values) if values else 0.0
+
+    it = iter(verdicts)
+    graded = [(group, [next(it) for _ in group.responses]) for group in groups]
+    graded = [(group, part) for group, part in graded if not group.prompt.masked]
+    counted = [v for _, part in graded for v in part]
+    responses = [r for group, _ in graded for r in group.responses]
+    return {
+        "reward/mean": mean([v.reward for v in counted]),
+        "reward/mixed_groups_frac": mean([len({v.reward for v in part}) > 1 for _, part in graded]),
+        **{f"reward/{status}": float(count) for status, count in reward.counts(counted).items()},
+        **({"reward/disagree": float(sum(v.is_disputed for v in counted))} if any(v.other for v in counted) else {}),
+        "rollout/masked_prompts_frac": 1 - len(graded) / len(groups),
+        "rollout/response_tokens_mean": mean([len(r.token_ids) for r in responses]),
+        "rollout/response_tokens_max": float(max((len(r.token_ids) for r in responses), default=0)),
+        "rollout/truncated_frac": mean([r.truncated for r in responses]),
+    }
 
 
 @contextlib.contextmanager
@@ -202,7 +245,7 @@ def open_run(cfg: config.Config) -> Iterator[Run]:
     model.check_parallel(hf_config, cfg.parallel, cfg.precision)
     check_lengths(cfg, hf_config)
     tokenizer = prompts.Tokenizer(local)
-    train_prompts, too_long = prompts.load(cfg.data.train, cfg.data, tokenizer, "data.train")
+    train_prompts, too_long = prompts.load(cfg.data.train, cfg.data, tokenizer, "data.train", overlong=cfg.data.overlong_prompts)
     eval_prompts = prompts.load(cfg.eval.data, cfg.data, tokenizer, "eval.data")[0][: cfg.eval.max_prompts] if cfg.eval.data else []
     device = topology.pick_device(cfg.device)
     rules.check_device(cfg, device.type)
@@ -211,7 +254,8 @@ def open_run(cfg: config.Config) -> Iterator[Run]:
         engines = rollout = grader = writer = None
         if driver:
             prepare_run_dir(cfg)
-            print(f"{len(train_prompts)} prompts ({too_long} over-long left out), {len(eval_prompts)} for evaluation; starting {cfg.engine.num_engines} engines", flush=True)
+            what = "masked" if cfg.data.overlong_prompts == "mask" else "left out"
+            print(f"{len(train_prompts)} prompts ({too_long} over-long {what}), {len(eval_prompts)} for evaluation; starting {cfg.engine.num_engines} engines", flush=True)
             engines = Engines(cfg, local, cuda=device.type == "cuda", stop_token_ids=tokenizer.stop_token_ids)
             stack.callback(engines.stop)
             entry.stop_on_sigterm()
@@ -231,7 +275,8 @@ def open_run(cfg: config.Config) -> Iterator[Run]:
             stack.callback(writer.close)
             timer = metrics.Timer(writer.phase)
             engines.wait_until_ready()
-            rollout = Rollout(engines, prompts.Stream(train_prompts, cfg.seed), tokenizer, grader, cfg, cursor=progress.cursor)
+            stream = prompts.Stream(train_prompts, cfg.seed if cfg.data.shuffle_seed is None else cfg.data.shuffle_seed, skip=cfg.data.skip_prompts)
+            rollout = Rollout(engines, stream, tokenizer, grader, cfg, cursor=progress.cursor)
             stack.callback(rollout.close)
         preemption = entry.Preemption()
         preemption.listen(driver)
@@ -243,10 +288,10 @@ def open_run(cfg: config.Config) -> Iterator[Run]:
 
 
 def check_lengths(cfg: config.Config, hf_config) -> None:
-    if cfg.max_total_tokens > hf_config.max_position_embeddings:
+    if cfg.longest_tokens > hf_config.max_position_embeddings:
         raise config.InputError(
             "rollout.max_response_tokens", cfg.rollout.max_response_tokens,
-            f"with data.max_prompt_tokens = {cfg.data.max_prompt_tokens} makes {cfg.max_total_tokens} tokens; the model was made for {hf_config.max_position_embeddings}",
+            f"with data.max_prompt_tokens = {cfg.data.max_prompt_tokens} makes {cfg.longest_tokens} tokens; the model was made for {hf_config.max_position_embeddings}",
             "shorten one of them")
 
 

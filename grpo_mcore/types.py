@@ -37,6 +37,7 @@ class Prompt:
     problem: str
     answer: str
     token_ids: tuple[int, ...]
+    masked: bool = False  # over-long and cut: takes its place in a batch, where nothing is learnt from its responses
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Microbatch:
     # Of all context ranks together, padding included:
     cu_seqlens: torch.Tensor  # int32, bounds of the blocks: a prompt and the one or more responses that share it
     max_seqlen: int  # longest sequence, a prompt and one response
+    num_sequences: int  # S
     # This rank's again:
     position_R: torch.Tensor  # int64, index into T of the hidden state that predicts target_R
     target_R: torch.Tensor  # int64
@@ -80,6 +82,7 @@ class Microbatch:
     index_R: torch.Tensor  # int64, which of the response tokens of all context ranks together; ascending
     old_logprobs_R: torch.Tensor | None = None  # float32, the trainer's, before the step's first update
     ref_logprobs_R: torch.Tensor | None = None  # float32, the frozen reference's
+    importance_R: torch.Tensor | None = None  # float32, what corrects the surrogate for what sampled (loss.importance); None: 1
 
 
 @dataclass

@@ -1,33 +1,50 @@
-"""Predicts: launch/plan.py simulate --cfg FILE [--like RUN] [--profile JSON] [--gpu NAME] [options ...] [key.sub=value ...].
+"""Plans, without a GPU: launch/plan.py [memory | simulate] --cfg FILE --gpu NAME --num-gpus N [--model-config FILE_OR_FOLDER] [key.sub=value ...].
 
-Step time, utilisation and staleness in virtual time: the configuration's rollout.* and engine.* (num_engines, tp,
-max_running_responses), with what a run (--like: lengths, trainers) and benchmarks/rollout.py (--profile: engines) measured, and
-estimates for --gpu where nothing is given. With --like the same is printed beside what was measured.
+memory: bytes by part and seconds by phase of one step on GPUs of a kind (h100-80gb, h200-141gb, a100-80gb, a100-40gb, b200-180gb), or
+the smallest change that makes it fit. --prompt-tokens and --response-tokens are the mean lengths to assume (192; half of the limit).
 
-A cluster of 1,024 GPUs:
+simulate: step time, utilisation and staleness, in virtual time. --staleness 0,1,2 side by side; lengths log-normal (--median-tokens,
+--mean-tokens, --prompt-tokens) or those of a run (--like RUN); --profile JSON: engines as benchmarks/rollout.py measured them; without
+--gpu, trainers as RUN measured them, and prediction beside measurement; --failures-per-day N, each back after --restart-s; --flat-frac:
+groups without variance; --steps; --out JSON. A cluster of 1,024 GPUs:
 
-    python launch/plan.py simulate --cfg configs/quickstart.yaml --gpu H100 --trainer-gpus 128 --staleness 0,1,2 --failures-per-day 8 \\
-        model=configs/benchmarks/1.5b engine.num_engines=896 engine.max_running_responses=256 rollout.prompts_per_step=2048 \\
-        rollout.group_size=16 rollout.max_response_tokens=24576 batch.max_tokens_per_microbatch=32768
+    python launch/plan.py simulate --cfg configs/deepscaler_24k.yaml --gpu h100-80gb --num-gpus 1024 --staleness 0,1,2 --failures-per-day 8 \\
+        engine.placement=disaggregated engine.num_engines=896 engine.tp=1 rollout.prompts_per_step=2048 rollout.group_size=16 batch.global_batch_size=4096
 """
-
-import dataclasses
-import sys
 
 if __name__ == "__main__":
     from grpo_mcore import entry
 
-    def main() -> None:
-        from grpo_mcore import config, predict
+    def memory() -> None:
+        command = entry.parse(__doc__, "--gpu", "--num-gpus", "--model-config", "--prompt-tokens", "--response-tokens")
 
-        what = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else None
-        if what != "simulate":
-            raise config.InputError("launch/plan.py", what, "must be followed by what to do", "write launch/plan.py simulate --cfg FILE ...")
-        names = [f.name for f in dataclasses.fields(predict.Question)]
-        command = entry.parse(__doc__, *(f"--{name.replace('_', '-')}" for name in names), "--out")
-        result = predict.answer(command.config, predict.Question(**{name: command.options[name] for name in names}))
+        from grpo_mcore import plan, plan_time
+
+        cfg, options = command.config, command.options
+        machine, hf_config = plan.machine_of(options["gpu"], options["num-gpus"]), plan.hf_config_of(cfg, options["model-config"])
+        plan.check(cfg, hf_config, machine)
+        prompt_tokens = float(options["prompt-tokens"] or min(192, cfg.data.max_prompt_tokens))
+        response_tokens = float(options["response-tokens"] or cfg.response_tokens(int(prompt_tokens)) / 2)
+        print(plan_time.report(cfg, hf_config, machine, plan_time.Assumptions(prompt_tokens, response_tokens)))
+
+    def simulate() -> None:
+        import dataclasses
+
+        from grpo_mcore import predict
+
+        names = {f.name: f.name.replace("_", "-") for f in dataclasses.fields(predict.Question)}
+        command = entry.parse(__doc__, *(f"--{option}" for option in names.values()), "--out")
+        result = predict.answer(command.config, predict.Question(**{name: command.options[option] for name, option in names.items()}))
         print(predict.table(result))
         if command.options["out"]:
             predict.write(result, command.options["out"])
+
+    COMMANDS = {"memory": memory, "simulate": simulate}
+
+    def main() -> None:
+        import sys
+
+        command = sys.argv.pop(1) if sys.argv[1:2] and sys.argv[1] in COMMANDS else "memory"
+        COMMANDS[command]()
 
     entry.run(main)

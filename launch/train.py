@@ -8,15 +8,19 @@ if __name__ == "__mp_main__":
 if __name__ == "__main__":
 
     def main() -> None:
-        from grpo_mcore import config_file, rules
+        import os
+
+        from grpo_mcore import config_file, recipe, rules
         from grpo_mcore.parallel import topology
 
         command = entry.parse(__doc__)
         cfg = command.config
-        rules.check_ranks(cfg, topology.world_size())
+        # Outside torchrun a dry run shows one replica, whatever its size.
+        ranks = cfg.parallel.ranks_per_replica if command.dry_run and "WORLD_SIZE" not in os.environ else topology.world_size()
+        rules.check_ranks(cfg, ranks)
+        if topology.rank() == 0:
+            print(f"{config_file.describe(cfg, ranks)}\n{recipe.describe(cfg)}" if command.dry_run else recipe.summary(cfg), flush=True)
         if command.dry_run:
-            if topology.rank() == 0:
-                print(config_file.describe(cfg, topology.world_size()))
             return
         from grpo_mcore import trainer
 

@@ -220,6 +220,27 @@ def test_weights_of_all_ranks_and_microbatches_sum_to_the_aggregations_total(agg
             assert m.weight_R.tolist() == pytest.approx([per_token(n) for n in own], rel=1.2e-7)
 
 
+@pytest.mark.parametrize("aggregation, expected", [
+    # 3 + 2 + 1 tokens, of which the second response was cut off
+    ("token_mean", [1 / 4] * 3 + [0] * 2 + [1 / 4]),
+    ("sequence_mean", [1 / 6] * 3 + [0] * 2 + [1 / 2]),  # 1 / (length x 2 responses)
+    ("constant", [1 / 12] * 3 + [0] * 2 + [1 / 12]),  # 1 / (4 tokens x 3 responses): a constant
+])
+def test_truncated_responses_that_are_skipped_weigh_nothing_and_are_not_counted(aggregation, expected):
+    groups = [group(0, (7,), (1, 2, EOS), (1, 3), (EOS,))]
+    (b,) = assemble(
+        groups, torch.tensor([[1.0, 2.0, 3.0]]), global_batch_size=3, aggregation=aggregation, max_response_tokens=4, packing=Packing(max_tokens=20), skip_truncated=True)
+    assert b.microbatches[0].weight_R.tolist() == pytest.approx(expected)
+    assert (b.num_loss_tokens, b.num_tokens) == (4, 9)
+    assert b.microbatches[0].advantage_R.tolist() == [1.0] * 3 + [2.0] * 2 + [3.0]
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "constant"])
+def test_a_batch_of_nothing_but_skipped_responses_weighs_nothing(aggregation):
+    (b,) = assemble([group(0, (7,), (1, 2), (1, 3))], torch.zeros(1, 2), global_batch_size=2, aggregation=aggregation, max_response_tokens=4, packing=Packing(max_tokens=20), skip_truncated=True)
+    assert b.microbatches[0].weight_R.tolist() == [0.0] * 4 and b.num_loss_tokens == 0
+
+
 def test_averaging_the_microbatches_token_means_is_another_number():
     # Responses of 1 token (loss 1) and 3 tokens (loss 0). Token mean of the global batch: 1 / 4.
     groups, advantages = [group(0, (5,), (1,), (2, 3, 4))], torch.tensor([[1.0, 0.0]])
@@ -459,3 +480,31 @@ def test_log_probs_are_matched_with_tokens_response_by_response():
     lacks, exceeds = (Sample(Prompt(0, "", "", (5,)), Response(ids, logprobs, False), 1.0) for ids, logprobs in (((1, 2), (-1.0,)), ((3,), (-3.0, -3.5))))
     with pytest.raises(ValueError, match="rollout log-probs"):
         microbatch([lacks, exceeds], [1.0, 1.0])
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "constant"])
+@pytest.mark.parametrize("packing", [Packing(60), Packing(60, share_prompts=True), Packing(60, dp=2), Packing(40, cp=2, cp_rank=1)], ids=str)
+def test_a_masked_prompt_takes_its_place_in_the_batch_and_counts_nothing(aggregation, packing):
+    groups, advantages = random_groups(random.Random(4), 4, 4)
+    kwargs = dict(aggregation=aggregation, max_response_tokens=20)
+    masked = [replace(g, prompt=replace(g.prompt, masked=i == 1)) for i, g in enumerate(groups)]
+    seen = over_ranks(masked, advantages, packing, global_batch_size=8, **kwargs)
+    # The first optimizer step is left with group 0, the second has groups 2 and 3 as ever: nothing moves up.
+    alone = over_ranks(groups[:1], advantages[:1], packing, global_batch_size=4, **kwargs)
+    later = over_ranks(groups[2:], advantages[2:], packing, global_batch_size=8, **kwargs)
+
+    def of(batches: list[list[GlobalBatch]], step: int) -> list[tuple]:
+        return sorted(
+            row for rank in batches for m in rank[step].microbatches
+            for row in zip(m.target_R.tolist(), m.weight_R.tolist(), m.advantage_R.tolist(), m.rollout_logprobs_R.tolist(), strict=True))
+
+    assert len(seen[0]) == 2
+    if packing.cp == 1:  # which tokens a context rank has depends on the packing
+        assert of(seen, 0) == of(alone, 0) and of(seen, 1) == of(later, 0)
+    assert seen[0][0].num_loss_tokens == alone[0][0].num_loss_tokens
+    assert seen[0][0].num_tokens == sum(len(g.prompt.token_ids) * 4 + sum(len(r.token_ids) for r in g.responses) for g in groups[:2])  # they are computed
+    for m in (m for rank in seen for b in rank for m in b.microbatches):
+        rows = [x for f, x in vars(m).items() if f.endswith("_R") and x is not None]
+        assert len({len(x) for x in rows}) == 1
+    (nothing,) = over_ranks(masked[1:2], advantages[1:2], packing, global_batch_size=4, **kwargs)[0]
+    assert nothing.num_loss_tokens == 0 and all(m.target_R.numel() == 0 and m.target_R.dtype == torch.int64 for m in nothing.microbatches)

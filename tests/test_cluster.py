@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import rollout as benchmark
-from grpo_mcore import cluster, config, config_file
+from grpo_mcore import cluster, config, config_file, model, plan, plan_time
 from grpo_mcore.cluster import Cluster, Draw, EngineProfile, LogNormal, Measured, TrainerProfile
 from grpo_mcore.config import InputError
 from grpo_mcore.simulate import Simulation
@@ -39,26 +39,21 @@ def test_iterations_within_is_the_inverse_of_decode_s(seed):
     assert p.decode_s(3, n, kv) == pytest.approx(sum(p.decode_s(1, n, kv + n * i) for i in range(3)))
 
 
-def test_the_shape_of_a_model():
-    s = cluster.Shape.of(MODEL)
-    # A layer: q and o 2 x 1536 x 1536, k and v 2 x 1536 x 256, FFN 3 x 1536 x 8960 = 46,792,704; 28 of them; head and embedding 151936 x 1536 each.
-    assert (s.multiplied, s.parameters) == (28 * 46_792_704 + 233_373_696, 28 * 46_792_704 + 2 * 233_373_696)
-    assert (s.kv_bytes, s.layers, s.width) == (28 * 2 * 2 * 128 * 2, 28, 1536)
-    with pytest.raises(InputError, match="config.json"):
-        cluster.Shape.of("nowhere")
-
-
-def test_estimates_of_a_worked_example():
-    """A model of 10 parameters, all multiplied, 4 bytes of cache a token; a GPU of 1000 FLOP/s, 100 B/s, 1000 B."""
-    shape, gpu = cluster.Shape(10, 10, layers=2, width=3, kv_bytes=4), cluster.Gpu(1000, 100, 1000)
-    e = cluster.engine_on(gpu, shape, tp=2)
-    seconds = dict(e.iteration_s)
-    assert seconds[1] == pytest.approx(0.003 + 20 / (100 * 0.7 * 2))  # 20 bytes of weights
-    assert seconds[16] == pytest.approx(0.003 + 16 * 20 / (1000 * 0.4 * 2))  # 2 x 10 FLOPs a token: longer than reading
-    assert e.kv_token_s == pytest.approx(4 / 140) and e.prefill_token_s == pytest.approx(20 / 800) and e.kv_cache_tokens == int((1000 * 0.85 * 2 - 20) / 4)
-    t = cluster.trainer_on(gpu, shape, num_gpus=3, forward_passes=4)
-    # Forward: 2 x 10 a token; attention 4 x 3 a pair and layer, of which causality leaves half: 2 x 2 x 3 x L^2 in 2 layers.
-    assert t.seconds([5, 7]) == pytest.approx(4 * (20 * 12 + 12 * (25 + 49)) / (1000 * 0.35 * 3))
+def test_estimates_are_those_of_the_planner():
+    """Its seconds of a training step for sequences of the assumed lengths; its weights, cache and assumptions for an engine."""
+    cfg = config_file.load(ROOT / "configs/quickstart.yaml", [
+        "device=auto", "engine.placement=disaggregated", "engine.num_engines=4", "engine.dtype=bfloat16", "engine.kv_cache_bytes=null", "precision.params=bfloat16",
+        "data.max_prompt_tokens=1000", "rollout.max_response_tokens=7000", "batch.max_tokens_per_microbatch=8192"])
+    hf_config, machine, a = model.load_hf_config(str(MODEL)), plan.Machine("h100-80gb", 12), plan_time.Assumptions(500, 2500)
+    parts, seconds = cluster.estimated(cfg, hf_config, machine, a), plan_time.times(cfg, hf_config, machine, a)
+    assert parts.trainer.seconds([3000] * cfg.responses_per_step) == pytest.approx(seconds["logprob"] + seconds["update"]) and parts.trainer.refit_s == seconds["refit"]
+    twice = parts.trainer.seconds([6000] * cfg.responses_per_step) / (seconds["logprob"] + seconds["update"])
+    # Attention: 2 x 28 layers x 1536 x 3000^2 = 0.774e12 of 10.03e12 FLOPs, which grow fourfold.
+    assert twice == pytest.approx(2 + 2 * 0.774 / 10.03, rel=1e-3)
+    e, bytes_per_s = parts.engine, a.decode_bandwidth_frac * 3.35e12
+    assert e.base_s(1) == pytest.approx(0.004 + 2 * plan.num_parameters(hf_config) / bytes_per_s, rel=1e-3) and e.kv_token_s == pytest.approx(28672 / bytes_per_s)
+    assert e.base_s(4096) == pytest.approx(0.004 + 4096 * e.prefill_token_s) and e.prefill_token_s == pytest.approx(2 * plan.num_parameters(hf_config) / (a.decode_mfu * 989e12))
+    assert e.kv_cache_tokens == int(plan.memory(cfg, hf_config, machine).phases["rollout"]["engine: KV cache"] / 28672)
 
 
 def test_log_normal_lengths():

@@ -120,7 +120,7 @@ def test_a_number_becomes_a_float_where_the_field_is_one(tmp_path, text, value):
     assert text != "1e-6" or isinstance(yaml.safe_load(text), str)  # why this is needed at all
 
 
-@pytest.mark.parametrize("name", ["engine.kv_cache_bytes", "refit.canary_tolerance", "eval.data", "eval.max_prompts", "eval.max_response_tokens", "warm_start"])
+@pytest.mark.parametrize("name", ["engine.kv_cache_bytes", "refit.canary_tolerance", "eval.data", "eval.max_prompts", "eval.max_response_tokens", "rollout.max_total_tokens", "data.shuffle_seed", "warm_start"])
 def test_null_is_a_value_of_the_optional_fields(minimal, name):
     value = load(minimal, [f"{name}=null"])
     for key in name.split("."):
@@ -165,11 +165,11 @@ def test_what_has_no_default_is_required(tmp_path, line):
 
 
 MUST_BE_POSITIVE = """num_steps num_threads collective_timeout_s data.max_prompt_tokens parallel.tp parallel.pp parallel.virtual_pp parallel.cp parallel.ep parallel.recompute_num_layers precision.fp8_amax_history checkpoint.timeout_s optimizer.lr rollout.prompts_per_step
-rollout.group_size rollout.temperature rollout.max_response_tokens rollout.timeout_s engine.num_engines
+rollout.group_size rollout.temperature rollout.max_response_tokens rollout.max_total_tokens rollout.timeout_s engine.num_engines
 engine.max_running_responses engine.num_threads engine.start_timeout_s reward.num_processes reward.cpu_s reward.wall_s
 reward.memory_bytes batch.global_batch_size batch.max_tokens_per_microbatch refit.bucket_bytes refit.timeout_s eval.every
 eval.samples_per_prompt eval.temperature eval.top_p checkpoint.keep""".split()
-MAY_BE_ZERO = "loss.kl_coef loss.clip_low loss.clip_high optimizer.warmup_steps optimizer.weight_decay optimizer.clip_grad checkpoint.every".split()
+MAY_BE_ZERO = "data.skip_prompts loss.kl_coef loss.entropy_coef shaping.overlong_buffer_tokens shaping.overlong_penalty loss.clip_low loss.clip_high optimizer.warmup_steps optimizer.weight_decay optimizer.clip_grad checkpoint.every rollout.max_staleness rollout.oversampling_frac rollout.keep_texts".split()
 
 
 @pytest.mark.parametrize("name", MUST_BE_POSITIVE)
@@ -196,6 +196,9 @@ def test_a_coefficient_may_be_zero_but_not_negative(minimal, name):
                                       "(rollout.prompts_per_step x rollout.group_size). Remedy: choose a divisor."),
     (["batch.max_tokens_per_microbatch=8191"], "batch.max_tokens_per_microbatch = 8191: must hold the longest sequence, 8192 tokens "
                                                "(data.max_prompt_tokens + rollout.max_response_tokens). Remedy: set it to 8192 or more, or shorten the sequences."),
+    (["rollout.max_total_tokens=9000", "rollout.max_response_tokens=9000"], "batch.max_tokens_per_microbatch = 8192: must hold the longest sequence, 9000 tokens "
+                                               "(rollout.max_total_tokens). Remedy: set it to 9000 or more, or shorten the sequences."),
+    (["rollout.max_total_tokens=1024"], "data.max_prompt_tokens = 1024: must leave room for a response in rollout.max_total_tokens = 1024. Remedy: lower it."),
     (["data.prompt_template=Solve it."], "data.prompt_template = 'Solve it.': must contain {problem}. Remedy: add it where the problem goes."),
     # 8192 tokens on 4 context ranks: 2048 each; aligned to sequence parallelism over 3 tp ranks, 2 zigzag chunks: 6 * 342 = 2052
     (["parallel.cp=4", "parallel.tp=3", "parallel.sequence_parallel=true", "batch.max_tokens_per_microbatch=2051"],
@@ -214,6 +217,12 @@ def test_a_coefficient_may_be_zero_but_not_negative(minimal, name):
     (["checkpoint.keep_best=2", "checkpoint.best_metric=eval/mean@8"], "checkpoint.best_metric = 'eval/mean@8': is known of a checkpoint only if eval.every = 10 divides checkpoint.every = 10, "
      "and eval.data is given. Remedy: change one of them."),
     (["kernels.linear_logprob=triton", "device=cpu"], "kernels.linear_logprob = 'triton': needs a GPU, and this is a CPU. Remedy: set it to auto, or run on a GPU."),
+    (["loss.clip_dual=1.0"], "loss.clip_dual = 1.0: must be more than 1, the ratio on policy. Remedy: raise it, or set it to null."),
+    (["loss.clip_dual=3.0", "loss.policy_loss=cispo"], "loss.clip_dual = 3.0: has no meaning for policy_loss = cispo, whose ratio is clipped whatever the advantage's sign. "
+                                                       "Remedy: set it to null."),
+    (["shaping.overlong_buffer_tokens=7169"], "shaping.overlong_buffer_tokens = 7169: must be at most rollout.max_response_tokens = 7168, at whose end it stands. Remedy: lower it."),
+    (["loss.kl_limit=0"], "loss.kl_limit = 0.0: must be greater than 0. Remedy: raise it."),
+    (["loss.importance_cap=0.5"], "loss.importance_cap = 0.5: must be 1 or more: at weight 1 there is nothing to correct. Remedy: raise it."),
     (["eval.top_p=1.5"], "eval.top_p = 1.5: must be between 0 and 1. Remedy: lower it."),
 ])
 def test_rules_between_fields_name_field_value_constraint_and_remedy(minimal, overrides, message):
@@ -259,9 +268,21 @@ def test_the_description_of_the_quickstart_shows_its_derived_sizes_with_units():
 
 
 def test_the_longest_sequence_is_that_of_training_or_of_evaluation(minimal):
-    assert load(minimal, ["eval.max_response_tokens=9000"]).max_total_tokens == 1024 + 9000
-    assert load(minimal, ["eval.max_response_tokens=10"]).max_total_tokens == 1024 + 7168
-    assert load(minimal).eval_response_tokens == 7168
+    assert load(minimal, ["eval.max_response_tokens=9000"]).longest_tokens == 1024 + 9000
+    assert load(minimal, ["eval.max_response_tokens=10"]).longest_tokens == 1024 + 7168
+    both = load(minimal, ["rollout.max_total_tokens=8000", "eval.max_response_tokens=7500"])  # evaluation has a limit of its own
+    assert (both.longest_train_tokens, both.longest_tokens) == (8000, 1024 + 7500)
+    assert load(minimal, ["rollout.max_total_tokens=9000"]).longest_tokens == 1024 + 7168
+
+
+def test_a_response_ends_at_its_own_limit_or_at_that_of_prompt_and_response_together(minimal):
+    cfg = load(minimal, ["rollout.max_total_tokens=8000"])
+    # 7168 after up to 832 tokens; then 8000 - prompt; never none at all
+    assert [cfg.response_tokens(n) for n in (1, 832, 833, 7999, 8000, 9000)] == [7168, 7168, 7167, 1, 1, 1]
+    assert cfg.response_tokens(833, evaluation=True) == 7167
+    assert load(minimal).response_tokens(9000) == 7168
+    offline = load(minimal, ["rollout.max_total_tokens=8000", "eval.max_response_tokens=32768"])
+    assert (offline.response_tokens(833, evaluation=True), offline.response_tokens(833)) == (32768, 7167)
 
 
 @pytest.mark.parametrize("override", ["eval.max_prompts=0", "eval.max_prompts=-1", "eval.max_response_tokens=-5"])
@@ -277,3 +298,36 @@ def test_a_key_written_twice_is_refused(tmp_path):
 
 def test_a_string_override_may_hold_what_yaml_cannot_read(minimal):
     assert load(minimal, ["data.prompt_template={problem}="]).data.prompt_template == "{problem}="
+
+
+def write(folder: Path, **files: str) -> Path:
+    """The first of the files, NAME.yaml each."""
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return folder / f"{next(iter(files))}.yaml"
+
+
+def test_an_heir_changes_what_it_names_key_by_key_and_keeps_the_rest(tmp_path):
+    (tmp_path / "sub").mkdir()
+    write(tmp_path, base=MINIMAL + "optimizer: {lr: 1e-5, eps: 1e-7}\nwarm_start: {task: two_digit_sums}\nparallel: {recompute_modules: [core_attn, mlp]}\n")
+    write(tmp_path, middle="inherit: base.yaml\nnum_steps: 4\noptimizer: {lr: 1e-4}\nseed: 1\n")
+    top = write(tmp_path / "sub", top="inherit: ../middle.yaml\nwarm_start: null\nseed: 2\nparallel: {recompute_modules: [mlp]}\neval: {data: x.jsonl}\n")
+    cfg = load(top, ["optimizer.beta1=0.8"])
+    assert (cfg.model, cfg.num_steps, cfg.seed, cfg.warm_start) == ("some/folder", 4, 2, None)
+    assert cfg.optimizer == config.Optimizer(lr=1e-4, eps=1e-7, beta1=0.8)
+    assert cfg.parallel.recompute_modules == ("mlp",)  # a list is a value
+    assert cfg.eval == config.Eval(data="x.jsonl")
+    assert load(tmp_path / "middle.yaml").warm_start == config.WarmStart(task="two_digit_sums")
+
+
+@pytest.mark.parametrize("files, message", [
+    ({"a": "inherit: b.yaml", "b": "inherit: c.yaml", "c": "inherit: a.yaml"}, r"inherit = '.*/a\.yaml \(in .*/c\.yaml\)': inherits itself, by way of others or at once\. Remedy: break the circle\."),
+    ({"a": "inherit: a.yaml"}, r"inherit = '.*/a\.yaml \(in .*/a\.yaml\)': inherits itself"),
+    ({"a": "inherit: gone.yaml"}, r"inherit = '.*/gone\.yaml \(in .*/a\.yaml\)': there is no such file"),
+    ({"a": "inherit: [b.yaml]"}, r"inherit = \['b\.yaml'\]: must be one file's path"),
+    ({"a": "inherit: b.yaml", "b": "- 1"}, r"inherit = '.*/b\.yaml \(in .*/a\.yaml\)': must hold a mapping"),
+    ({"a": "inherit: b.yaml", "b": MINIMAL + "rollout: {group_sise: 3}"}, r"rollout\.group_sise = 3: there is no such key"),
+    ({"a": "inherit: b.yaml\nrollout: 5", "b": MINIMAL + "rollout: {group_size: 4}"}, r"rollout = 5: must be a section of keys"),
+])
+def test_an_inheritance_that_cannot_be_followed_is_refused(tmp_path, files, message):
+    assert re.match(message, refused(load, write(tmp_path, **files)))

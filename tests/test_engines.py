@@ -35,7 +35,7 @@ def session(model_folders, tmp_path_factory):
 
 
 def sampled(session, version: int, seed: int = 5) -> list[list[tuple[int, ...]]]:
-    groups = sample(session.engines, PROMPTS, group_size=4, temperature=1.0, max_tokens=200, seed=seed, version=version, timeout_s=120)
+    groups = sample(session.engines, PROMPTS, group_size=4, temperature=1.0, max_tokens=lambda _: 200, seed=seed, version=version, timeout_s=120)
     assert [g.prompt.id for g in groups] == list(range(len(PROMPTS)))
     assert all(r.versions == ((version, len(r.token_ids)),) for g in groups for r in g.responses)
     return [[r.token_ids for r in g.responses] for g in groups]
@@ -196,6 +196,22 @@ def test_responses_that_run_during_a_refit_go_on_with_the_new_weights_and_every_
     assert old < 1e-3
     assert new < 1e-3 if cache == "recompute" else new > 1e-2
     assert sampled(session, 1) == undisturbed
+
+
+@slow
+def test_responses_wait_while_engines_sleep_and_go_on_after_the_refit_that_wakes_them(session, undisturbed):
+    """On a CPU sleeping gives no memory back; the order of the verbs is the same."""
+    answers = [session.engines.submit((0, i), p.token_ids, Sampling(1, 1.0, 200, seed=i), "test") for i, p in enumerate(PROMPTS[:16])]
+    time.sleep(0.1)
+    session.engines.sleep(20)
+    time.sleep(0.5)
+    done = [answer for answer in answers if answer.done()]
+    time.sleep(1)
+    assert len(done) < 16 and [answer for answer in answers if answer.done()] == done
+    session.refit(2)
+    completions = [answer.result(60)[0] for answer in answers]
+    assert max(difference(session, p, c).max() for p, c in zip(PROMPTS, completions)) < 1e-3
+    session.refit(1)
 
 
 @slow

@@ -47,9 +47,10 @@ eval: {{data: "arithmetic:two_digit_sums/heldout", max_prompts: 5, samples_per_p
 """)
     seen = []
     for i, source in enumerate(("model", "checkpoint")):
-        out = launch("evaluate.py", "--cfg", "cfg.yaml", "--model", tmp_path / source, "--out", f"{i}.json", cwd=tmp_path)
+        out = launch("evaluate.py", "--cfg", "cfg.yaml", "--model", tmp_path / source, "--out", f"{i}.json", *(["--compare", "0.json"] if i else []), cwd=tmp_path)
         assert "mean@4" in out and "5 problems" in out
         seen.append(json.loads((tmp_path / f"{i}.json").read_text()))
+    assert "protocols differ in: nothing" in out and seen[1].pop("comparison")["difference"]["value"] == 0
     # An untaught model is right never; how often it runs into the length limit depends on its weights.
     assert 0 < seen[0]["eval/truncated_frac"] <= 1 and seen[0]["num_problems"] == 5
     assert {k: v for k, v in seen[0].items() if k != "model"} == {k: v for k, v in seen[1].items() if k != "model"}

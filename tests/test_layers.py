@@ -17,8 +17,8 @@ PACKAGE = "grpo_mcore"
 LEVELS = [
     ["config", "config_file", "rules", "types"],
     ["kernels", "parallel"],
-    ["prompts", "arithmetic", "math_answer", "reward", "advantage", "batch", "logprob", "loss", "dispatch", "admission"],
-    ["model", "hf_weights", "policy", "engine", "engines", "refit", "weight_transfer", "gloo_receiver", "checkpoint", "stored", "convert", "metrics"],
+    ["prompts", "arithmetic", "math_answer", "boxed_answer", "verifiers", "grading_process", "reward", "shaping", "scores", "advantage", "batch", "logprob", "loss", "recipe", "dispatch", "admission"],
+    ["model", "hf_weights", "policy", "engine", "engines", "refit", "weight_transfer", "gloo_receiver", "checkpoint", "stored", "convert", "metrics", "plan", "plan_time"],
     ["rollout", "evaluate", "warm_start", "curves", "cluster", "simulate", "predict"],
     ["trainer", "trainer_async", "entry"],
 ]
@@ -38,10 +38,15 @@ LIBRARIES = {
 PURE = {
     "dispatch": set(),
     "admission": set(),
+    "shaping": {"torch", f"{PACKAGE}.config", f"{PACKAGE}.types"},
+    "scores": set(),
     "advantage": {"torch", f"{PACKAGE}.config", f"{PACKAGE}.types"},
     "loss": {"torch", f"{PACKAGE}.config", f"{PACKAGE}.types"},
     "math_answer": {"math_verify"},
-    "reward": {"math_verify", f"{PACKAGE}.math_answer"},
+    "boxed_answer": {"sympy", "latex2sympy2_extended", f"{PACKAGE}.math_answer"},
+    "verifiers": {f"{PACKAGE}.boxed_answer", f"{PACKAGE}.math_answer"},
+    "grading_process": {f"{PACKAGE}.verifiers"},
+    "reward": {f"{PACKAGE}.grading_process", f"{PACKAGE}.math_answer", f"{PACKAGE}.verifiers"},
 }
 
 REFUSED_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base", "manager", "worker"}

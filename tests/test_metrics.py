@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from grpo_mcore import config, metrics
-from grpo_mcore.metrics import Max, Mean, MismatchError, Sum, check_mismatch, merge
+from grpo_mcore.metrics import EffectiveFraction, Max, Mean, MismatchError, Sum, check_mismatch, merge
 
 LN2, LN4 = math.log(2), math.log(4)
 
@@ -44,6 +44,22 @@ def test_merge_is_associative(kind):
 def test_a_mean_is_weighted_by_counts_and_not_a_mean_of_means():
     # (1 + 0 + 0 + 0) / 4; the mean of the two means would be 1 / 2
     assert Mean.of(torch.tensor([1.0])).merge(Mean.of(torch.zeros(3))).value == 0.25
+
+
+def test_the_effective_fraction_of_weights_is_kishs():
+    # (1 + 2 + 3)^2 / (3 x (1 + 4 + 9)) = 36 / 42; one with everything: 1/4; none: 0
+    weights = torch.tensor([1.0, 2.0, 3.0])
+    assert EffectiveFraction.of(weights).value == pytest.approx(6 / 7)
+    assert EffectiveFraction.of(weights[:1]).merge(EffectiveFraction.of(weights[1:])) == EffectiveFraction.of(weights)
+    assert EffectiveFraction.of(torch.ones(9)).value == 1.0
+    assert EffectiveFraction.of(torch.tensor([0.0, 5.0, 0.0, 0.0])).value == 0.25
+    assert EffectiveFraction.of(torch.zeros(3)).value == EffectiveFraction.of(torch.zeros(0)).value == 0.0
+
+
+def test_importance_says_what_the_loss_takes():
+    row = merge([metrics.importance(torch.tensor([2.0, 0.5]), torch.tensor([True, False])), metrics.importance(torch.tensor([0.0, 0.5]), torch.tensor([True, False]))])
+    # mean 3/4; two of four changed; 9 / (4 x 4.5) = 1/2
+    assert {name: m.value for name, m in row.items()} == {"importance/weight_mean": 0.75, "importance/beyond_cap_frac": 0.5, "importance/effective_frac": 0.5}
 
 
 def test_a_maximum_with_a_nan_is_nan_in_any_order():

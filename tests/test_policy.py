@@ -5,13 +5,14 @@ Not covered here: Transformer Engine and FP8 (marked gpu).
 
 import functools
 import random
+import types
 
 import pytest
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from grpo_mcore import batch, config, hf_weights, loss, metrics
+from grpo_mcore import batch, config, hf_weights, loss, metrics, trainer
 from grpo_mcore.batch import assemble
 from grpo_mcore.parallel import collectives, topology
 from grpo_mcore.policy import FrozenPolicy, Policy, learning_rate
@@ -114,6 +115,13 @@ LAYOUTS_OF_4 = [
     ({"pp": 2, "virtual_pp": 2}, "cut"), ({"pp": 2, "virtual_pp": 2, **OVERLAP, **FULL}, "single"), ({"pp": 2, "virtual_pp": 2, "tp": 2, **SP}, "cut"),
 ]
 AGGREGATIONS = ("token_mean", "sequence_mean", "constant")
+# Each with sums over whole responses, which context ranks must make together.
+GSPO = {"policy_loss": "gspo", "clip_low": 0.05, "clip_high": 0.03, "importance_level": "sequence"}
+LOSSES = (
+    config.Loss(aggregation="token_mean", clip_low=0.2, clip_high=0.28, importance_level="sequence", entropy_coef=0.01),
+    config.Loss(aggregation="sequence_mean", importance_mode="mask", **GSPO),
+    config.Loss(aggregation="constant", clip_dual=1.06, **GSPO),
+)
 
 
 def updates(folder: str, layouts: list[tuple[dict, str]], wrong: str = "") -> list[dict]:
@@ -121,28 +129,33 @@ def updates(folder: str, layouts: list[tuple[dict, str]], wrong: str = "") -> li
     out = []
     for index, (axes, packing) in enumerate(layouts):
         topo = connect(**axes)
-        out.append(one_update(folder, topo, packing, AGGREGATIONS[index % 3], wrong))
+        out.append(one_update(folder, topo, packing, LOSSES[index % 3], wrong))
         topology.disconnect(leave=False)
     return out
 
 
-def one_update(folder: str, topo, packing: str, aggregation: str, wrong: str = "") -> dict:
+def one_update(folder: str, topo, packing: str, cfg: config.Loss, wrong: str = "") -> dict:
     policy = make_policy(folder, topo)
-    b = batch_of(topo, aggregation=aggregation, **PACKINGS[packing])
+    b = batch_of(topo, aggregation=cfg.aggregation, **PACKINGS[packing])
+    over_ranks, capped = functools.partial(collectives.sum_over_context, topology=topo), []
     for m, logprobs in zip(b.microbatches, policy.logprobs(b.microbatches), strict=True):
         if logprobs is not None:
             m.old_logprobs_R = logprobs + 0.3 * torch.sin(m.target_R.float())  # off-policy, so that some tokens are clipped
+            m.rollout_logprobs_R = m.old_logprobs_R + 0.4 * torch.cos(3 * m.target_R.float())  # and some responses' importance weights are capped
+            m.importance_R, beyond_R = loss.importance(m, cfg, over_ranks)
+            capped += beyond_R.tolist()
         if wrong == "mean of microbatches":
             m.weight_R = torch.full_like(m.weight_R, 1 / (m.weight_R.numel() * len(b.microbatches) * topo.dp))
         if wrong == "tokens of the rank":
             m.weight_R = torch.full_like(m.weight_R, 1 / (sum(x.weight_R.numel() for x in b.microbatches) * topo.dp * topo.cp))
     if wrong == "Megatron's default":
         policy.chunks[0].config.calculate_per_token_loss = False
-    stats = policy.update(b, functools.partial(loss.grpo, cfg=config.Loss(clip_low=0.2, clip_high=0.28)), lr=1e-3)
+    stats = policy.update(b, functools.partial(loss.grpo, cfg=cfg, over_ranks=over_ranks), lr=1e-3)
     merged = metrics.merge(collectives.gather(stats if topo.reports else {}, topo))
     whole_gradients(policy)
     return {
         "loss": merged["update/loss"].value, "norm": merged["update/grad_norm"].value, "microbatches": len(b.microbatches),
+        "clipped": merged["update/clip_frac"].value, "capped": sum(capped) / max(len(capped), 1),
         "gradients": {name: tensor.clone() for name, tensor in hf_weights.export(policy.chunks, policy.hf_config, topo)}}
 
 
@@ -164,6 +177,7 @@ def test_loss_and_gradient_are_those_of_one_process_in_every_layout_of_4_ranks(m
     folder = model_folders["qwen2_deep"]
     (alone,) = spawn(updates, 1, folder, [({}, "whole")] * 3)
     assert alone[0]["microbatches"] == 1
+    assert all(0 < seen["clipped"] < 1 and 0 < seen["capped"] < 1 for seen in alone), [(seen["clipped"], seen["capped"]) for seen in alone]
     ranks = spawn(updates, 4, folder, LAYOUTS_OF_4, timeout_s=600)
     for index, (layout, driver) in enumerate(zip(LAYOUTS_OF_4, ranks[0], strict=True)):
         expected = alone[index % 3]
@@ -193,6 +207,32 @@ def test_the_tempting_normalisers_depend_on_the_layout(model_folders):
         assert abs(first / second - 1) > 1e-3, wrong  # 100 times the bound of the right one
 
 
+def masked_update(folder: str) -> list[dict]:
+    """An optimizer step on 3 groups, and on these and a masked one, whose responses alone fill some microbatches."""
+    out = []
+    drawn, advantages = groups()
+    masked = [Group(Prompt(9, "", "", drawn[3].prompt.token_ids, masked=True), drawn[3].responses)]
+    for some, one_sequence in ((drawn[:3], False), (drawn[:3] + masked, True)):
+        topo = connect()
+        policy = make_policy(folder, topo)
+        packing = batch.Packing(max_tokens=64, dp=topo.dp, dp_rank=topo.dp_rank, one_sequence=one_sequence)
+        (b,) = assemble(some, advantages[: len(some)], global_batch_size=4 * len(some), aggregation="token_mean", max_response_tokens=24, packing=packing)
+        for m, logprobs in zip(b.microbatches, policy.logprobs(b.microbatches), strict=True):
+            m.old_logprobs_R = logprobs
+        stats = metrics.merge(collectives.gather(policy.update(b, functools.partial(loss.grpo, cfg=config.Loss()), lr=1e-3), topo))
+        out.append({"empty": sum(m.target_R.numel() == 0 for m in b.microbatches), **{name: metric.value for name, metric in stats.items()}})
+        topology.disconnect(leave=False)
+    return out
+
+
+def test_masked_prompts_change_neither_loss_nor_gradient_nor_statistics(model_folders):
+    ranks = spawn(masked_update, 2, model_folders["qwen2_untied"])
+    without, with_masked = ranks[0]
+    assert sum(rank[1].pop("empty") for rank in ranks) == 4 and without.pop("empty") == 0
+    assert with_masked == pytest.approx(without, rel=1e-5, abs=1e-7)  # sums in another order
+    assert without["update/grad_norm"] > 0.1
+
+
 @pytest.fixture
 def alone():
     """A topology of this one process."""
@@ -210,6 +250,21 @@ def test_on_policy_the_ratio_is_one_and_nothing_is_clipped_and_kl_is_zero(model_
     assert stats["update/ratio"].value == 1.0
     assert stats["update/clip_frac"].value == 0.0
     assert stats["update/kl_to_ref"].value == 0.0
+
+
+@pytest.mark.parametrize("level", ["none", "token", "sequence"])
+def test_scoring_fills_in_what_the_loss_needs_before_the_first_update(model_folders, alone, level):
+    cfg = config.Config(model="", run_dir="", num_steps=1, data=config.Data(""), loss=config.Loss(importance_level=level))
+    run = types.SimpleNamespace(cfg=cfg, topology=alone, policy=make_policy(model_folders["qwen2_tied"], alone), reference=None)
+    b = batch_of(alone, max_tokens=60)
+    row = trainer.score(run, [b])
+    for m in b.microbatches:
+        # The engine's log-probs are -1 a token, so its sums are minus a response's length.
+        log_weight = m.old_logprobs_R + 1
+        if level == "sequence":
+            log_weight = torch.stack([log_weight[m.sequence_R == s].sum() for s in m.sequence_R])
+        assert level == "none" and m.importance_R is None or torch.allclose(m.importance_R, log_weight.clamp(min=-20).exp().clamp(max=2), rtol=1e-5)
+    assert ("importance/weight_mean" in row) == (level != "none")
 
 
 def test_an_update_makes_rewarded_responses_more_likely(model_folders, alone):
@@ -245,6 +300,26 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(model_fol
     with pytest.raises(FloatingPointError, match="not finite"):
         policy.update(b, functools.partial(loss.grpo, cfg=config.Loss()), lr=1e-3)
     assert all(torch.equal(p, q) for p, q in zip(policy.chunks[0].parameters(), before, strict=True))
+
+
+def test_what_leaves_the_gpu_between_steps_comes_back_as_it_was(model_folders):
+    """On a CPU the storage of the gradients is really given back; the optimizer's is where it should go already."""
+    def weights(parts: list[str]) -> list[torch.Tensor]:
+        topo = connect()
+        policy = Policy(model_folders["qwen2_tied"], topo, precision=config.Precision(params="bfloat16"), temperature=1.0, optimizer=config.Optimizer(lr=1e-2))
+        for seed in range(2):
+            b = batch_of(topo, max_tokens=100, seed=seed)
+            for m, logprobs in zip(b.microbatches, policy.logprobs(b.microbatches), strict=True):
+                m.old_logprobs_R = logprobs
+            policy.update(b, functools.partial(loss.grpo, cfg=config.Loss()), lr=1e-2)
+            policy.offload(parts)
+            assert all(buffer.grad_data.untyped_storage().size() == 0 for m in policy.modules for buffer in m.buffers) == ("gradients" in parts)
+            policy.onload(parts)
+        out = [p.detach().clone() for p in policy.chunks[0].parameters()]
+        topology.disconnect()
+        return out
+
+    assert all(map(torch.equal, weights([]), weights(["gradients", "optimizer"])))
 
 
 def test_learning_rate_warms_up_and_decays():

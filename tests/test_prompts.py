@@ -120,11 +120,20 @@ def test_over_long_prompts_are_counted_and_left_out_and_ids_stay_those_of_the_fi
     assert all(p.token_ids == tokenizer.encode_plain(p.problem) for p in kept)
 
 
-def test_a_file_without_a_prompt_that_fits_is_refused(tmp_path, tokenizer):
+def test_over_long_prompts_may_keep_their_place_cut_and_masked(tmp_path, tokenizer):
+    source = jsonl(tmp_path / "d.jsonl", *({"problem": p, "answer": "1"} for p in ("1+2", "111+222", "3+4")))
+    data = config.Data(train="", chat_template=False, max_prompt_tokens=5)
+    kept, too_long = prompts.load(source, data, tokenizer, "data.train", overlong="mask")
+    assert too_long == 1
+    assert [(p.id, tokenizer.decode(p.token_ids), p.masked) for p in kept] == [(0, "1+2", False), (1, "111+2", True), (2, "3+4", False)]
+
+
+@pytest.mark.parametrize("overlong", ["filter", "mask"])
+def test_a_file_without_a_prompt_that_fits_is_refused(tmp_path, tokenizer, overlong):
     source = jsonl(tmp_path / "d.jsonl", GOOD)
     data = config.Data(train="", chat_template=False, max_prompt_tokens=2)
     with pytest.raises(InputError, match="holds no prompt of at most 2 tokens. Remedy: raise data.max_prompt_tokens"):
-        prompts.load(source, data, tokenizer, "data.train")
+        prompts.load(source, data, tokenizer, "data.train", overlong=overlong)
 
 
 @pytest.mark.parametrize("template, text", [
@@ -205,3 +214,21 @@ def test_what_stands_at_a_position_does_not_depend_on_what_was_asked_before():
     assert all(order(3, start, start + 7) == whole[start : start + 7] for start in range(23))
     stream = prompts.Stream(PROMPTS, 3)
     assert [stream.at(p).id for p in reversed(range(30))] == whole[::-1]
+
+
+def test_a_later_stage_begins_where_the_former_stopped_and_repeats_no_prompt_before_all_were_seen():
+    whole = order(3, 0, 30)
+    stages = [(skip, prompts.Stream(PROMPTS, 3, skip=skip)) for skip in (0, 4, 6)]
+    assert [stream.at(p).id for (skip, stream), n in zip(stages, (4, 2, 24)) for p in range(n)] == whole
+    assert len(set(whole[:7])) == 7
+
+
+REAL = {"deepscaler": 40308, "aime_2024": 30, "math_500": 500, "amc_2023": 40}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_every_row_of_the_published_sets_is_a_problem_with_an_answer(name):
+    path = Path(__file__).parents[2] / "shared" / "data" / f"{name}.jsonl"
+    if not path.is_file():
+        pytest.skip(f"needs {path}")
+    assert len(prompts.read_rows(str(path), PLAIN, "data.train")) == REAL[name]

@@ -68,7 +68,7 @@ class Session:
                 p.copy_(w)
 
     def sample(self, version: int, seed: int = 0) -> list[list[tuple[int, ...]]]:
-        groups = sample(self.engines, PROMPTS, group_size=4, temperature=1.0, max_tokens=24, seed=seed, version=version, timeout_s=60)
+        groups = sample(self.engines, PROMPTS, group_size=4, temperature=1.0, max_tokens=lambda _: 24, seed=seed, version=version, timeout_s=60)
         return [[r.token_ids for r in g.responses] for g in groups]
 
     def close(self) -> None:
@@ -97,7 +97,7 @@ def test_the_engines_own_logprobs_equal_the_trainers_of_the_same_tokens(session)
     from grpo_mcore import batch, metrics
 
     session.refit(7)
-    groups = sample(session.engines, PROMPTS, group_size=4, temperature=1.0, max_tokens=24, seed=5, version=7, timeout_s=60)
+    groups = sample(session.engines, PROMPTS, group_size=4, temperature=1.0, max_tokens=lambda _: 24, seed=5, version=7, timeout_s=60)
     (b,) = batch.assemble(groups, torch.zeros(6, 4), global_batch_size=24, aggregation="token_mean", max_response_tokens=24, packing=batch.Packing(max_tokens=8192))
     (ours,) = session.policy.logprobs(b.microbatches)
     seen = metrics.mismatch(b.microbatches[0].rollout_logprobs_R, ours, b.microbatches[0].position_R)

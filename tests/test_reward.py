@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_mcore import reward
+from grpo_mcore import grading_process
 from grpo_mcore.reward import Grader, Status, Verdict, counts
 
 ROOT = Path(__file__).parents[1]
@@ -36,7 +36,7 @@ def children() -> dict[int, str]:
             command = (stat.parent / "cmdline").read_bytes()
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if int(parent) == os.getpid() and (state == "Z" or b"grpo_mcore.reward" in command):
+        if int(parent) == os.getpid() and (state == "Z" or b"grpo_mcore.grading_process" in command):
             found[pid] = state
     return found
 
@@ -197,7 +197,7 @@ def test_start_up_does_not_count(slow_start):
 
 
 def test_start_up_has_a_limit(slow_start, monkeypatch):
-    monkeypatch.setattr(reward, "START_UP_S", 0.5)
+    monkeypatch.setattr(grading_process, "START_UP_S", 0.5)
     with Grader(1, **LIMITS) as grader:
         with pytest.raises(RuntimeError, match="did not start: killed after start-up = 0.5 s"):
             grader.grade([(boxed("1+x"), "x+1", False)])

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from grpo_mcore import arithmetic, checkpoint, metrics
+from grpo_mcore import arithmetic, checkpoint, metrics, trainer
+from grpo_mcore.reward import Status, Verdict
+from grpo_mcore.types import Group, Prompt, Response
 from tests.conftest import CONFIG
 from tests.dist import ROOT, environment
 
@@ -167,6 +169,19 @@ def test_sigterm_saves_the_last_completed_step_and_another_layout_goes_on_from_i
     out = train(cfg, f"num_steps={step + 1}", "parallel.tp=2", ranks=2)
     assert f"going on from step {step}" in out
     assert [r["step"] for r in rows(tmp_path / "run") if "reward/mean" in r] == list(range(1, step + 2))
+
+
+def test_metrics_of_a_steps_samples_leave_masked_groups_out():
+    def group(*lengths: int, masked: bool = False) -> Group:
+        return Group(Prompt(0, "", "", (1,), masked), tuple(Response((2,) * n, (-1.0,) * n, n > 8, 0) for n in lengths))
+
+    right, wrong = (Verdict(float(s is Status.CORRECT), s, "1", "") for s in (Status.CORRECT, Status.WRONG))
+    seen = trainer.sample_metrics([group(3, 9), group(99, 99, masked=True), group(5, 5)], [right, wrong, right, right, wrong, wrong])
+    # Of 4 responses 1 is right, 1 is longer than 8, together 22 tokens; of 2 groups 1 is mixed.
+    assert (seen["reward/mean"], seen["reward/mixed_groups_frac"], seen["reward/correct"], seen["reward/wrong"]) == (0.25, 0.5, 1.0, 3.0)
+    assert (seen["rollout/response_tokens_mean"], seen["rollout/response_tokens_max"], seen["rollout/truncated_frac"]) == (5.5, 9.0, 0.25)
+    assert seen["rollout/masked_prompts_frac"] == pytest.approx(1 / 3)
+    assert trainer.sample_metrics([group(99, 99, masked=True)], [right, right])["reward/mean"] == 0.0
 
 
 BAD_INPUT = {

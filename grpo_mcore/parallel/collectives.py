@@ -37,6 +37,29 @@ def gather_shards(shard: torch.Tensor, topology: Topology) -> list[torch.Tensor]
     return shards
 
 
+class _SumOverContext(torch.autograd.Function):
+    """Every context rank's loss has a part in the sum, so a rank's gradient is the sum of all ranks'."""
+
+    @staticmethod
+    def forward(ctx, tensor, group):
+        ctx.group, out = group, tensor.clone()
+        dist.all_reduce(out, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        out = grad.clone()
+        dist.all_reduce(out, group=ctx.group)
+        return out, None
+
+
+def sum_over_context(tensor: torch.Tensor, topology: Topology) -> torch.Tensor:
+    """The sum over the context ranks, which hold parts of the same sequences; with its gradient. Collective over them, also in the backward."""
+    if topology.cp == 1:
+        return tensor
+    return _SumOverContext.apply(tensor.to(topology.device), topology.cp_group).to(tensor.device)
+
+
 def from_stage(tensor: torch.Tensor, stage: int, topology: Topology) -> torch.Tensor:
     """One stage's `tensor` on the other stages of its pipeline, in place."""
     if topology.pp > 1:

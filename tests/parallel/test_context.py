@@ -22,6 +22,7 @@ def batch_of(lengths: list[int], position_R: list[int]) -> Microbatch:
         branch_T=torch.arange(T) % 3,
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
         max_seqlen=max(lengths),
+        num_sequences=-(-R // 2),
         position_R=torch.tensor(position_R),
         target_R=101 + torch.tensor(position_R),
         sequence_R=torch.arange(R) // 2,
@@ -30,6 +31,7 @@ def batch_of(lengths: list[int], position_R: list[int]) -> Microbatch:
         rollout_logprobs_R=-torch.arange(R) / 4,
         index_R=torch.arange(R),
         old_logprobs_R=-torch.arange(R) / 8,
+        importance_R=torch.arange(R) / 16,
     )
 
 

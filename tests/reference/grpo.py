@@ -10,25 +10,46 @@ def kl(current: float, ref: float, estimator: str) -> float:
     return {"k1": -math.log(r), "k2": math.log(r) ** 2 / 2, "k3": (r - 1) - math.log(r)}[estimator]
 
 
-def surrogate(current: float, old: float, advantage: float, low: float, high: float) -> float:
-    """PPO's objective of one token, to be maximised: min(ratio A, clip(ratio) A)."""
-    ratio = math.exp(current) / math.exp(old)
+def surrogate(ratio: float, advantage: float, low: float, high: float, dual: float | None = None) -> float:
+    """PPO's objective of one token, to be maximised: min(ratio A, clip(ratio) A), and where A < 0 no less than dual A."""
     if ratio < 1 - low:
         clipped = 1 - low
     elif ratio > 1 + high:
         clipped = 1 + high
     else:
         clipped = ratio
-    return min(ratio * advantage, clipped * advantage)
+    value = min(ratio * advantage, clipped * advantage)
+    return max(value, dual * advantage) if dual and advantage < 0 else value
 
 
-def loss(current: list[float], tokens: list[dict[str, float]], *, low: float, high: float, kl_coef: float, estimator: str) -> float:
-    """tokens: one {old, ref, advantage, weight} for each log-prob of `current`."""
+def ratios(current: list[float], tokens: list[dict[str, float]], policy_loss: str) -> list[float]:
+    """Of each token, or for gspo the |y|-th root of the product over its response."""
+    each = [math.exp(logprob) / math.exp(token["old"]) for logprob, token in zip(current, tokens, strict=True)]
+    if policy_loss != "gspo":
+        return each
+    out = []
+    for token in tokens:
+        mine = [r for r, other in zip(each, tokens, strict=True) if other["sequence"] == token["sequence"]]
+        out.append(math.prod(mine) ** (1 / len(mine)))
+    return out
+
+
+def loss(
+    current: list[float], tokens: list[dict[str, float]], *, low: float, high: float, kl_coef: float = 0.0, estimator: str = "k3", kl_limit: float = math.inf,
+    policy_loss: str = "ppo_clip", dual: float | None = None, entropy_coef: float = 0.0, frozen: list[float] | None = None,
+) -> float:
+    """tokens: one {old, ref, advantage, weight, sequence, importance, entropy} for each log-prob of `current`. `frozen`: the log-probs of cispo's
+    weights, which have no gradient (None: current)."""
     total = 0.0
-    for logprob, token in zip(current, tokens, strict=True):
-        value = -surrogate(logprob, token["old"], token["advantage"], low, high)
+    for logprob, ratio, token in zip(current, ratios(frozen or current, tokens, policy_loss), tokens, strict=True):
+        if policy_loss == "cispo":
+            value = -min(max(ratio, 1 - low), 1 + high) * token["advantage"] * logprob
+        else:
+            value = -surrogate(ratio, token["advantage"], low, high, dual)
+        value *= token["importance"]
         if kl_coef:
-            value += kl_coef * kl(logprob, token["ref"], estimator)
+            value += kl_coef * min(max(kl(logprob, token["ref"], estimator), -kl_limit), kl_limit)
+        value -= entropy_coef * token["entropy"]
         total += token["weight"] * value
     return total
 
