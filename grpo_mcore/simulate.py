@@ -366,8 +366,7 @@ class Simulation:
             self._expect(index, engine.look_ahead())
 
     def _finish(self, index: int, attempt: _Attempt) -> None:
-        if not self._dispatch.done(index, attempt.key):
-            raise AssertionError(f"{attempt.key} was done by an engine that did not have it")
+        assert self._dispatch.done(index, attempt.key), f"{attempt.key} was done by an engine that did not have it"
         position = attempt.key[0]
         self._arrived[position] = attempt
         self._step.sampled += len(attempt.spans)

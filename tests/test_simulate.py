@@ -131,6 +131,19 @@ def test_a_group_without_variance_is_replaced():
     assert (step.positions, step.rollout_s) == ([1, 2], 6)
 
 
+@pytest.mark.parametrize("max_staleness", [0, 2])
+def test_whatever_fails_every_response_is_trained_on_once(max_staleness):
+    rng = random.Random(3)
+    lengths = [tuple(rng.randint(1, 40) for _ in range(4)) for _ in range(200)]
+    sim = simulation(lengths, prompts=6, group_size=4, num_engines=5, max_running=3, trainer=TrainerProfile(step_s=20, refit_s=3), failures=Failures(90, 30), max_staleness=max_staleness)
+    steps = sim.run(30)
+    assert sum(s.failures for s in steps) > 20 and sum(s.issued_again for s in steps) > 20
+    assert [p for s in steps for p in s.positions] == list(range(180))
+    assert [s.response_tokens for s in steps] == [sum(sum(lengths[p]) for p in s.positions) for s in steps]
+    ahead = sum(s.sampled for s in steps) - 30 * 6 * 4
+    assert 0 <= ahead <= max_staleness * 6 * 4 and all(s.max_staleness <= max_staleness for s in steps)
+
+
 def random_case(seed):
     """Small, with exact seconds, so that what comes first in one comes first in the other."""
     rng = random.Random(seed)
