@@ -128,6 +128,8 @@ def answer(cfg: Config, ask: Question) -> dict:
         ages = [cfg.rollout.max_staleness] if ask.staleness is None else [int(s) for s in ask.staleness.split(",")]
     except ValueError:
         raise InputError("--staleness", ask.staleness, "must be whole numbers", "write them as 0,1,2") from None
+    if any(ages) and ask.gpu and cfg.engine.is_colocated("cuda"):
+        raise InputError("engine.placement", cfg.engine.placement, "is on the trainers' GPUs: such engines sleep while these train, which is not simulated ahead of training", "set it to disaggregated, or staleness to 0")
     out = {"engine": dataclasses.asdict(parts.engine), "trainer": dataclasses.asdict(parts.trainer), "predicted": {}}
     out["lengths"] = dataclasses.asdict(draw) if isinstance(draw, LogNormal) else {"like": ask.like}
     for age in ages:

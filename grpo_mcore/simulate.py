@@ -11,8 +11,7 @@ gains one token an iteration, so that their ends keep their order on the engine'
     failures    of an engine, after exponential times; its requests go to the others, and begin anew. One that has started again
                 joins at the next refit; if no engine is left, there is one as soon as the first has started.
 
-Not in it: evaluation, grading that takes longer than the slowest response, a refit's growth with the number of engines,
-trainers that fail.
+Not in it: evaluation, grading that takes longer than the slowest response, engines that sleep while the trainer trains, trainers that fail.
 """
 
 import heapq
@@ -366,7 +365,8 @@ class Simulation:
             self._expect(index, engine.look_ahead())
 
     def _finish(self, index: int, attempt: _Attempt) -> None:
-        assert self._dispatch.done(index, attempt.key), f"{attempt.key} was done by an engine that did not have it"
+        if not self._dispatch.done(index, attempt.key):
+            raise RuntimeError(f"{attempt.key} was done by an engine that did not have it")
         position = attempt.key[0]
         self._arrived[position] = attempt
         self._step.sampled += len(attempt.spans)

@@ -93,6 +93,13 @@ def test_one_thousand_and_twenty_four_gpus_as_a_user_asks(tmp_path):
     assert result["predicted"]["0"]["failures"] > 0
 
 
+def test_colocated_engines_are_not_said_to_sample_while_the_trainer_trains():
+    cfg = configuration(*GPUS, "engine.placement=colocated", "engine.num_engines=4")
+    predict.answer(cfg, Question(gpu="h100-80gb", num_gpus="4", steps="1"))
+    with pytest.raises(InputError, match="placement"):
+        predict.answer(cfg, Question(gpu="h100-80gb", num_gpus="4", steps="1", staleness="0,1"))
+
+
 def test_a_run_of_the_simulator_does_not_depend_on_chance():
     cfg = configuration()
     runs = [predict.run(cfg, Cluster(EngineProfile(((1, 0.1),)), TrainerProfile(token_s=0.01), cluster.Failures(20, 5)), lambda p: Draw(3, (5 + p % 7, 9)), num_steps=5, skip=1) for _ in range(2)]
