@@ -195,7 +195,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Refit:
-    bucket_bytes: int = 64 << 20
+    transport: Literal["auto", "broadcast", "shared"] = "auto"  # shared: memory of this machine (GPU: of the same GPU); auto: where all engines can
+    bucket_bytes: int = 32 << 20  # of two
     timeout_s: float = 300.0
     canary_tolerance: float | None = None  # mean |engine - trainer| log-prob; null: 1e-3 if both are float32, else 0.15
 

@@ -13,7 +13,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from grpo_mcore import hf_weights, model
 from grpo_mcore.checkpoint import HF, Progress, Writing
 from grpo_mcore.config import InputError
-from grpo_mcore.hf_weights import GATE_UP, Row
+from grpo_mcore.hf_weights import Row, gate_up
 from grpo_mcore.parallel.topology import Topology
 from grpo_mcore.stored import Stored
 
@@ -45,7 +45,7 @@ def to_hf(folder: str | Path, hf_folder: str | Path) -> None:
             key, layer = _key(row)
             whole = _merged_shape(row)
             part = stored.read(key, (*layer, *[0] * len(whole)), (*[1] * len(layer), *whole))
-            yield from zip(row.hf, row.layout.merge([part.view(whole)], hf_config), strict=True)
+            yield from zip(row.hf, _split(row, part.view(whole), hf_config), strict=True)
 
     dtype = stored.dtype(_key(rows[0])[0])
     hf_weights.save_folder(hf_folder, tensors(), side, shapes=hf_weights.shapes(hf_config), dtype=dtype)
@@ -75,6 +75,26 @@ def _to_store(row: Row, tensors: list[torch.Tensor], hf_config) -> ShardedTensor
     def place(tensor: torch.Tensor, *offsets) -> ShardedTensor:
         return ShardedTensor.from_rank_offsets(key, tensor, *layers, *offsets, prepend_axis_num=len(layers))
 
-    if row.layout is GATE_UP:  # put side by side where they are stored, not here
+    if row.layout is gate_up:  # put side by side where they are stored, not here
         return [place(tensor, (len(layers), half, 2)) for half, tensor in enumerate(tensors)]
-    return place(row.layout.split(tensors, hf_config, 1, 0))
+    return place(_merge(row, tensors, hf_config))
+
+
+def _merge(row: Row, tensors: list[torch.Tensor], hf_config) -> torch.Tensor:
+    """HF tensors -> the Megatron parameter of one rank; a single one is the parameter."""
+    if len(tensors) == 1:
+        return tensors[0]
+    whole = tensors[0].new_empty(_merged_shape(row))
+    for hf, part in row.layout(tensors, whole, hf_config, 1, 0):
+        part.copy_(hf)
+    return whole
+
+
+def _split(row: Row, whole: torch.Tensor, hf_config) -> list[torch.Tensor]:
+    """Undoes _merge."""
+    if len(row.hf) == 1:
+        return [whole]
+    tensors = [whole.new_empty(shape) for shape in row.hf.values()]
+    for hf, part in row.layout(tensors, whole, hf_config, 1, 0):
+        hf.copy_(part)
+    return tensors

@@ -1,9 +1,9 @@
 """One vLLM engine as a Ray actor: token ids in, token ids and log-probs out. It never sees text. engines.py is the handle of all of them."""
 
 import asyncio
-import contextlib
 import os
 import socket
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +57,7 @@ class Engine:
         self._names: dict[int, str] = {}  # vLLM's name of a request, by ours
         self._released = asyncio.Event()
         self._released.set()
-        self._asleep = self._refitting = False
+        self._asleep = False
 
     async def ready(self, stop_token_ids: list[int]) -> tuple[str, list[int]]:
         """(host, ids of this process and its children), when it can take requests."""
@@ -107,11 +107,6 @@ class Engine:
         if name in self._names:
             await self._llm.abort(self._names[name])
 
-    async def discard(self) -> None:
-        """Whatever is unfinished or not yet released is sampled again, from its first token: the weights were not what they should be."""
-        self._discards += 1
-        await self._llm.abort(list(self._names.values()))
-
     async def score(self, sequences: list[list[int]]) -> list[list[float]]:
         """Log-probs, at temperature 1, of each sequence's tokens from its second on."""
         from vllm import SamplingParams
@@ -138,34 +133,38 @@ class Engine:
         await self._llm.sleep(level=2, mode="keep")
         self._asleep = True
 
+    async def places(self) -> list[list[str]]:
+        """[host, GPU's UUID or ""] of each process that holds weights."""
+        return await self._llm.collective_rpc("place")
+
     async def init_transfer(self, init_info: dict) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
 
-    async def begin_refit(self) -> None:
-        """Running requests pause; weights may arrive."""
+    async def begin_refit(self, discard: bool) -> None:
+        """Running requests pause; weights may arrive. With `discard` what they have, and what is not yet released, is sampled again from
+        its first token: the weights of the last refit were not what they should be."""
         self._released.clear()
         await self._llm.pause_generation(mode="keep", clear_cache=False)
+        if discard:
+            self._discards += 1
+            await self._llm.abort(list(self._names.values()))
         if self._asleep:
             await self._llm.wake_up(tags=["weights"])
-        if self._refitting:  # the one before broke off: closes what is half loaded
-            with contextlib.suppress(Exception):  # it is open still, if nothing was loaded
-                await self._llm.start_weight_update()
-            await self._llm.finish_weight_update()
-        self._refitting = True
-        await self._llm.start_weight_update()
+        await self._llm.collective_rpc("begin_weight_update")
 
-    async def load(self, update_info: dict) -> None:
-        """One piece of the weights, or all of them, while they are sent."""
+    async def load(self, update_info: dict) -> float:
+        """Part of the weights, or all of them: what the sender sends meanwhile, or has sent. Returns seconds."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        await self._llm.update_weights(WeightTransferUpdateRequest(update_info=update_info))
+        start = time.perf_counter()
+        await self._llm.update_weights(WeightTransferUpdateRequest(update_info={"info": update_info}))
+        return time.perf_counter() - start
 
     async def end_refit(self, version: int, keep_cache: bool) -> None:
         """All weights have arrived. Running requests go on, with the keys and values of the old weights if keep_cache."""
         await self._llm.finish_weight_update()
-        self._refitting = False
         if hasattr(self._llm, "update_weight_version"):
             await self._llm.update_weight_version(str(version))
         if self._asleep:
@@ -195,7 +194,7 @@ def _children(process_id: int) -> list[int]:
     return found[1:]
 
 
-def arguments(cfg: config.Config, folder: str, *, cuda: bool, load_weights: bool, backend: str) -> dict:
+def arguments(cfg: config.Config, folder: str, *, cuda: bool, load_weights: bool) -> dict:
     """vLLM's engine arguments. Raises InputError."""
     e = cfg.engine
     args = dict(
@@ -216,7 +215,8 @@ def arguments(cfg: config.Config, folder: str, *, cuda: bool, load_weights: bool
         generation_config="vllm",  # not the model folder's: it may carry a temperature or a top_p of its own
         logprobs_mode="processed_logprobs",  # those of the distribution that was sampled from
         load_format="auto" if load_weights else "dummy",
-        weight_transfer_config={"backend": backend},
+        weight_transfer_config={"backend": "grpo_mcore"},  # receiver.py's, for every transport
+        worker_extension_cls="grpo_mcore.receiver.WorkerExtension",
         disable_log_stats=True,
     )
     if cuda:
@@ -228,7 +228,6 @@ def arguments(cfg: config.Config, folder: str, *, cuda: bool, load_weights: bool
     if e.kv_cache_dtype != "auto":
         raise InputError("engine.kv_cache_dtype", e.kv_cache_dtype, "needs a GPU, and this is a CPU", "set it to auto")
     return args | dict(
-        worker_extension_cls="grpo_mcore.gloo_receiver.WorkerExtension",
         block_size=32,  # the CPU's default of 128 leaves short prompts without a prefix hit
         # A seeded request whose prompt is split over two engine steps rewinds its generator, which a CPU's cannot.
         enable_chunked_prefill=False,

@@ -66,14 +66,13 @@ class _Request:
 
 
 class Engines:
-    def __init__(self, cfg: config.Config, folder: str, *, cuda: bool, stop_token_ids: list[int], load_weights: bool = False, backend: str | None = None):
+    def __init__(self, cfg: config.Config, folder: str, *, cuda: bool, stop_token_ids: list[int], load_weights: bool = False):
         """Starts Ray (or joins the cluster of RAY_ADDRESS) and the engines, without waiting for them.
 
-        `backend` is that of vLLM's weight transfer. Without `load_weights` an engine's weights are arbitrary until the first refit.
-        Raises InputError.
+        Without `load_weights` an engine's weights are arbitrary until the first refit. Raises InputError.
         """
         self._cfg, self._stop_token_ids = cfg.engine, stop_token_ids
-        self._args = engine.arguments(cfg, folder, cuda=cuda, load_weights=load_weights, backend=backend or ("nccl" if cuda else "gloo"))
+        self._args = engine.arguments(cfg, folder, cuda=cuda, load_weights=load_weights)
         self._environment = engine.environment(cfg, cuda=cuda)
         self._logs = Path(cfg.run_dir).absolute() / "logs"
         self._logs.mkdir(parents=True, exist_ok=True)
@@ -104,7 +103,8 @@ class Engines:
     @property
     def address(self) -> str:
         """Of this machine, as the engines reach it."""
-        return ray.util.get_node_ip_address()
+        mine = ray.get_runtime_context().get_node_id()
+        return next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == mine)
 
     @property
     def ready(self) -> list[Slot]:

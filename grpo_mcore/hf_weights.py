@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from transformers.utils import cached_file
 
 from grpo_mcore.config import InputError, Parallel
 from grpo_mcore.model import Backbone, has_qk_norm, has_qkv_bias, head_dim, stage_of
-from grpo_mcore.parallel.collectives import from_stage, gather_shards
+from grpo_mcore.parallel.collectives import from_stage, start_gather
 from grpo_mcore.parallel.topology import Topology
 
 HEAD = "output_layer.weight"
@@ -32,12 +32,8 @@ SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float1
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How HF tensors become one tp rank's shard, and how all shards become them again."""
-
-    split: Callable  # (HF tensors, hf_config, tp, tp_rank) -> shard
-    merge: Callable  # (shards in tp order, hf_config) -> HF tensors
+# (HF tensors, one tp rank's shard, hf_config, tp, tp_rank) -> (HF view, shard view) pairs: all that the shard has of them.
+Layout = Callable[..., Iterable[tuple[torch.Tensor, torch.Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -50,33 +46,27 @@ class Row:
     stage: int  # pipeline rank that holds it
 
 
-def _split_qkv(tensors, hf_config, tp, rank):
-    groups = hf_config.num_key_value_heads
-    whole = torch.cat([t.reshape(groups, -1, *t.shape[1:]) for t in tensors], 1)
-    return whole.chunk(tp)[rank].flatten(0, 1)
+def same(hf, shard, hf_config, tp, rank):
+    return [(hf[0], shard)]
 
 
-def _merge_qkv(shards, hf_config):
+def columns(hf, shard, hf_config, tp, rank):
+    return [(hf[0].chunk(tp, 1)[rank], shard)]
+
+
+def qkv(hf, shard, hf_config, tp, rank):
     heads, groups, size = hf_config.num_attention_heads, hf_config.num_key_value_heads, head_dim(hf_config)
-    whole = torch.cat(list(shards))
-    whole = whole.reshape(groups, -1, *whole.shape[1:])
-    return [t.flatten(0, 1) for t in whole.split([heads // groups * size, size, size], 1)]
+    by_group = [t.view(groups, -1, *t.shape[1:]).chunk(tp)[rank] for t in hf]
+    return zip(by_group, shard.view(groups // tp, -1, *shard.shape[1:]).split([heads // groups * size, size, size], 1), strict=True)
 
 
-def _split_vocab(tensors, hf_config, tp, rank):
-    (whole,) = tensors
-    rows = -(-whole.shape[0] // tp)
-    part = whole[rank * rows : (rank + 1) * rows]
-    return torch.cat([part, part.new_zeros(rows - part.shape[0], *part.shape[1:])])
+def gate_up(hf, shard, hf_config, tp, rank):
+    return [(t.chunk(tp)[rank], part) for t, part in zip(hf, shard.chunk(2), strict=True)]
 
 
-SAME = Layout(lambda ts, c, tp, r: ts[0], lambda ss, c: [ss[0]])
-COLUMNS = Layout(lambda ts, c, tp, r: ts[0].chunk(tp, 1)[r], lambda ss, c: [torch.cat(list(ss), 1)])
-QKV = Layout(_split_qkv, _merge_qkv)
-GATE_UP = Layout(
-    lambda ts, c, tp, r: torch.cat([t.chunk(tp)[r] for t in ts]),
-    lambda ss, c: [torch.cat([s.chunk(2)[j] for s in ss]) for j in range(2)])
-VOCAB = Layout(_split_vocab, lambda ss, c: [torch.cat(list(ss))[: c.vocab_size]])
+def vocab(hf, shard, hf_config, tp, rank):
+    part = hf[0][rank * len(shard) : (rank + 1) * len(shard)]
+    return [(part, shard[: len(part)])]
 
 
 def table(hf_config, parallel: Parallel = Parallel(), *, transformer_engine: bool = False) -> list[Row]:
@@ -95,23 +85,23 @@ def table(hf_config, parallel: Parallel = Parallel(), *, transformer_engine: boo
         def row(megatron: str, hf: dict[str, tuple[int, ...]], layout: Layout) -> Row:
             return Row(f"decoder.layers.{i}.{megatron}", {f"model.layers.{i}.{name}": shape for name, shape in hf.items()}, layout, stage)
 
-        yield row(attention_norm, {"input_layernorm.weight": (d,)}, SAME)
-        yield row("self_attention.linear_qkv.weight", {f"self_attn.{x}_proj.weight": (n, d) for x, n in heads.items()}, QKV)
+        yield row(attention_norm, {"input_layernorm.weight": (d,)}, same)
+        yield row("self_attention.linear_qkv.weight", {f"self_attn.{x}_proj.weight": (n, d) for x, n in heads.items()}, qkv)
         if has_qkv_bias(hf_config):
-            yield row("self_attention.linear_qkv.bias", {f"self_attn.{x}_proj.bias": (n,) for x, n in heads.items()}, QKV)
+            yield row("self_attention.linear_qkv.bias", {f"self_attn.{x}_proj.bias": (n,) for x, n in heads.items()}, qkv)
         for x in "qk" if has_qk_norm(hf_config) else "":
-            yield row(f"self_attention.{x}_layernorm.weight", {f"self_attn.{x}_norm.weight": (size,)}, SAME)
-        yield row("self_attention.linear_proj.weight", {"self_attn.o_proj.weight": (d, heads["q"])}, COLUMNS)
-        yield row(mlp_norm, {"post_attention_layernorm.weight": (d,)}, SAME)
-        yield row("mlp.linear_fc1.weight", {"mlp.gate_proj.weight": (ffn, d), "mlp.up_proj.weight": (ffn, d)}, GATE_UP)
-        yield row("mlp.linear_fc2.weight", {"mlp.down_proj.weight": (d, ffn)}, COLUMNS)
+            yield row(f"self_attention.{x}_layernorm.weight", {f"self_attn.{x}_norm.weight": (size,)}, same)
+        yield row("self_attention.linear_proj.weight", {"self_attn.o_proj.weight": (d, heads["q"])}, columns)
+        yield row(mlp_norm, {"post_attention_layernorm.weight": (d,)}, same)
+        yield row("mlp.linear_fc1.weight", {"mlp.gate_proj.weight": (ffn, d), "mlp.up_proj.weight": (ffn, d)}, gate_up)
+        yield row("mlp.linear_fc2.weight", {"mlp.down_proj.weight": (d, ffn)}, columns)
 
-    rows = [Row("embedding.word_embeddings.weight", {"model.embed_tokens.weight": vocabulary}, VOCAB, 0)]
+    rows = [Row("embedding.word_embeddings.weight", {"model.embed_tokens.weight": vocabulary}, vocab, 0)]
     for i in range(hf_config.num_hidden_layers):
         rows += layer(i)
-    rows.append(Row("decoder.final_layernorm.weight", {"model.norm.weight": (d,)}, SAME, parallel.pp - 1))
+    rows.append(Row("decoder.final_layernorm.weight", {"model.norm.weight": (d,)}, same, parallel.pp - 1))
     if not hf_config.tie_word_embeddings:
-        rows.append(Row(HEAD, {"lm_head.weight": vocabulary}, VOCAB, parallel.pp - 1))
+        rows.append(Row(HEAD, {"lm_head.weight": vocabulary}, vocab, parallel.pp - 1))
     return rows
 
 
@@ -120,7 +110,7 @@ def _rows_of(chunks: Sequence[Backbone], hf_config, topology: Topology) -> Itera
     parameters = {chunk.global_name(name): p for chunk in chunks for name, p in chunk.named_parameters()}
     rows = table(hf_config, topology.parallel, transformer_engine=any(name.endswith("linear_fc1.layer_norm_weight") for name in parameters))
     if hf_config.tie_word_embeddings and (copy := parameters.pop(HEAD, None)) is not None:  # the last of several stages has a copy
-        yield Row(HEAD, rows[0].hf, VOCAB, topology.pp_rank), copy
+        yield Row(HEAD, rows[0].hf, vocab, topology.pp_rank), copy
     mine = {row.megatron for row in rows if row.stage == topology.pp_rank}
     if mine != set(parameters):
         raise RuntimeError(f"the weight table and the Megatron model differ in {sorted(mine ^ set(parameters))}")
@@ -139,35 +129,62 @@ def load(chunks: Sequence[Backbone], hf_config, folder: str | Path, topology: To
         for row, parameter in _rows_of(chunks, hf_config, topology):
             if parameter is not None:
                 whole = [reader.read(name, shape) for name, shape in row.hf.items()]
-                parameter.copy_(row.layout.split(whole, hf_config, topology.tp, topology.tp_rank))
+                if row.layout is vocab:
+                    parameter.zero_()
+                for hf, shard in row.layout(whole, parameter, hf_config, topology.tp, topology.tp_rank):
+                    shard.copy_(hf)
 
 
 @torch.no_grad()
-def export(chunks: Sequence[Backbone], hf_config, topology: Topology) -> Iterator[tuple[str, torch.Tensor]]:
-    """(HF name, whole tensor) one after the other, in layer order, on the driver.
+def export(
+    chunks: Sequence[Backbone], hf_config, topology: Topology, *, into: Callable[[str], torch.Tensor | None] = lambda name: None,
+    dtype: torch.dtype | None = None, everywhere: bool = False,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(HF name, whole tensor) one after the other, in layer order, on the driver; `everywhere`: on every rank.
 
-    Collective over the driver's replica, whose ranks must all iterate; on the others it is empty.
+    A tensor is written to into(name), contiguous and of `dtype` (None: the parameters'), or, where that is None, to memory of its own, which may be the parameter
+    itself. The next parameter is gathered over tp meanwhile. Collective over the driver's replica (or all), whose ranks must
+    all iterate; where nothing is delivered it is empty.
     """
-    if not topology.in_driver_replica:
+    if not (everywhere or topology.in_driver_replica):
         return
+    delivers = everywhere or topology.is_driver
     first = next(chunks[0].parameters())
-    for row, parameter in _rows_of(chunks, hf_config, topology):
-        if row.megatron == HEAD and hf_config.tie_word_embeddings:
+    dtype = dtype or first.dtype
+    rows = [(row, p) for row, p in _rows_of(chunks, hf_config, topology) if row.megatron != HEAD or not hf_config.tie_word_embeddings]
+
+    def gather(index: int):
+        if index < len(rows) and rows[index][1] is not None:
+            return start_gather(rows[index][1].detach(), topology)
+
+    following = gather(0)
+    for index, (row, parameter) in enumerate(rows):
+        arrival, following = following, gather(index + 1)
+        shards = arrival() if arrival else None
+        if topology.tp_rank and not everywhere:
             continue
-        if row.stage == topology.pp_rank:
-            tensors = row.layout.merge(gather_shards(parameter.detach(), topology), hf_config)
+        tensors = [into(name) if delivers else None for name in row.hf]
+        if shards and len(shards) == len(tensors) == 1 and tensors[0] is None and shards[0].dtype == dtype:
+            tensors = [shards[0]]
         else:
-            tensors = [torch.empty(shape, dtype=first.dtype, device=first.device) for shape in row.hf.values()]
-        if topology.tp_rank == 0:
-            for name, tensor in zip(row.hf, tensors, strict=True):
-                tensor = from_stage(tensor.contiguous(), row.stage, topology)
-                if topology.is_driver:
-                    yield name, tensor
+            tensors = [torch.empty(shape, dtype=dtype, device=first.device) if t is None else t for t, shape in zip(tensors, row.hf.values(), strict=True)]
+            for rank, shard in enumerate(shards or ()):
+                for hf, part in row.layout(tensors, shard, hf_config, topology.tp, rank):
+                    hf.copy_(part)
+        for name, tensor in zip(row.hf, tensors, strict=True):
+            from_stage(tensor, row.stage, topology)
+            if delivers:
+                yield name, tensor
+
+
+def groups(hf_config) -> list[dict[str, tuple[int, ...]]]:
+    """HF name -> shape of what `export` yields, in its order: those of one parameter after those of another."""
+    return [row.hf for row in table(hf_config)]
 
 
 def shapes(hf_config) -> dict[str, tuple[int, ...]]:
     """HF name -> shape of what `export` yields, in its order."""
-    return {name: shape for row in table(hf_config) for name, shape in row.hf.items()}
+    return {name: shape for group in groups(hf_config) for name, shape in group.items()}
 
 
 class Reader:

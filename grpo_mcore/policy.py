@@ -57,9 +57,9 @@ class FrozenPolicy:
             hidden, backbone.head_weight, batch.target_R, temperature=temperature,
             vocab_size=self.hf_config.vocab_size, tp_group=self.topology.head_group, impl=self.kernels.linear_logprob)
 
-    def export(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(HF name, tensor) of the weights as they are now, on the driver; collective over its replica, which all ranks may call."""
-        return hf_weights.export(self.chunks, self.hf_config, self.topology)
+    def export(self, **how) -> Iterator[tuple[str, torch.Tensor]]:
+        """(HF name, tensor) of the weights as they are now, by default on the driver; collective. `how` is hf_weights.export's."""
+        return hf_weights.export(self.chunks, self.hf_config, self.topology, **how)
 
 
 class Policy(FrozenPolicy):
@@ -113,9 +113,9 @@ class Policy(FrozenPolicy):
         out["update/grad_norm"] = metrics.Mean(float(grad_norm), 1) if grad_norm is not None else metrics.Mean(0.0, 0)
         return out
 
-    def export(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def export(self, **how) -> Iterator[tuple[str, torch.Tensor]]:
         self.finish_param_gather()
-        return super().export()
+        return super().export(**how)
 
     def finish_param_gather(self) -> None:
         """Makes the updated weights whole now; with overlap_param_gather they else become so in the next forward pass."""

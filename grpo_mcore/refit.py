@@ -9,8 +9,10 @@ differ or the transfer broke between healthy ends, the refit is done again, ATTE
 """
 
 import contextlib
+import functools
+import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -19,15 +21,16 @@ from grpo_mcore.engines import Engines, Slot
 from grpo_mcore.parallel import collectives
 from grpo_mcore.parallel.topology import Topology
 from grpo_mcore.policy import Policy
+from grpo_mcore.senders import BrokenWire, GlooSender, IpcSender, NcclSender, Place, SharedSender, Stream, choose
 from grpo_mcore.types import Prompt, Response
-from grpo_mcore.weight_transfer import GlooSender, NcclSender, TensorInfo, update_info
-
+from grpo_mcore.weight_transfer import TensorInfo, num_bytes, ranks, to_dict
 
 ATTEMPTS = 3
+FAILED_ENGINE_S = 5.0  # for an engine to say what it failed of
 
 
 class RefitError(RuntimeError):
-    """The engines do not compute what the trainer computes."""
+    """The weights do not reach the engines, or the engines do not compute what the trainer computes."""
 
 
 class Refit:
@@ -39,22 +42,27 @@ class Refit:
         self._keep_cache = cfg.rollout.cache_after_refit == "keep"
         self._canary = [list(ids) for ids in canary]
         self._packing = model.packing(policy.hf_config, topology, cfg.precision, max_tokens=sum(map(len, canary)))
-        dtype = getattr(torch, cfg.engine.dtype)
-        self._infos = [TensorInfo(name, dtype, shape) for name, shape in hf_weights.shapes(policy.hf_config).items()]
+        self._dtype = getattr(torch, cfg.engine.dtype)
+        self._groups = [[TensorInfo(name, self._dtype, shape) for name, shape in group.items()] for group in hf_weights.groups(policy.hf_config)]
+        gpu = str(torch.cuda.get_device_properties(topology.device).uuid) if topology.device.type == "cuda" else ""
+        self._trainers = collectives.gather(Place(socket.gethostname(), gpu), topology)
         exact = cfg.engine.dtype == cfg.precision.params == "float32" and cfg.engine.quantization is None
         self._tolerance = cfg.refit.canary_tolerance or (1e-3 if exact else 0.15 if cfg.engine.quantization is None else 0.5)
-        self._members: list[Slot] = []  # of the transfer group
+        self._members: list[Slot] = []  # of the transfer
+        self._transport: str | None = None
+        self._sender = IpcSender(topology)  # the one that every rank has
         self._problem = ""  # why the last attempt failed
 
     def __call__(self, version: int) -> dict[str, metrics.Metric]:
         """The driver's metrics (elsewhere none).
 
-        Raises EngineError after engine.max_failures failures of engines, RefitError if the transfer or the canary fails ATTEMPTS times.
+        Raises EngineError after engine.max_failures failures of engines, RefitError if the transfer or the canary fails ATTEMPTS times,
+        InputError if the engines are not where refit.transport needs them.
         """
         start = time.perf_counter()
         with self._engines.refitting() if self._engines else contextlib.nullcontext():
             for attempt in range(1, ATTEMPTS + 1):
-                if not collectives.broadcast(self._deliver(version, again=attempt > 1), self._topology):
+                if not self._deliver(version, again=attempt > 1):
                     continue
                 seconds, error = time.perf_counter() - start, self._attest(version)
                 if collectives.broadcast(error, self._topology) is not None:
@@ -63,59 +71,97 @@ class Refit:
                 raise RefitError(f"refit to version {version}, {ATTEMPTS} times: {self._problem}")
         if self._engines is None:
             return {}
+        size = sum(map(num_bytes, self._groups))
         return {
             "refit/canary_abs_mean": metrics.Mean(error, 1),
             "refit/engines": metrics.Mean(len(self._members), 1),
             "refit/attempts": metrics.Mean(attempt, 1),
-            "refit/bytes": metrics.Mean(float(sum(i.num_bytes for i in self._infos)), 1),
+            "refit/bytes": metrics.Mean(float(size), 1),
+            "refit/gb_per_s": metrics.Mean(size / 1e9 / seconds, 1),
             "refit/seconds": metrics.Mean(seconds, 1),
         }
 
-    def _join(self, members: list[Slot]) -> None:
-        """Makes a transfer group of the sender and these engines, if they are others than those of the last one."""
-        if members == self._members:
-            return
-        sender = NcclSender if self._topology.device.type == "cuda" else GlooSender
-        self._sender = sender(self._engines.address, 1 + len(members), self._cfg.bucket_bytes, self._cfg.timeout_s)
-        refs = self._engines.call(members, "init_transfer", [(self._sender.init_info(1 + i),) for i in range(len(members))])
-        self._sender.open()
-        self._raise(self._engines.collect(refs, self._cfg.timeout_s)[1], "joining the transfer group")
-        self._members = members
-
     def _deliver(self, version: int, *, again: bool) -> bool:
         """Whether all engines that take part have the weights. Collective."""
-        stream = (tensor for _, tensor in self._policy.export())
-        if self._engines is None:
-            for _ in stream:  # this rank's part in the gathering
-                pass
-            return True
-        members = self._engines.assemble(f"refit to version {version}")
-        try:
-            self._join(members)
-            self._raise(self._engines.collect(self._engines.call(members, "begin_refit"), self._cfg.timeout_s)[1], "pausing")
-            if again:
-                self._raise(self._engines.collect(self._engines.call(members, "discard"), self._cfg.timeout_s)[1], "discarding what was sampled")
-            refs = self._engines.call(members, "load", (update_info(self._infos),))
-            try:
-                self._sender.send(self._infos, stream)
-            except RuntimeError as e:
-                failed = self._engines.collect(refs, 5.0)[1]
-                self._raise(failed, f"sending failed ({e})")
-                raise
-            self._raise(self._engines.collect(refs, self._cfg.timeout_s)[1], "loading")
-            self._raise(self._engines.collect(self._engines.call(members, "end_refit", (version, self._keep_cache)), self._cfg.timeout_s)[1], "going on")
-            return True
-        except RuntimeError as e:
-            self._problem, self._members = str(e), []
-            print(f"refit to version {version}: {e}; it is done again", flush=True)
+        transport = collectives.broadcast(self._join(version) if self._engines is not None else None, self._topology)
+        if transport is None:
             return False
-        finally:
-            for _ in stream:  # the other ranks gather to the end
-                pass
+        export = functools.partial(self._policy.export, dtype=self._dtype, everywhere=transport == "ipc")
+        stream = Stream(self._groups, self._cfg.bucket_bytes, export)
+        delivered = True
+        if self._engines is not None:
+            try:
+                self._send(stream, version, discard=again)
+            except (RuntimeError, OSError) as e:
+                delivered = self._fail(version, f"sending {stream.at}: {e}")
+        elif transport == "ipc":
+            self._sender.send(stream, None)
+        stream.drain()  # whatever failed, the other ranks take part in what is left of it
+        return collectives.broadcast(delivered, self._topology)
 
-    def _raise(self, failed: dict[Slot, str], what: str) -> None:
+    def _join(self, version: int) -> str | None:
+        """Connects the sender with all engines that take part, if they are others than those of the last refit. The transport, or None if that failed."""
+        members = self._engines.assemble(f"refit to version {version}")
+        if members == self._members:
+            return self._transport
+        self._sender.close()
+        try:
+            self._connect(members)
+        except RuntimeError as e:
+            self._fail(version, f"joining the transfer: {e}")
+            return None
+        self._members = members
+        return self._transport
+
+    def _connect(self, members: list[Slot]) -> None:
+        of_engine = self._settle(self._engines.call(members, "places"), "asking for its place")
+        places = [[Place(*place) for place in of_engine[slot]] for slot in members]
+        self._transport = choose(self._cfg.transport, places, self._trainers)
+        first_ranks, world_size = ranks([len(engine) for engine in places])
+        address, bucket_bytes, timeout_s = self._engines.address, self._cfg.bucket_bytes, self._cfg.timeout_s
+        stream = Stream(self._groups, bucket_bytes, lambda into: iter(()))
+        self._sender = {
+            "gloo": lambda: GlooSender(stream, address, world_size, timeout_s),
+            "nccl": lambda: NcclSender(bucket_bytes, address, world_size),
+            "shared_memory": lambda: SharedSender(stream),
+            "ipc": lambda: IpcSender(self._topology),
+        }[self._transport]()
+        weights = to_dict(stream.infos)
+        refs = self._engines.call(members, "init_transfer", [
+            ({"transport": self._transport, "weights": weights, "info": self._sender.init_info(first)},) for first in first_ranks])
+        self._sender.open()
+        self._settle(refs, "joining")
+
+    def _send(self, stream: Stream, version: int, *, discard: bool) -> None:
+        """Raises RuntimeError, OSError."""
+        began = self._engines.call(self._members, "begin_refit", (discard,))
+        loading: dict = {}
+
+        def update(info: dict, what: str) -> Callable[[], object]:
+            nonlocal loading
+            self._settle(began, "pausing")
+            loading = refs = self._engines.call(self._members, "load", (info,))
+            return lambda: self._settle(refs, what)
+
+        try:
+            self._sender.send(stream, update)
+        except BrokenWire:
+            self._settle(loading, "receiving", FAILED_ENGINE_S)  # an engine that failed says why
+            raise
+        self._settle(self._engines.call(self._members, "end_refit", (version, self._keep_cache)), "ending")
+
+    def _settle(self, refs: dict, what: str, timeout_s: float | None = None) -> dict:
+        """The results by engine. Raises RuntimeError for the first that failed, with its last words."""
+        results, failed = self._engines.collect(refs, timeout_s or self._cfg.timeout_s)
         for slot, problem in failed.items():
             raise RuntimeError(f"{what}: engine {slot.index} failed: {problem}. {slot.last_words()}")
+        return results
+
+    def _fail(self, version: int, problem: str) -> bool:
+        self._problem, self._members = problem, []  # whoever sends next joins anew
+        self._sender.close()
+        print(f"refit to version {version}: {problem}\nit is done again", flush=True)
+        return False
 
     def _attest(self, version: int) -> float | None:
         """Mean |engine - trainer| log-prob over the canary tokens, of the worst engine that is left; None if the refit must be done again. Collective."""

@@ -1,10 +1,11 @@
-"""The wire of a refit: one sender (the trainer's driver, rank 0 of the transfer group) and every engine's workers.
+"""What both ends of a refit's data plane share: the order of the tensors, buckets, a gloo group of its own, shared memory.
 
-Control goes through vLLM's weight-transfer verbs (engine.py); here is the data plane, a stream of tensors in buckets.
-gloo is ours on both ends (the other end is gloo_receiver.py); NCCL's other end is vLLM's own.
+The trainer's end is senders.py; the engines' is receiver.py, which vLLM imports: this module must stay light.
 """
 
 import datetime
+import mmap
+import os
 import socket
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,8 +25,12 @@ class TensorInfo:
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
-def update_info(infos: Sequence[TensorInfo]) -> dict:
-    """vLLM's update_info, the same for both backends."""
+def num_bytes(infos: Iterable[TensorInfo]) -> int:
+    return sum(i.num_bytes for i in infos)
+
+
+def to_dict(infos: Sequence[TensorInfo]) -> dict:
+    """As vLLM's requests name tensors."""
     return {
         "names": [i.name for i in infos],
         "dtype_names": [str(i.dtype).removeprefix("torch.") for i in infos],
@@ -33,37 +38,50 @@ def update_info(infos: Sequence[TensorInfo]) -> dict:
     }
 
 
-def buckets(infos: Iterable[TensorInfo], limit_bytes: int) -> Iterator[list[TensorInfo]]:
-    """Consecutive tensors of together at most limit_bytes, or one that is larger alone. Both ends must cut alike."""
-    bucket, size = [], 0
-    for info in infos:
-        if bucket and size + info.num_bytes > limit_bytes:
+def from_dict(d: dict) -> list[TensorInfo]:
+    return [
+        TensorInfo(name, getattr(torch, dtype), tuple(shape))
+        for name, dtype, shape in zip(d["names"], d["dtype_names"], d["shapes"], strict=True)
+    ]
+
+
+def buckets(groups: Iterable[Sequence[TensorInfo]], limit_bytes: int) -> Iterator[list[TensorInfo]]:
+    """Consecutive groups of together at most limit_bytes, or one that is larger alone. A group is never cut: its tensors come
+    from one parameter of the trainer, and become one of the engine."""
+    bucket = []
+    for group in groups:
+        if bucket and num_bytes(bucket) + num_bytes(group) > limit_bytes:
             yield bucket
-            bucket, size = [], 0
-        bucket.append(info)
-        size += info.num_bytes
+            bucket = []
+        bucket.extend(group)
     if bucket:
         yield bucket
 
 
 def unpack(buffer: torch.Tensor, bucket: Sequence[TensorInfo]) -> list[tuple[str, torch.Tensor]]:
-    """Named views of a uint8 buffer. Offsets are byte sizes, so the dtypes of one bucket should not decrease in size."""
+    """Named views of a uint8 buffer, one behind the other. The dtypes of one bucket should not increase in size."""
     parts = buffer.split([i.num_bytes for i in bucket])
     return [(i.name, part.view(i.dtype).view(i.shape)) for i, part in zip(bucket, parts, strict=True)]
 
 
+def ranks(num_ranks: Sequence[int]) -> tuple[list[int], int]:
+    """(first rank of each engine, size) of a transfer group whose rank 0 is the sender, from the ranks that each engine has."""
+    first = [1 + sum(num_ranks[:i]) for i in range(len(num_ranks))]
+    return first, 1 + sum(num_ranks)
+
+
 def open_gloo(address: str, port: int, rank: int, world_size: int, timeout_s: float) -> dist.ProcessGroup:
-    """A group apart from torch.distributed's global state: the sender is rank 0 and hosts the store."""
+    """A group apart from torch.distributed's global state: the sender is rank 0 and hosts the store at `address`."""
     timeout = datetime.timedelta(seconds=timeout_s)
     store = dist.TCPStore(address, port, world_size, is_master=rank == 0, timeout=timeout, wait_for_workers=False)
     return dist.ProcessGroupGloo(dist.PrefixStore("weight_transfer", store), rank, world_size, timeout)
 
 
-def broadcast_gloo(group: dist.ProcessGroup, buffer: torch.Tensor) -> None:
-    """From rank 0. Raises RuntimeError when the group's time-out passes or a member is gone."""
+def start_broadcast(group: dist.ProcessGroup, buffer: torch.Tensor) -> dist.Work:
+    """From rank 0. Its wait raises RuntimeError when the group's time-out passes or a member is gone."""
     options = dist.BroadcastOptions()
     options.rootRank, options.rootTensor = 0, 0
-    group.broadcast([buffer], options).wait()
+    return group.broadcast([buffer], options)
 
 
 def free_port(address: str) -> int:
@@ -72,57 +90,37 @@ def free_port(address: str) -> int:
         return s.getsockname()[1]
 
 
-class GlooSender:
-    backend = "gloo"
+class SharedMemory:
+    """Bytes that several processes of one machine see. They have no name in any file system, and are gone with the last process
+    that has them open, however it ends; the size of /dev/shm does not bound them."""
 
-    def __init__(self, address: str, world_size: int, bucket_bytes: int, timeout_s: float):
-        self._args = (address, free_port(address))
-        self._world_size, self._bucket_bytes, self._timeout_s = world_size, bucket_bytes, timeout_s
+    def __init__(self, num_bytes: int):
+        self.num_bytes = num_bytes
+        self._fd = os.memfd_create("weight_transfer")
+        os.ftruncate(self._fd, num_bytes)
+        self.bytes = _map(self._fd, num_bytes)
 
-    def init_info(self, rank_offset: int) -> dict:
-        """For the engine whose first worker has rank `rank_offset` of the group."""
-        address, port = self._args
-        return {"master_address": address, "master_port": port, "rank_offset": rank_offset, "world_size": self._world_size,
-                "bucket_bytes": self._bucket_bytes, "timeout_s": self._timeout_s}
+    @property
+    def path(self) -> str:
+        """Where other processes of the same user find it, as long as it is open here."""
+        return f"/proc/{os.getpid()}/fd/{self._fd}"
 
-    def open(self) -> None:
-        """Blocks until every engine has joined; to be called while the engines initialise."""
-        self._group = open_gloo(*self._args, 0, self._world_size, self._timeout_s)
-
-    def send(self, infos: Sequence[TensorInfo], tensors: Iterator[torch.Tensor]) -> None:
-        """Streams the tensors, in the order of infos, while the engines' update_weights runs."""
-        for bucket in buckets(infos, self._bucket_bytes):
-            buffer = torch.empty(sum(i.num_bytes for i in bucket), dtype=torch.uint8)
-            for _, view in unpack(buffer, bucket):
-                view.copy_(next(tensors))
-            broadcast_gloo(self._group, buffer)
+    def close(self) -> None:
+        """The memory itself goes with the last view of it."""
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd, self.bytes = -1, None
 
 
-class NcclSender:
-    """The sender of vLLM's own `nccl` backend (vllm 0.32: packed settings travel in init_info)."""
+def open_shared(path: str, num_bytes: int) -> torch.Tensor:
+    """uint8 [num_bytes], another process's SharedMemory. Raises OSError."""
+    fd = os.open(path, os.O_RDWR)
+    try:
+        return _map(fd, num_bytes)
+    finally:
+        os.close(fd)
 
-    backend = "nccl"
 
-    def __init__(self, address: str, world_size: int, bucket_bytes: int, timeout_s: float):
-        self._info = {"master_address": address, "master_port": free_port(address), "world_size": world_size,
-                      "packed": True, "packed_buffer_size_bytes": bucket_bytes, "packed_num_buffers": 2}
-
-    def init_info(self, rank_offset: int) -> dict:
-        return {**self._info, "rank_offset": rank_offset}
-
-    def open(self) -> None:
-        from vllm.distributed.weight_transfer.nccl_common import trainer_init
-
-        self._communicator = trainer_init(self._info)
-
-    def send(self, infos: Sequence[TensorInfo], tensors: Iterator[torch.Tensor]) -> None:
-        from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
-
-        packed_nccl_broadcast_producer(
-            iterator=((i.name, t.to(i.dtype)) for i, t in zip(infos, tensors, strict=True)),
-            group=self._communicator,
-            src=0,
-            post_iter_func=lambda named: named[1],
-            buffer_size_bytes=self._info["packed_buffer_size_bytes"],
-            num_buffers=self._info["packed_num_buffers"],
-        )
+def _map(fd: int, num_bytes: int) -> torch.Tensor:
+    # Populated: a page's first touch costs more than its copy.
+    return torch.frombuffer(mmap.mmap(fd, num_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE), dtype=torch.uint8)

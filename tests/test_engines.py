@@ -107,12 +107,13 @@ def vllm_process(slot) -> int:
 
 
 @slow
-@pytest.mark.parametrize(("how", "words"), [(signal.SIGKILL, "engine 0 failed"), (signal.SIGSTOP, "engine 0 failed")])
-def test_an_engine_that_dies_or_hangs_in_mid_refit_is_replaced_and_the_others_are_refitted(session, undisturbed, capsys, monkeypatch, how, words):
+@pytest.mark.parametrize(("how", "transport"), [(signal.SIGKILL, "shared"), (signal.SIGKILL, "broadcast"), (signal.SIGSTOP, "broadcast")])
+def test_an_engine_that_dies_or_hangs_in_mid_refit_is_replaced_and_the_others_are_refitted(session, undisturbed, capsys, monkeypatch, how, transport):
+    session.refit_by(transport)(1)
     slot, honest = session.engines.ready[0], session.policy.export
 
-    def interrupted():
-        for i, (name, tensor) in enumerate(honest()):
+    def interrupted(**how_exported):
+        for i, (name, tensor) in enumerate(honest(**how_exported)):
             if i == 8:
                 os.kill(slot.process_ids[0], how)
                 for process_id in slot.process_ids[1:]:
@@ -125,19 +126,20 @@ def test_an_engine_that_dies_or_hangs_in_mid_refit_is_replaced_and_the_others_ar
     seen = session.refit(1)
     assert seen["refit/engines"].value == 1 and seen["refit/attempts"].value == 2
     said = capsys.readouterr().out
-    assert "it is done again" in said and words in said
+    assert "refit to version 1: sending model." in said and "it is done again" in said and "engine 0 failed" in said
     assert sampled(session, 1) == undisturbed
     both_again(session, 1)
     assert sampled(session, 1) == undisturbed
+    session.refit_by("auto")
 
 
 def corrupted(session, monkeypatch, times: int):
     honest, left = session.policy.export, [times]
 
-    def export():
+    def export(**how):
         left[0] -= 1
-        for name, tensor in honest():
-            yield name, tensor * 1.5 if left[0] >= 0 and name == "model.layers.1.mlp.down_proj.weight" else tensor
+        for name, tensor in honest(**how):
+            yield name, tensor.mul_(1.5) if left[0] >= 0 and name == "model.layers.1.mlp.down_proj.weight" else tensor
 
     monkeypatch.setattr(session.policy, "export", export)
 

@@ -18,7 +18,7 @@ LEVELS = [
     ["config", "config_file", "rules", "types"],
     ["kernels", "parallel"],
     ["prompts", "arithmetic", "math_answer", "boxed_answer", "verifiers", "grading_process", "reward", "shaping", "scores", "advantage", "batch", "logprob", "loss", "recipe", "dispatch", "admission"],
-    ["model", "hf_weights", "policy", "engine", "engines", "refit", "weight_transfer", "gloo_receiver", "checkpoint", "stored", "convert", "metrics", "plan", "plan_time"],
+    ["model", "hf_weights", "policy", "engine", "engines", "refit", "weight_transfer", "senders", "live_weights", "receiver", "checkpoint", "stored", "convert", "metrics", "plan", "plan_time"],
     ["rollout", "evaluate", "warm_start", "curves", "cluster", "simulate", "predict"],
     ["trainer", "trainer_async", "entry"],
 ]
@@ -26,9 +26,9 @@ LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 # Library -> the modules that may import it.
 LIBRARIES = {
-    "torch.distributed": {"parallel", "weight_transfer", "gloo_receiver", "checkpoint", "stored"},  # the last two: its checkpoint format
+    "torch.distributed": {"parallel", "weight_transfer", "senders", "live_weights", "receiver", "checkpoint", "stored"},  # the last two: its checkpoint format
     "triton": {"kernels"},
-    "vllm": {"engine", "gloo_receiver", "weight_transfer"},
+    "vllm": {"engine", "senders", "live_weights", "receiver"},
     "ray": {"engines"},
     "megatron": {"parallel", "model", "policy", "refit", "checkpoint", "convert"},
     "transformers": {"prompts", "model", "hf_weights", "arithmetic"},

