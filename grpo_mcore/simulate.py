@@ -80,6 +80,8 @@ class _Response:
 
 
 class _Engine:
+    """Lazily up to date: `settle` brings it to the present before anything is done to it from outside."""
+
     def __init__(self, profile: EngineProfile, max_running_responses: int, version: int, at: float):
         self._profile, self._max_running = profile, max_running_responses
         self.version = version
