@@ -72,7 +72,7 @@ class Dispatch:
             if self._load.get(engine) != load or self._ties[engine] != tie:
                 heapq.heappop(self._by_load)
                 continue
-            if load and load >= self._capacity:
+            if load >= self._capacity:
                 return
             key = heapq.heappop(self._waiting)
             if key not in self._num_responses or key in self._owner:  # cancelled; cancelled and submitted again

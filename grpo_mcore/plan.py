@@ -110,9 +110,9 @@ def num_parameters(hf_config, parallel: Parallel = Parallel(), stage: int = 0) -
     tp, total = parallel.tp, 0
     for row in hf_weights.table(hf_config, parallel):
         numbers = sum(_numel(shape) for shape in row.hf.values())
-        if row.layout is hf_weights.VOCAB:
+        if row.layout is hf_weights.vocab:
             numbers = -(-hf_config.vocab_size // tp) * hf_config.hidden_size
-        elif row.layout is not hf_weights.SAME:
+        elif row.layout is not hf_weights.same:
             numbers //= tp
         total += numbers if row.stage == stage else 0
     if hf_config.tie_word_embeddings and parallel.pp > 1 and stage == parallel.pp - 1:  # its own copy, for the head

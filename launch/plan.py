@@ -1,7 +1,15 @@
-"""Plans, without a GPU: launch/plan.py [memory] --cfg FILE --gpu NAME --num-gpus N [--model-config FILE_OR_FOLDER] [key.sub=value ...].
+"""Plans, without a GPU: launch/plan.py [memory | simulate] --cfg FILE --gpu NAME --num-gpus N [--model-config FILE_OR_FOLDER] [key.sub=value ...].
 
 memory: bytes by part and seconds by phase of one step on GPUs of a kind (h100-80gb, h200-141gb, a100-80gb, a100-40gb, b200-180gb), or
 the smallest change that makes it fit. --prompt-tokens and --response-tokens are the mean lengths to assume (192; half of the limit).
+
+simulate: step time, utilisation and staleness, in virtual time. --staleness 0,1,2 side by side; lengths log-normal (--median-tokens,
+--mean-tokens, --prompt-tokens) or those of a run (--like RUN); --profile JSON: engines as benchmarks/rollout.py measured them; without
+--gpu, trainers as RUN measured them, and prediction beside measurement; --failures-per-day N, each back after --restart-s; --flat-frac:
+groups without variance; --steps; --out JSON. A cluster of 1,024 GPUs:
+
+    python launch/plan.py simulate --cfg configs/deepscaler_24k.yaml --gpu h100-80gb --num-gpus 1024 --staleness 0,1,2 --failures-per-day 8 \\
+        engine.placement=disaggregated engine.num_engines=896 engine.tp=1 rollout.prompts_per_step=2048 rollout.group_size=16 batch.global_batch_size=4096
 """
 
 if __name__ == "__main__":
@@ -19,7 +27,19 @@ if __name__ == "__main__":
         response_tokens = float(options["response-tokens"] or cfg.response_tokens(int(prompt_tokens)) / 2)
         print(plan_time.report(cfg, hf_config, machine, plan_time.Assumptions(prompt_tokens, response_tokens)))
 
-    COMMANDS = {"memory": memory}
+    def simulate() -> None:
+        import dataclasses
+
+        from grpo_mcore import predict
+
+        names = {f.name: f.name.replace("_", "-") for f in dataclasses.fields(predict.Question)}
+        command = entry.parse(__doc__, *(f"--{option}" for option in names.values()), "--out")
+        result = predict.answer(command.config, predict.Question(**{name: command.options[option] for name, option in names.items()}))
+        print(predict.table(result))
+        if command.options["out"]:
+            predict.write(result, command.options["out"])
+
+    COMMANDS = {"memory": memory, "simulate": simulate}
 
     def main() -> None:
         import sys

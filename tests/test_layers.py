@@ -19,7 +19,7 @@ LEVELS = [
     ["kernels", "parallel"],
     ["prompts", "arithmetic", "math_answer", "boxed_answer", "verifiers", "grading_process", "reward", "shaping", "scores", "advantage", "batch", "logprob", "loss", "recipe", "dispatch", "admission"],
     ["model", "hf_weights", "policy", "engine", "engines", "refit", "weight_transfer", "senders", "live_weights", "receiver", "checkpoint", "stored", "convert", "metrics", "plan", "plan_time"],
-    ["rollout", "evaluate", "warm_start", "curves"],
+    ["rollout", "evaluate", "warm_start", "curves", "cluster", "simulate", "predict"],
     ["trainer", "trainer_async", "entry"],
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -1,0 +1,100 @@
+"""A real run, and what the simulator makes of it: its engines are profiled between its steps, so that other work on the machine, which comes and
+goes, weighs on both alike.
+
+    python benchmarks/simulate.py --cfg configs/quickstart.yaml num_steps=20
+    python benchmarks/simulate.py --cfg configs/smollm2.yaml --running 1,8,32 num_steps=8 engine.num_engines=2 engine.num_threads=1
+
+Definitions:
+    run           launch/train.py's, with rollout.max_staleness = 0, without evaluation and checkpoints; its first step warms up and does not count
+    profile       benchmarks/rollout.py's, from one round of its work before each counted step's sampling, outside of the run's clocks; means over rounds,
+                  as means over steps are predicted
+    measured, predicted  mean seconds of a step, by phase: rollout (the wait for the groups) is predicted from the profile and the lengths that were
+                  sampled; train and refit are the run's own (predictions for another batch, cluster or staleness start from these)
+"""
+
+from grpo_mcore import entry  # noqa: I001  first: what it sets in the environment must be there before torch is imported
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import ray
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # for the other benchmark
+
+from benchmarks import rollout as benchmark  # noqa: E402
+from grpo_mcore import cluster, config_file, predict, trainer, warm_start  # noqa: E402
+from grpo_mcore.cluster import Cluster, Measured  # noqa: E402
+from grpo_mcore.hf_weights import local_folder  # noqa: E402
+
+
+class Profiled:
+    """A Rollout, with a round of the benchmark before each step."""
+
+    def __init__(self, run: trainer.Run, runnings: list[int]):
+        self._run, self._rollout = run, run.rollout
+        works = benchmark.works(benchmark.Bench(run.cfg, run.engines), runnings, [])
+        self._works = {name: work for name, work in works.items() if name != "load"}
+        self.seconds: dict[str, list[float]] = {name: [] for name in self._works}
+        self.load_averages: list[float] = []
+
+    def begin(self, version: int) -> None:
+        self._stop_at([])
+        for name, work in self._works.items():
+            s = work()
+            if version:
+                self.seconds[name].append(s)
+        self._stop_at(self._run.tokenizer.stop_token_ids)
+        self.load_averages.append(os.getloadavg()[0])
+        self._rollout.begin(version)
+
+    def take(self):
+        return self._rollout.take()
+
+    def _stop_at(self, token_ids: list[int]) -> None:
+        ray.get([slot.actor.ready.remote(token_ids) for slot in self._run.engines.ready])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cfg", required=True)
+    parser.add_argument("--running", default="1,2,4,8,16,32,64,128", help="responses of one engine at once, at which it is profiled (%(default)s)")
+    parser.add_argument("--run-dir", help="keeps the run there")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/simulate.json")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    args = parser.parse_intermixed_args()
+    runnings = [int(n) for n in args.running.split(",")]
+    with tempfile.TemporaryDirectory() as temporary:
+        run_dir, folder = args.run_dir or temporary + "/run", Path(temporary) / "model"
+        cfg = config_file.load(args.cfg, [*args.overrides, f"run_dir={run_dir}", "checkpoint.every=0", "eval.data=null", "rollout.max_staleness=0"])
+        if cfg.warm_start is not None:
+            warm_start.ensure(cfg)
+        folder.mkdir()
+        benchmark.endless(local_folder(cfg.model), folder, whole=True)
+        cfg = dataclasses.replace(cfg, model=str(folder), warm_start=None)
+        with trainer.open_run(cfg) as run:
+            cuda, run.rollout = run.topology.device.type == "cuda", Profiled(run, runnings)
+            profiled = run.rollout
+            trainer.train(run)
+        mean = {name: statistics.mean(s) for name, s in profiled.seconds.items()}
+        profile = benchmark.profile_of(cfg, mean, runnings, benchmark.block_tokens(cfg, cuda=cuda))
+        measured = cluster.measured_steps(run_dir)
+        parts = Cluster(profile, cluster.trainer_of(measured[1:]))
+        predicted = predict.run(cfg, parts, Measured(run_dir), num_steps=len(measured) - 1, skip=1)
+        summary = predict.summary(predicted, cfg.engine.num_engines, cfg.engine.max_running_responses, cfg.responses_per_step)
+        result = benchmark.surroundings(__file__, __doc__) | {
+            "load_averages": profiled.load_averages, "profile": dataclasses.asdict(profile), "trainer": dataclasses.asdict(parts.trainer),
+            "predicted": {cfg.rollout.max_staleness: dataclasses.asdict(summary)}, "measured": predict.comparison(measured[1:], predicted),
+            "steps": [{"measured_rollout_s": m.rollout_s, "predicted_rollout_s": p.rollout_s} for m, p in zip(measured[1:], predicted, strict=True)], "seconds": profiled.seconds}
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(predict.table(result), f"written to {args.out}", sep="\n\n", flush=True)
+
+
+if __name__ == "__main__":
+    entry.run(main)
