@@ -9,7 +9,7 @@ import gc
 import json
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -223,20 +223,8 @@ def test_what_cannot_be_laid_out_is_refused(hf, overrides, machine, message):
     assert str(e.value).startswith(message)
 
 
-@dataclass(frozen=True)
-class Engine(config.Engine):
-    """With the keys by which engines span and share GPUs."""
-
-    placement: str = "auto"
-    tp: int = 1
-    gpu_memory_frac: float | None = None
-    offload_trainer: tuple[str, ...] = ("gradients", "optimizer")
-    quantization: str | None = None
-    kv_cache_dtype: str = "auto"
-
-
 def with_engine(cfg: config.Config, **keys) -> config.Config:
-    return replace(cfg, engine=Engine(num_engines=8, **keys) if "num_engines" not in keys else Engine(**keys))
+    return replace(cfg, engine=config.Engine(**{"num_engines": 8, **keys}))
 
 
 def test_engines_share_gpus_as_their_keys_say(hf):

@@ -65,11 +65,6 @@ def test_a_preset_deviates_exactly_where_it_declares_it(path):
     assert "DEVIATES " not in recipe.describe(cfg)
 
 
-def test_rows_name_keys_that_exist():
-    cfg = load(CONFIGS / "deepscaler_8k.yaml")
-    assert [row.quantity for row in recipe.ROWS if row.of(cfg) == recipe.NOT_BUILT] == []
-
-
 def test_a_later_stage_takes_up_the_prompts_where_the_former_stopped():
     for folder in ("", "original"):
         eight, sixteen, twenty_four = (load(CONFIGS / folder / f"deepscaler_{stage}.yaml") for stage in STAGES)
