@@ -103,7 +103,7 @@ class Rollout:
         r = cfg.rollout
         self._admission = Admission(
             prompts_per_step=r.prompts_per_step, max_staleness=r.max_staleness, dynamic_sampling=r.dynamic_sampling,
-            oversampling_frac=r.oversampling_frac, max_draws=r.max_draws, cursor=cursor)
+            oversampling_frac=r.oversampling_frac, max_draws=r.max_draws, cursor=cursor, num_steps=cfg.num_steps)
         self._changed = threading.Condition()  # guards what follows
         self._version = 0
         self._answers: dict[int, Future] = {}  # by position, until it is graded

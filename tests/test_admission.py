@@ -133,3 +133,13 @@ def test_over_a_long_run(seed, dynamic):
             del begun[p]
             arrived.discard(p)
         start = a.cursor
+
+
+def test_nothing_is_sampled_for_steps_that_will_not_come():
+    admission = Admission(prompts_per_step=2, max_staleness=2, num_steps=3)
+    assert admission.begin(0) == ([0, 1, 2, 3, 4, 5], [])
+    for version in range(3):
+        for position in (2 * version, 2 * version + 1):
+            admission.arrived(position, True)
+        assert admission.take().positions == [2 * version, 2 * version + 1]
+        assert admission.begin(version + 1) == ([], [])

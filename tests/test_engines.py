@@ -14,9 +14,9 @@ import pytest
 import ray
 import torch
 
-from grpo_mcore import batch
-from grpo_mcore.engine import Completion, Sampling
-from grpo_mcore.engines import EngineError, _problem_with
+from grpo_mcore import batch, config
+from grpo_mcore.engine import Completion, Sampling, arguments, environment
+from grpo_mcore.engines import EngineError, _problem_with, engine_gpus
 from grpo_mcore.refit import RefitError
 from grpo_mcore.rollout import sample
 from grpo_mcore.types import Prompt, Response
@@ -256,3 +256,31 @@ def test_garbage_is_told_from_an_answer(case):
 
 def test_an_answer_is_not_garbage():
     assert _problem_with([GOOD, GOOD], Sampling(2, 1.0, 4, seed=0)) is None
+
+
+def test_engines_beside_the_trainers_get_the_gpus_behind_theirs():
+    assert engine_gpus("0,1,2,3,6,7", 4, config.Engine(num_engines=1, tp=2)) == ["6", "7"]
+    with pytest.raises(config.InputError, match=r"engine.num_engines = 2: x engine.tp = 2 needs 4 GPUs beside the 4 of the trainers, and this machine shows 6"):
+        engine_gpus("0,1,2,3,6,7", 4, config.Engine(num_engines=2, tp=2))
+
+
+def arguments_of(minimal: dict, cuda: bool) -> dict:
+    cfg = config.Config(model="m", run_dir="r", num_steps=1, data=config.Data(train="t"), **minimal)
+    return arguments(cfg, "m", cuda=cuda, load_weights=False)
+
+
+def test_vllm_is_told_what_the_placement_asks_for():
+    shared = arguments_of({"engine": config.Engine(quantization="fp8_per_block", tp=2)}, cuda=True)
+    assert shared["enable_sleep_mode"] and shared["gpu_memory_utilization"] == 0.5 and shared["quantization"] == "fp8_per_block"
+    assert shared["tensor_parallel_size"] == 2 and shared["distributed_executor_backend"] == "mp" and not shared["enforce_eager"]
+    apart = arguments_of({"engine": config.Engine(placement="disaggregated", kv_cache_dtype="fp8")}, cuda=True)
+    assert not apart["enable_sleep_mode"] and apart["gpu_memory_utilization"] == 0.9 and apart["kv_cache_dtype"] == "fp8"
+    on_cpu = arguments_of({"engine": config.Engine(kv_cache_bytes=1 << 20)}, cuda=False)
+    assert on_cpu["enforce_eager"] and on_cpu["max_num_batched_tokens"] == 8192 and "gpu_memory_utilization" not in on_cpu
+    with pytest.raises(config.InputError, match="engine.kv_cache_bytes"):
+        arguments_of({}, cuda=False)
+
+
+def test_a_deterministic_engine_does_not_depend_on_its_batch():
+    cfg = config.Config(model="m", run_dir="r", num_steps=1, data=config.Data(train="t"), deterministic=True)
+    assert environment(cfg, cuda=True)["VLLM_BATCH_INVARIANT"] == "1" and "VLLM_BATCH_INVARIANT" not in environment(cfg, cuda=False)
