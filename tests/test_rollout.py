@@ -91,14 +91,15 @@ def test_sampling_runs_ahead_by_one_step_and_what_was_killed_goes_on_where_train
     assert max(r["rollout/staleness_max"] for r in rows) == 1 and sum(r["rollout/staleness_mean"] for r in rows) > 2
 
 
-def test_an_engine_killed_while_sampling_runs_ahead_loses_nothing(cfg, tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_an_engine_that_dies_or_hangs_while_sampling_runs_ahead_loses_nothing(cfg, tmp_path, how):
     log = tmp_path / "disturbed.log"
-    overrides = ["rollout.max_staleness=1", "engine.num_engines=2", "num_steps=10"]
+    overrides = ["rollout.max_staleness=1", "engine.num_engines=2", "engine.health_timeout_s=5", "num_steps=10"]
     process = subprocess.Popen(command(cfg, *overrides), cwd=tmp_path, env=environment(TEST_MARKER="ahead2"), stdout=log.open("w"), stderr=subprocess.STDOUT)
     try:
         wait_until(lambda: steps_done(tmp_path / "run") >= 2 or process.poll() is not None, 180, log.read_text)
         engine = int(next(p.split()[0] for p in processes_with("TEST_MARKER=ahead2") if "ray::Engine" in p))
-        os.kill(engine, signal.SIGKILL)
+        os.kill(engine, how)
         assert process.wait(200) == 0, log.read_text()[-3000:]
     finally:
         process.kill()
