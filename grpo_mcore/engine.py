@@ -37,7 +37,8 @@ class Engine:
     """One AsyncLLM. Runs in a Ray actor; every method is async, so calls interleave.
 
     A refit is begin_refit, load (once for each piece of the weights), end_refit; then the caller may score, to see what arrived; then
-    release. Between begin and release no answer leaves: what was sampled with weights that are not yet proven stays here.
+    release. Between begin and release no answer leaves: what was sampled with weights that are not yet proven stays here. An engine that
+    started with arbitrary weights samples nothing before its first release.
     """
 
     def __init__(self, args: dict, log: str, cores: Sequence[int]):
@@ -55,8 +56,9 @@ class Engine:
         self._version = LOADED
         self._num_requests = self._discards = 0
         self._names: dict[int, str] = {}  # vLLM's name of a request, by ours
-        self._released = asyncio.Event()
-        self._released.set()
+        self._released = asyncio.Event()  # whether its weights are what they should be
+        if args["load_format"] != "dummy":
+            self._released.set()
         self._asleep = False
 
     async def ready(self, stop_token_ids: list[int]) -> tuple[str, list[int]]:

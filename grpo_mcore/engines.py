@@ -139,11 +139,11 @@ class Engines:
         return request.answer
 
     def cancel(self, keys: Sequence[tuple]) -> None:
-        """Ends requests that were not answered; their futures never end."""
+        """Ends requests; the futures of those that were not answered yet never end."""
         with self._lock:
             for key in keys:
-                request = self._requests.pop(key)
-                if (slot := self._dispatch.cancel(key)) is not None:
+                request = self._requests.pop(key, None)
+                if request is not None and (slot := self._dispatch.cancel(key)) is not None:
                     slot.actor.cancel.remote(request.name)
             self._deal()
 

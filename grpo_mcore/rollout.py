@@ -65,7 +65,7 @@ def sample(
                     if time.monotonic() > end:
                         raise engines.overdue(phase, timeout_s) from None
     except BaseException:
-        engines.cancel([(EVALUATION, i) for i, answer in enumerate(answers) if not answer.done()])
+        engines.cancel([(EVALUATION, i) for i in range(len(answers))])
         raise
     return [group_of(prompt, answer.result(), oldest=version, newest=version) for prompt, answer in zip(prompts, answers, strict=True)]
 
@@ -119,7 +119,7 @@ class Rollout:
         with self._changed:
             self._version = version
             admitted, dropped = self._admission.begin(version)
-            self._engines.cancel([(TRAINING, p) for p in dropped if p in self._answers and not self._answers[p].done()])
+            self._engines.cancel([(TRAINING, p) for p in dropped])
             for position in dropped:
                 self._answers.pop(position, None)
                 self._graded.pop(position, None)
