@@ -28,7 +28,7 @@ from grpo_mcore import checkpoint, convert, metrics
 ROOT = Path(__file__).resolve().parents[1]
 OVERRIDES = ["eval.data=null", "checkpoint.every=1", "rollout.prompts_per_step=8", "rollout.group_size=4", "batch.global_batch_size=16", "engine.num_engines=1",
              "data.max_prompt_tokens=8", "rollout.timeout_s=120"]
-CLOCKS = ("time/", "tokens_per_s", "refit/seconds", "refit/gb_per_s")
+CLOCKS = ("time/", "tokens_per_s", "refit/seconds", "reward/seconds", "refit/gb_per_s")
 START_S, RUN_TIMEOUT_S = 180.0, 1800.0
 
 
