@@ -42,8 +42,8 @@ class Chart:
     ylabel: str
     series: tuple[Series, ...]
     stacked: bool = False
-    ylim: tuple[float, float] | None = None
-    log: bool = False  # the y axis, if all finite values are positive
+    ylim: tuple[float, float | None] | None = None
+    log: bool = False  # the y axis, if all finite values are positive and differ much
     boundaries: tuple[tuple[int, str], ...] = ()  # (first step, name) of each stage, if there are several
 
 
@@ -82,7 +82,7 @@ def svg(chart: Chart, prefix: str) -> Svg:
 def _figure(chart: Chart, size: tuple[float, float]):
     import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
@@ -91,11 +91,14 @@ def _figure(chart: Chart, size: tuple[float, float]):
         draw_series(axes, chart.series)
         if chart.ylim:
             axes.set_ylim(*chart.ylim)
-        if chart.log and (finite := [v for s in chart.series for v in s.finite]) and min(finite) > 0:
+        if chart.log and (finite := [v for s in chart.series for v in s.finite]) and min(finite) > 0 and max(finite) > 10 * min(finite):
             axes.set_yscale("log")
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
         axes.set(xlabel="step", ylabel=chart.ylabel, title=chart.title)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         axes.grid(alpha=0.15, linewidth=0.6)
+        axes.set_axisbelow(True)
         for step, name in chart.boundaries:
             axes.axvline(step, color=INK, linewidth=0.8, linestyle="--", alpha=0.6)
             axes.annotate(name, (step, 1), xycoords=("data", "axes fraction"), xytext=(3, -2), textcoords="offset points", va="top", fontsize=8)

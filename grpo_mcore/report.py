@@ -75,10 +75,10 @@ class Plot:
     note: str = ""
     stacked: bool = False
     log: bool = False
-    ylim: tuple[float, float] | None = None
+    ylim: tuple[float, float | None] | None = None
 
 
-SHARE = (-0.02, 1.02)
+SHARE = (-0.02, 1.08)
 SECTIONS: tuple[tuple[str, tuple[Plot, ...]], ...] = (
     ("Curves", (
         Plot("Training reward", "share of right answers", ("reward/mean",), "Mean reward of a step's responses.", ylim=SHARE),
@@ -93,7 +93,7 @@ SECTIONS: tuple[tuple[str, tuple[Plot, ...]], ...] = (
         Plot("Learning rate", "learning rate", ("update/lr",)))),
     ("Length and truncation", (
         Plot("Response length", "tokens", ("rollout/response_tokens_mean", "rollout/response_tokens_max")),
-        Plot("Truncated responses", "share of responses", ("rollout/truncated_frac", "eval/truncated_frac"), "Those that hit the length limit.", ylim=SHARE))),
+        Plot("Truncated responses", "share of responses", ("rollout/truncated_frac", "eval/truncated_frac"), "Those that hit the length limit.", ylim=(0, None)))),
     ("Mismatch", (
         Plot("|old - rollout| log-prob", "nats", ("mismatch/logprob_abs_mean", "mismatch/logprob_abs_max"), "What the engines sampled with against what the trainer scores.", log=True),
         Plot("By position in the sequence", "nats", ("mismatch/logprob_abs_mean_from_*",), "Means over tokens from each position to the next. A rise with length points to the engines' precision.", log=True),
@@ -134,7 +134,8 @@ def write(run_dirs: Sequence[str | Path], out: str | Path | None = None, bounds:
     out = Path(out) if out else stages[-1].folder / "report"
     rows = [{**row, "step": stage.offset + row["step"]} for stage in stages for row in stage.rows]
     boundaries = tuple((stage.offset, stage.name) for stage in stages) if len(stages) > 1 else ()
-    data_name = Path(str(stages[-1].key("eval.data") or "")).stem
+    data_names = {Path(str(stage.key("eval.data") or "")).stem for stage in stages}
+    data_name = data_names.pop() if len(data_names) == 1 else ""
     sections, drawn = [], {}
     for heading, plots in SECTIONS:
         charts = [(plot, chart) for plot in plots if (chart := _chart(plot, rows, boundaries, data_name)).series]
@@ -183,7 +184,7 @@ def visible(text: str) -> str:
 
 def _chart(plot: Plot, rows: Sequence[dict], boundaries: tuple, data_name: str) -> curves.Chart:
     """Of the metrics that some row has; a step without one is a gap."""
-    names = [name for name in _names(rows) if _of(plot, name)]
+    names = [name for pattern in plot.metrics for name in _names(rows) if fnmatch.fnmatchcase(name, pattern)]
     title = plot.title
     if plot.metrics == ("eval/mean@*",):
         series = curves.evaluations(rows)
@@ -209,30 +210,36 @@ def _names(rows: Sequence[dict]) -> list[str]:
 
 
 def _section(heading: str, charts: list[tuple[Plot, curves.Chart]], rows: Sequence[dict], drawn: dict) -> str:
-    """A section's figures; `drawn` gets what the page needs to tell the values under the pointer."""
-    figures = []
+    """A section's figures; `drawn` gets what the page needs to tell the values under the pointer. What is 0 throughout is only named."""
+    figures, zero = [], []
     for plot, chart in charts:
+        broken = sum(not math.isfinite(v) for row in rows for metric, v in row.items() if _of(plot, metric))
+        if not broken and not any(v for s in chart.series for v in s.finite):
+            zero += [s.label for s in chart.series]
+            continue
         name = f"chart{len(drawn)}"
         svg = curves.svg(chart, f"{name}-")
         drawn[name] = [svg.left, svg.right, svg.first, svg.last, [[s.label, list(s.steps), [_number(v) for v in s.values]] for s in chart.series]]
         said = "; ".join(f"{s.label}: {len(s.finite)} values from {s.finite[0]:.6g} to {s.finite[-1]:.6g}, lowest {min(s.finite):.6g}, highest {max(s.finite):.6g}"
                          for s in chart.series if s.finite)
-        broken = sum(not math.isfinite(v) for row in rows for metric, v in row.items() if _of(plot, metric))
         gaps = f" {broken} values are not finite and not drawn." if broken else ""
         figures.append(f'<figure id="{name}"><div class="chart" role="img" aria-label="{_escape(chart.title)}. {_escape(said)}">{svg.text}</div>'
-                       f'<output></output><figcaption>{_escape(plot.note)}{gaps}</figcaption></figure>')
-    body = "\n".join(figures) or "<p>No step has metrics of this kind.</p>"
-    return f'<section><h2>{heading}</h2><div class="charts">{body}</div></section>'
+                       f'<figcaption>{_escape(plot.note)}{gaps}</figcaption><output></output></figure>')
+    body = f'<div class="charts">{"".join(figures)}</div>' if figures else ""
+    body += f"<p>0 throughout: {_escape(', '.join(zero))}.</p>" if zero else ""
+    return f"<section><h2>{heading}</h2>{body or '<p>No step has metrics of this kind.</p>'}</section>"
 
 
 def _header(stages: Sequence[Stage]) -> str:
     facts = [("folder", [str(stage.folder) for stage in stages]), ("state", [_state(stage) for stage in stages])]
     facts += [(label, [_fact(stage.key(dotted)) for stage in stages]) for label, dotted in FACTS]
+    facts.insert(2, ("training reward, first and last", [_first_and_last(stage, "reward/mean") for stage in stages]))
+    facts.insert(3, ("evaluation, first and last", [_first_and_last(stage, "eval/mean@*") for stage in stages]))
+    facts.insert(4, ("wall clock, seconds", [_fact(stage.summary.get("seconds")) for stage in stages]))
     facts.insert(5, ("ranks by axis", [_layout(stage) for stage in stages]))
-    facts.append(("training reward, first and last step", [_first_and_last(stage, "reward/mean") for stage in stages]))
-    facts.append(("evaluation, first and last", [_first_and_last(stage, "eval/mean@*") for stage in stages]))
-    facts.append(("wall clock, seconds", [_fact(stage.summary.get("seconds")) for stage in stages]))
-    table = _table("", ["", *(stage.name for stage in stages)], [[label, *cells] for label, cells in facts if any(c != "–" for c in cells)])
+    facts = [(label, *cells) for label, cells in facts if any(c != "–" for c in cells)]
+    pairs = "".join(f"<div><dt>{_escape(label)}</dt><dd>{_escape(cells[0])}</dd></div>" for label, *cells in facts)
+    table = f'<dl class="facts">{pairs}</dl>' if len(stages) == 1 else _table("", ["", *(stage.name for stage in stages)], facts)
     configs = "".join(f"<details><summary>Configuration of {_escape(stage.name)}</summary><pre>{_escape(yaml.safe_dump(stage.config, sort_keys=False, allow_unicode=True))}</pre></details>"
                       for stage in stages if stage.config)
     return table + configs

@@ -42,7 +42,7 @@ PURE = {
     "scores": set(),
     "run_folder": {"yaml", f"{PACKAGE}.config"},
     "curves": {"matplotlib", f"{PACKAGE}.run_folder"},
-    "report": {f"{PACKAGE}.config", f"{PACKAGE}.curves", f"{PACKAGE}.run_folder"},
+    "report": {"yaml", f"{PACKAGE}.config", f"{PACKAGE}.curves", f"{PACKAGE}.run_folder"},
     "advantage": {"torch", f"{PACKAGE}.config", f"{PACKAGE}.types"},
     "loss": {"torch", f"{PACKAGE}.config", f"{PACKAGE}.types"},
     "math_answer": {"math_verify"},
