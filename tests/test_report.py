@@ -194,12 +194,12 @@ def test_bounds_hold_and_the_page_says_what_it_leaves_out(tmp_path):
     assert len(kept) == 20 and all(t == [long[:300], len(long) - 900, long[-600:]] for t in kept)
     assert "5 of 40 steps that have rollouts are shown" in page.text
     assert f"20 responses are cut to 900 characters ({20 * (len(long) - 900)} characters left out)" in page.text
-    for mib in (0.01, 0.05):
+    for mib in (0.005, 0.018):
         page = page_of(run, steps=5, chars=900, mib=mib)
         texts, rows = map(int, re.search(r"(\d+) texts and (\d+) responses are left out beyond", page.text).groups())
         shown = page.responses()
         assert len(json.dumps(page.data["data"], separators=(",", ":"))) < mib * 2**20 + 5 * 50  # 50: a step's own fields
-        assert texts > 0 and len(shown) + rows == 60 and sum(r[-1] is not None for r in shown) + texts == 20 and (rows > 0) == (mib == 0.01)
+        assert texts > 0 and len(shown) + rows == 60 and sum(r[-1] is not None for r in shown) + texts == 20 and (rows > 0) == (mib == 0.005)
 
 
 def test_steps_are_chosen_evenly():
