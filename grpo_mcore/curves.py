@@ -103,7 +103,8 @@ def _figure(chart: Chart, size: tuple[float, float]):
             axes.axvline(step, color=INK, linewidth=0.8, linestyle="--", alpha=0.6)
             axes.annotate(name, (step, 1), xycoords=("data", "axes fraction"), xytext=(3, -2), textcoords="offset points", va="top", fontsize=8)
         if len(chart.series) > 1 or any(s.error for s in chart.series):
-            figure.legend(loc="outside lower center", ncols=min(len(chart.series), 4), frameon=False, fontsize=8)
+            longest = max(len(s.label) for s in chart.series)
+            figure.legend(loc="outside lower center", ncols=max(1, min(len(chart.series), 4, 92 // (longest + 6))), frameon=False, fontsize=8)
         return figure
 
 

@@ -185,6 +185,7 @@ def visible(text: str) -> str:
 def _chart(plot: Plot, rows: Sequence[dict], boundaries: tuple, data_name: str) -> curves.Chart:
     """Of the metrics that some row has; a step without one is a gap."""
     names = [name for pattern in plot.metrics for name in _names(rows) if fnmatch.fnmatchcase(name, pattern)]
+    names.sort(key=lambda name: int(re.search(r"\d*$", name)[0] or 0))  # mismatch by position: 256 before 1024
     title = plot.title
     if plot.metrics == ("eval/mean@*",):
         series = curves.evaluations(rows)

@@ -135,6 +135,13 @@ def test_layers_stand_on_each_other_and_are_as_high_as_their_values():
     assert math.isclose((top_a - min(y for _, y in above)) / (floor - top_a), 3, rel_tol=1e-4)
 
 
+def test_positions_are_in_their_order_and_statuses_in_theirs(tmp_path):
+    row = {"step": 1, **{f"mismatch/logprob_abs_mean_from_{p}": 0.5 for p in (0, 1024, 256)}, **{f"reward/{status}": 1.0 for status in sorted(report.STATUSES)}}
+    labels = [label for *_, series in page_of(make_run(tmp_path / "run", rows=[row])).data["charts"].values() for label, *_ in series]
+    assert [int(label.rpartition("_")[2]) for label in labels if "from_" in label] == [0, 256, 1024]
+    assert [label for label in labels if label.startswith("reward/")][:5] == [f"reward/{status}" for status in report.STATUSES]
+
+
 def test_pngs_are_written_and_follow_the_values(tmp_path):
     run = make_run(tmp_path / "run")
     report.write([run])
