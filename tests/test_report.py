@@ -20,7 +20,7 @@ from grpo_mcore import curves, report, reward
 from grpo_mcore.config import InputError
 from tests.dist import ROOT, environment
 
-HOSTILE = "</script><img src=x onerror=alert(1)><!-- <script> $title ${script_hash} &amp; \x00\x1b[31m \u202egnp.exe \ud800 \\boxed{1}"
+HOSTILE = "</script><img src=x onerror=Alert(1)><!-- <script> $title ${script_hash} &amp; \x00\x1b[31m \u202egnp.exe \ud800 \\boxed{1}"
 TRAINED = [{"step": s, "reward/mean": s / 8, "reward/correct": 2.0 * s, "reward/wrong": 16.0 - 2 * s, "reward/timed_out": 0.0, "time/rollout_s": 3.0, "time/update_s": 1.0,
             "update/grad_norm": 1 / 3} for s in (1, 2, 3)]
 EVALUATED = [{"step": 0, "eval/mean@16": 0.25, "eval/standard_error": 0.0625}, {"step": 3, "eval/mean@16": 0.5, "eval/standard_error": 0.125}]
@@ -127,6 +127,20 @@ def test_a_line_goes_through_its_values_and_a_gap_stays_a_gap():
     assert re.findall(r'<path d="([^"]*)" clip-path="[^"]*" style="[^"]*var\(--c0\)', gap.text)[0].count("M") == 2
 
 
+def test_error_bars_are_as_long_as_the_standard_errors():
+    rows = [{"step": 0, "eval/mean@16": 0.25, "eval/standard_error": 0.05}, {"step": 3, "eval/mean@16": 0.5, "eval/standard_error": 0.1}]
+    svg = curves.svg(curves.Chart("t", "y", tuple(curves.evaluations(rows)), ylim=(0, 1)), "p-")
+    *bars, line = sorted(path_points(svg.text, "--c0"), key=lambda points: points[-1][0] - points[0][0])
+    lengths = sorted(abs(a[1] - b[1]) for a, b in bars)
+    rise = line[0][1] - line[1][1]  # of 0.25
+    assert len(bars) == 2 and math.isclose(lengths[0] / rise, 0.1 / 0.25, rel_tol=1e-3) and math.isclose(lengths[1] / rise, 0.2 / 0.25, rel_tol=1e-3)
+
+
+def test_names_are_no_formulas(tmp_path):
+    runs = [make_run(tmp_path / name) for name in ("$\\frac{$", "a_b^c$x$")]  # the first would not even parse
+    assert ">a_b^c$x$</text>" in page_of(*runs).raw.decode()
+
+
 def test_layers_stand_on_each_other_and_are_as_high_as_their_values():
     chart = curves.Chart("t", "y", (curves.Series("a", [1, 2], [1.0, 1.0]), curves.Series("b", [2], [3.0])), stacked=True)  # b has no step 1: 0 there
     (below,), (above,) = (path_points(curves.svg(chart, "p-").text, colour) for colour in ("--c0", "--c1"))
@@ -147,6 +161,8 @@ def test_pngs_are_written_and_follow_the_values(tmp_path):
     report.write([run])
     seen = [(run / "report" / name).read_bytes() for name in ("reward.png", "eval.png")] + [curves.draw(run).read_bytes()]
     assert all(data.startswith(b"\x89PNG") for data in seen) and len(set(seen)) == 3
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in TRAINED))
+    assert curves.draw(run).read_bytes() != seen[2]  # without evaluations
     (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "reward/mean": 0.5}) + "\n")
     report.write([run])
     assert (run / "report/reward.png").read_bytes() != seen[0] and not (run / "report/eval.png").exists()
@@ -298,7 +314,7 @@ def test_the_script_shows_filters_and_opens_rollouts_and_hostile_ones_as_text(tm
     const say = text => document.body.append(element("p", "SAID " + text));
     say(byId("count").textContent + " / " + byId("list").tBodies[0].rows.length);
     form.status.value = "correct"; apply(); say(byId("count").textContent);
-    form.words.value = "ONERROR"; apply(); say(byId("count").textContent);
+    form.words.value = "onError=ALERT"; apply(); say(byId("count").textContent);
     byId("list").querySelector("button").click();
     const chosen = byId("group").querySelector(".chosen pre");
     say(byId("group").querySelectorAll("article").length + " siblings, " + chosen.children.length + " elements in the text, " + chosen.textContent.includes("<img src=x onerror"));
