@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from grpo_mcore import config
+from grpo_mcore.run_folder import read_metrics as read
 
 
 @dataclass(frozen=True)
@@ -207,10 +208,3 @@ class Writer:
 
 def _is_eval(row: dict) -> bool:
     return any(name.startswith("eval/") for name in row)
-
-
-def read(run_dir: str | Path) -> list[dict]:
-    """All rows of a run, in order; a half-written last line is dropped."""
-    path = Path(run_dir) / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
-    return [json.loads(line) for line in lines if line]

@@ -15,11 +15,11 @@ PACKAGE = "grpo_mcore"
 
 # A module may import from its own level and below. parallel and kernels are one level, blind to each other.
 LEVELS = [
-    ["config", "config_file", "rules", "types"],
+    ["config", "config_file", "rules", "run_folder", "types"],
     ["kernels", "parallel"],
     ["prompts", "arithmetic", "math_answer", "boxed_answer", "verifiers", "grading_process", "reward", "shaping", "scores", "advantage", "batch", "logprob", "loss", "recipe", "dispatch", "admission"],
     ["model", "hf_weights", "policy", "engine", "engines", "refit", "weight_transfer", "senders", "live_weights", "receiver", "checkpoint", "stored", "convert", "metrics", "plan", "plan_time"],
-    ["rollout", "evaluate", "warm_start", "curves", "cluster", "simulate", "predict"],
+    ["rollout", "evaluate", "warm_start", "curves", "cluster", "simulate", "predict", "report"],
     ["trainer", "trainer_async", "entry"],
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
@@ -40,6 +40,9 @@ PURE = {
     "admission": set(),
     "shaping": {"torch", f"{PACKAGE}.config", f"{PACKAGE}.types"},
     "scores": set(),
+    "run_folder": {"yaml", f"{PACKAGE}.config"},
+    "curves": {"matplotlib", f"{PACKAGE}.run_folder"},
+    "report": {"yaml", f"{PACKAGE}.config", f"{PACKAGE}.curves", f"{PACKAGE}.run_folder"},
     "advantage": {"torch", f"{PACKAGE}.config", f"{PACKAGE}.types"},
     "loss": {"torch", f"{PACKAGE}.config", f"{PACKAGE}.types"},
     "math_answer": {"math_verify"},
