@@ -126,6 +126,6 @@ def test_one_node_goes_on_where_the_time_limit_stopped_it(cfg, tmp_path):
 
 @pytest.mark.slow
 def test_bad_input_ends_the_whole_job_and_says_why(cfg, tmp_path):
-    job = Job(tmp_path, cfg, "multi_node.sbatch", "model=nowhere/model", nodes=2)
+    job = Job(tmp_path, cfg, "multi_node.sbatch", "data.train=nowhere.jsonl", nodes=2)
     assert job.end() != 0
-    assert "error: model = 'nowhere/model'" in job.log.read_text() and "requeueing" not in job.log.read_text()
+    assert "error: data.train = 'nowhere.jsonl'" in job.log.read_text() and "requeueing" not in job.log.read_text()
