@@ -4,9 +4,11 @@ Not covered here: a real SLURM, whose cgroups, limits and accounting are its own
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -113,12 +115,17 @@ def test_scancel_saves_and_does_not_requeue_and_the_same_command_goes_on_with_an
 
 @pytest.mark.slow
 def test_one_node_goes_on_where_the_time_limit_stopped_it(cfg, tmp_path):
-    job = Job(tmp_path, cfg, "one_node.sbatch")
+    # What `ray start` leaves on a node: the address of a cluster, which is another's or gone. The run makes its own.
+    ray_folder = Path(tempfile.mkdtemp(dir="/tmp"))  # short: sockets are in it
+    (ray_folder / "ray").mkdir()
+    (ray_folder / "ray/ray_current_cluster").write_text("127.0.0.1:1")
+    job = Job(tmp_path, cfg, "one_node.sbatch", RAY_TMPDIR=str(ray_folder))
     try:
         job.wait_for_step(tmp_path / "run", 1)
         job.signal_batch_script(signal.SIGUSR1)
     finally:
         code = job.end()
+        shutil.rmtree(ray_folder)
     out = job.log.read_text()
     assert code == 0 and "requeueing" in out and "going on from step" in out, job.text()
     check_that_no_step_is_missing(tmp_path / "run")

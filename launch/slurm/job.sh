@@ -2,12 +2,14 @@
 # What the job scripts share; sourced. Variables that a user may set before sbatch, which passes them on, have their defaults here.
 #
 # Signals. USR1 comes to the batch script alone, before the time limit (#SBATCH --signal): the run saves, and the job is requeued. TERM comes of
-# scancel, or of a preemption, after which SLURM itself requeues: the run saves. To save and requeue now: scancel --batch --signal=USR1 JOB.
+# scancel, or of a preemption, after which SLURM itself requeues: the run saves, if SLURM's KillWait or GraceTime gives it the time.
+# To save and requeue now: scancel --batch --signal=USR1 JOB.
 
 VENV=${VENV:-.venv}
 export GPUS_PER_NODE=${GPUS_PER_NODE:-8} # trainers' ranks of a node, each with a GPU
-# What torchrun gives its ranks between SIGTERM and SIGKILL: an update and a save. Its default is 30 s. Less than in #SBATCH --signal.
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-540}
+# Seconds that torchrun gives its ranks between SIGTERM and SIGKILL, for the step's update and a save; its default is 30. With 120 to close engines
+# and Ray, it is less than in #SBATCH --signal.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-420}
 export PATH="$PWD/$VENV/bin:$PATH"
 export PYTHONUNBUFFERED=1
 

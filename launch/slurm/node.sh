@@ -25,7 +25,7 @@ trap stop_ray EXIT
 stop() { # once: torchrun drops what it is doing at a second signal
   [ -z "$asked" ] || return 0
   asked=1
-  [ -z "$trainers" ] || kill -TERM "$trainers"
+  [ -z "$trainers" ] || kill -TERM "$trainers" || true
 }
 trap stop TERM
 
@@ -63,11 +63,11 @@ if ((has_trainers)); then
   RAY_ADDRESS=$HEAD_ADDRESS:$RAY_PORT setsid torchrun --nnodes="$trainer_nodes" --node-rank="$SLURM_NODEID" --nproc-per-node="$GPUS_PER_NODE" \
     --master-addr="$HEAD_ADDRESS" --master-port="$TRAINER_PORT" launch/train.py "$@" &
   trainers=$!
-  [ -z "$asked" ] || kill -TERM "$trainers" # it came before there was anybody to tell
+  [ -z "$asked" ] || kill -TERM "$trainers" || true # it came before there was anybody to tell
   wait_for "$trainers" || code=$?
 fi
 if ((SLURM_NODEID > 0)); then # the driver, on the first node, closes the engines that run here
   SECONDS=0
-  while head_is_up && ((!has_trainers || SECONDS < 60)); do sleep 2 || true; done
+  while head_is_up && kill -0 "$ray" 2>/dev/null && ((!has_trainers || SECONDS < 60)); do sleep 2 || true; done
 fi
 exit "$code"
