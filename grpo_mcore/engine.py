@@ -23,6 +23,7 @@ class Sampling:
     max_tokens: int
     seed: int
     top_p: float = 1.0
+    never_stop: bool = False  # every response has max_tokens
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Engine:
 
         params = SamplingParams(
             n=sampling.num_responses, temperature=sampling.temperature, top_p=sampling.top_p, max_tokens=sampling.max_tokens,
-            seed=sampling.seed, stop_token_ids=self._stop_token_ids, logprobs=0, detokenize=False,
+            seed=sampling.seed, stop_token_ids=[] if sampling.never_stop else self._stop_token_ids, ignore_eos=sampling.never_stop, logprobs=0, detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY)  # any other kind drops the responses that end before the last
         while True:
             await self._released.wait()  # a refit under way is waited for

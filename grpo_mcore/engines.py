@@ -373,6 +373,7 @@ def _start_ray(cfg: config.Engine, *, cuda: bool) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(engine_gpus(hidden, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), cfg))
     try:
         ray.init(
+            "local",  # not another cluster that `ray start` has left on this machine
             num_cpus=cfg.num_engines, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1",
             object_store_memory=256 << 20, configure_logging=True, logging_level="error")
     finally:

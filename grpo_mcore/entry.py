@@ -11,7 +11,7 @@ import signal  # noqa: E402
 import sys  # noqa: E402
 import traceback  # noqa: E402
 import warnings  # noqa: E402
-from collections.abc import Callable  # noqa: E402
+from collections.abc import Callable, Sequence  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 from typing import TypeVar  # noqa: E402
 
@@ -28,20 +28,22 @@ Result = TypeVar("Result")
 class Command:
     config: config.Config
     dry_run: bool
-    options: dict[str, str | None]  # the program's own
+    options: dict[str, str | bool | None]  # the program's own
 
 
-def parse(description: str, *options: str) -> Command:
-    """--cfg FILE [--dry-run] [options ...] [key.sub=value ...] of sys.argv. Raises InputError."""
+def parse(description: str, *options: str, flags: Sequence[str] = ()) -> Command:
+    """--cfg FILE [--dry-run] [options ...] [key.sub=value ...] of sys.argv; a flag is an option without a value. Raises InputError."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--cfg", required=True, help="YAML file, such as configs/quickstart.yaml")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration with its derived sizes, and exit")
     for option in options:
         parser.add_argument(option)
+    for flag in flags:
+        parser.add_argument(flag, action="store_true")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     args = parser.parse_intermixed_args()
     return Command(config_file.load(args.cfg, args.overrides), args.dry_run,
-                   {o.removeprefix("--"): getattr(args, o.removeprefix("--").replace("-", "_")) for o in options})
+                   {o.removeprefix("--"): getattr(args, o.removeprefix("--").replace("-", "_")) for o in (*options, *flags)})
 
 
 def stop_on_sigterm() -> None:
@@ -51,6 +53,10 @@ def stop_on_sigterm() -> None:
 
 class Preempted(BaseException):
     """SIGTERM came. Carries what to tell the user."""
+
+
+class DoesNotFit(RuntimeError):
+    """A run needs more memory than its machines have. Carries what to tell the user."""
 
 
 class Preemption:
@@ -123,7 +129,7 @@ def run(main: Callable[[], None]) -> None:
         from grpo_mcore.metrics import MismatchError
         from grpo_mcore.refit import RefitError
 
-        if isinstance(e, (AttestationError, EngineError, MismatchError, RefitError, FloatingPointError)):
+        if isinstance(e, (AttestationError, DoesNotFit, EngineError, MismatchError, RefitError, FloatingPointError)):
             print(f"error: {e}", file=sys.stderr, flush=True)  # it says all that the traceback would
         else:
             traceback.print_exc()

@@ -327,8 +327,7 @@ def check(cfg: Config, hf_config, machine: Machine) -> Memory:
     largest = sorted(m.phases[phase].items(), key=lambda part: -part[1])[:3]
     change = smallest_change(cfg, hf_config, machine)
     if change is not None:
-        remedy = " ".join(f"{name}={_as_override(value)}" for name, value in change.items())
-        remedy += f" makes {max(map(memory(other := changed(cfg, change), hf_config, machine).total, m.phases)) / 1e9:.1f} GB"
+        remedy = f"{overrides(change)} makes {max(map(memory(other := changed(cfg, change), hf_config, machine).total, m.phases)) / 1e9:.1f} GB"
     else:
         larger = [name for name, gpu in GPUS.items() if gpu.memory_bytes > machine.gpu.memory_bytes and _fits(cfg, hf_config, Machine(name, machine.num_gpus))]
         remedy = f"no change of recomputation, microbatch and axes does; take {' or '.join(larger) or 'a smaller model or shorter sequences'}"
@@ -342,6 +341,11 @@ def _fits(cfg: Config, hf_config, machine: Machine) -> bool:
         return memory(cfg, hf_config, machine).fits
     except InputError:
         return False
+
+
+def overrides(change: dict[str, object]) -> str:
+    """As arguments of the command line."""
+    return " ".join(f"{name}={_as_override(value)}" for name, value in change.items())
 
 
 def _as_override(value: object) -> str:

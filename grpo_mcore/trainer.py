@@ -334,15 +334,21 @@ def main(cfg: config.Config) -> None:
             print(f"{cfg.run_dir} is finished: step {cfg.num_steps} of {cfg.num_steps}. Remove the folder, name another run_dir, or raise num_steps.")
             show_summary(json.loads(summary.read_text()))
         return
-    if cfg.warm_start is not None:
-        if topology.rank() == 0:
-            for name, source in (("data.train", cfg.data.train), ("eval.data", cfg.eval.data)):
-                if source:
-                    prompts.read_rows(source, cfg.data, name)  # what is wrong with them should not wait for the warm start
-            warm_start.ensure(cfg)
-        else:
-            topology.wait_for_file(Path(cfg.model) / "config.json", cfg.collective_timeout_s)
+    make_model(cfg)
     with open_run(cfg) as run:
         train(run)
         if run.topology.is_driver:
             summarize(run)
+
+
+def make_model(cfg: config.Config) -> None:
+    """The warm start, if there is one and it has not been made; other ranks wait for it. Raises InputError."""
+    if cfg.warm_start is None:
+        return
+    if topology.rank() != 0:
+        topology.wait_for_file(Path(cfg.model) / "config.json", cfg.collective_timeout_s)
+        return
+    for name, source in (("data.train", cfg.data.train), ("eval.data", cfg.eval.data)):
+        if source:
+            prompts.read_rows(source, cfg.data, name)  # what is wrong with them should not wait for the warm start
+    warm_start.ensure(cfg)

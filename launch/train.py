@@ -1,4 +1,7 @@
-"""Trains: torchrun --nproc-per-node N launch/train.py --cfg FILE [--dry-run] [key.sub=value ...]; N = 1 needs no torchrun."""
+"""Trains: torchrun --nproc-per-node N launch/train.py --cfg FILE [--dry-run | --fit] [key.sub=value ...]; N = 1 needs no torchrun.
+
+--fit: one worst case of a step, in minutes, with memory and seconds by phase; nothing is saved.
+"""
 
 from grpo_mcore import entry
 
@@ -13,7 +16,7 @@ if __name__ == "__main__":
         from grpo_mcore import config_file, recipe, rules
         from grpo_mcore.parallel import topology
 
-        command = entry.parse(__doc__)
+        command = entry.parse(__doc__, flags=("--fit",))
         cfg = command.config
         # Outside torchrun a dry run shows one replica, whatever its size.
         ranks = cfg.parallel.ranks_per_replica if command.dry_run and "WORLD_SIZE" not in os.environ else topology.world_size()
@@ -22,8 +25,8 @@ if __name__ == "__main__":
             print(f"{config_file.describe(cfg, ranks)}\n{recipe.describe(cfg)}" if command.dry_run else recipe.summary(cfg), flush=True)
         if command.dry_run:
             return
-        from grpo_mcore import trainer
+        from grpo_mcore import fit, trainer
 
-        trainer.main(cfg)
+        (fit if command.options["fit"] else trainer).main(cfg)
 
     entry.run(main)

@@ -21,6 +21,7 @@ LEVELS = [
     ["model", "hf_weights", "policy", "engine", "engines", "refit", "weight_transfer", "senders", "live_weights", "receiver", "checkpoint", "stored", "convert", "metrics", "plan", "plan_time"],
     ["rollout", "evaluate", "warm_start", "curves", "cluster", "simulate", "predict", "report"],
     ["trainer", "trainer_async", "entry"],
+    ["fit"],
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
