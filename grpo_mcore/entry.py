@@ -121,9 +121,10 @@ def run(main: Callable[[], None]) -> None:
         from grpo_mcore.checkpoint import AttestationError
         from grpo_mcore.engines import EngineError
         from grpo_mcore.metrics import MismatchError
+        from grpo_mcore.parity import ParityError
         from grpo_mcore.refit import RefitError
 
-        if isinstance(e, (AttestationError, EngineError, MismatchError, RefitError, FloatingPointError)):
+        if isinstance(e, (AttestationError, EngineError, MismatchError, ParityError, RefitError, FloatingPointError)):
             print(f"error: {e}", file=sys.stderr, flush=True)  # it says all that the traceback would
         else:
             traceback.print_exc()
