@@ -226,6 +226,7 @@ class Checkpoint:
     keep: int = 2  # the newest ones
     keep_best: int = 0  # besides, those with the highest best_metric
     best_metric: str = "reward/mean"  # of metrics.jsonl, such as eval/mean@8
+    start_from: str | None = None  # another run's checkpoint, whose weights and optimizer a run begins with; null: `model`'s, and a fresh optimizer
     asynchronous: bool = True  # written in the background while the next step runs
     timeout_s: float = 1800.0  # of one save
 

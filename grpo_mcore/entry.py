@@ -84,9 +84,9 @@ class Preemption:
             self._may_interrupt = False
 
 
-def die_with_parent() -> None:
-    """Has Linux kill this process when the one that started it ends, however it ends."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
+def die_with_parent(how: int = signal.SIGKILL) -> None:
+    """Has Linux send this process a signal when the one that started it ends, however it ends."""
+    ctypes.CDLL(None).prctl(1, how)  # 1: PR_SET_PDEATHSIG
 
 
 def run(main: Callable[[], None]) -> None:

@@ -20,7 +20,7 @@ LEVELS = [
     ["prompts", "arithmetic", "math_answer", "boxed_answer", "verifiers", "grading_process", "reward", "shaping", "scores", "advantage", "batch", "logprob", "loss", "recipe", "dispatch", "admission", "stop"],
     ["model", "hf_weights", "policy", "engine", "engines", "refit", "weight_transfer", "senders", "live_weights", "receiver", "checkpoint", "stored", "convert", "parity", "metrics", "plan", "plan_time"],
     ["rollout", "evaluate", "warm_start", "curves"],
-    ["trainer", "trainer_async", "entry"],
+    ["trainer", "trainer_async", "entry", "lineage", "stages", "stage_actions"],
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
