@@ -197,8 +197,7 @@ def _chosen(plan: Plan, number: int) -> str:
 
 def _evaluation(plan: Plan, number: int) -> str:
     c = plan.config(number, evaluation=True)
-    most = f", {c.eval.max_prompts} problems" if c.eval.max_prompts else ""
-    return f"{c.eval.data}{most}: {c.eval.samples_per_prompt} samples of {c.response_tokens(0, evaluation=True)} tokens at T={c.eval.temperature:g}, top_p={c.eval.top_p:g}" if c.eval.data else "none"
+    return f"{c.eval.samples_per_prompt} x {c.response_tokens(0, evaluation=True)} tokens at T={c.eval.temperature:g}, top_p={c.eval.top_p:g}" if c.eval.data else "none"
 
 
 # Quantity -> its value of a plan's stage.
@@ -221,5 +220,6 @@ QUANTITIES = {
     "ranks by axis": _ranks,
     "goes on with": _chosen,
     "export": lambda plan, n: plan.export_of(n),
+    "evaluated on": lambda plan, n: plan.config(n, evaluation=True).eval.data or "nothing",
     "evaluation": _evaluation,
 }
