@@ -1,6 +1,8 @@
 """The actions of a stage, each a command that a user could type, and what came of them. See stages.py."""
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import shlex
@@ -9,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
@@ -52,10 +55,29 @@ class Launcher:
 
 def run(plan: Plan, launcher: Launcher, redo_from: int | None = None) -> None:
     """Every action that is not finished, stage by stage. Raises InputError, ActionFailed, entry.Preempted."""
-    lineage = Lineage(plan.dir)
-    if redo_from is not None:
-        forget(plan, lineage, redo_from - 1)
-    check(plan, lineage)
+    with alone(plan.dir):
+        lineage = Lineage(plan.dir)
+        if redo_from is not None:
+            forget(plan, lineage, redo_from - 1)
+        check(plan, lineage)
+        go_on(plan, launcher, lineage)
+    print(summary(lineage), flush=True)
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Holds DIR/lock, which the commands inherit: it is held as long as one of them lives. Raises InputError if others hold it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise InputError("dir", str(folder), "is being worked on by another launch/stages.py, or by a command that one has started", "wait until it ends, or stop it") from e
+        os.set_inheritable(f.fileno(), True)
+        yield
+
+
+def go_on(plan: Plan, launcher: Launcher, lineage: Lineage) -> None:
     for number, stage in enumerate(plan.file.stages):
         taken = overrides_of(plan, lineage, number)
         record = lineage.stages[number] if number < len(lineage.stages) else None
@@ -68,7 +90,6 @@ def run(plan: Plan, launcher: Launcher, redo_from: int | None = None) -> None:
             began = time.monotonic()
             result = DO[action](plan, launcher, number, record, taken, lineage)
             lineage.finish(record, action, {**result, "seconds": round(time.monotonic() - began, 1)})
-    print(summary(lineage), flush=True)
 
 
 def check(plan: Plan, lineage: Lineage) -> None:
@@ -199,7 +220,9 @@ def execute(command: list[str], what: str, timeout_s: float | None = None) -> No
     former = {signum: signal.signal(signum, pass_on) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
         # A session of its own: the terminal's Ctrl-C comes once, by pass_on.
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=lambda: entry.die_with_parent(how))
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, start_new_session=True, close_fds=False,  # Python's own are not inherited, but the lock's is
+            preexec_fn=lambda: entry.die_with_parent(how))
         if asked:
             process.send_signal(asked[0])
         code = _wait(process, asked, timeout_s, what)

@@ -10,6 +10,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -230,6 +232,32 @@ def test_how_a_command_ends_is_understood(tmp_path):
         stage_actions.execute(python("raise SystemExit(143)"), "it")
     with pytest.raises(stage_actions.ActionFailed, match="it did not end within 1 s and was killed"):
         stage_actions.execute(python("import time; time.sleep(60)"), "it", 1)
+
+
+def test_sigterm_is_passed_on_to_what_runs():
+    began = time.monotonic()
+    timer = threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    with pytest.raises(entry.Preempted):
+        stage_actions.execute([sys.executable, "-c", "import time; time.sleep(100)"], "it")
+    assert time.monotonic() - began < 60
+
+
+def test_one_process_at_a_time_works_in_a_folder_and_its_commands_count(tmp_path):
+    refused = pytest.raises(InputError, match="is being worked on by another launch/stages.py, or by a command that one has started")
+    with stage_actions.alone(tmp_path):
+        with refused, stage_actions.alone(tmp_path):
+            pass
+        stage_actions.execute(["sh", "-c", f"sleep 100 & echo $! > {tmp_path}/pid"], "it")  # leaves a process behind
+    pid = int((tmp_path / "pid").read_text())
+    try:
+        with refused, stage_actions.alone(tmp_path):
+            pass
+    finally:
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2], 10, lambda: "its end")
+    with stage_actions.alone(tmp_path):
+        pass
 
 
 def test_training_is_started_as_a_user_would():
