@@ -91,9 +91,9 @@ def differences(before: dict, now: dict, prefix: str = "") -> list[tuple[str, ob
     return sorted(out, key=lambda one: one[0])
 
 
-def plain(config: Config) -> dict:
-    """As JSON gives it back."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+def plain(value: object) -> dict:
+    """A dataclass as JSON gives it back."""
+    return json.loads(json.dumps(dataclasses.asdict(value)))
 
 
 def config_digest(config: Config) -> str:

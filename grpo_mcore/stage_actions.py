@@ -19,7 +19,7 @@ import yaml
 from grpo_mcore import checkpoint, entry, evaluate, metrics, scores, stages, stop
 from grpo_mcore.config import InputError
 from grpo_mcore.hf_weights import local_folder
-from grpo_mcore.lineage import FILE, Lineage, check_unchanged, next_action
+from grpo_mcore.lineage import FILE, Lineage, check_unchanged, next_action, plain
 from grpo_mcore.parity import folder_digest
 from grpo_mcore.stages import Plan
 
@@ -84,7 +84,7 @@ def go_on(plan: Plan, launcher: Launcher, lineage: Lineage) -> None:
         if record is None or "train" not in record:
             config = plan.config(number, taken)
             check_run_dir(config)
-            record = lineage.begin(stage.name, dataclasses.asdict(stage), config, taken_over(plan, lineage, number, taken))
+            record = lineage.begin(stage.name, plain(stage), config, taken_over(plan, lineage, number, taken))
         while (action := next_action(record)) is not None:
             print(f"stage {stage.name}: {action}", flush=True)
             began = time.monotonic()
@@ -100,7 +100,7 @@ def check(plan: Plan, lineage: Lineage) -> None:
     if stray:
         raise InputError("dir", plan.file.dir, f"holds {stray[0].name}, of which its {FILE} knows nothing", "remove that folder, or name another dir")
     for number, record in enumerate(lineage.stages):
-        check_unchanged(record, number, dataclasses.asdict(plan.file.stages[number]), plan.config(number, overrides_of(plan, lineage, number)))
+        check_unchanged(record, number, plain(plan.file.stages[number]), plan.config(number, overrides_of(plan, lineage, number)))
         if "export" in record and next_stage_needs(plan, lineage, number) and folder_digest(record["export"]["folder"]) != record["export"]["digest"]:
             raise InputError("dir", plan.file.dir, f"its {record['export']['folder']} is not what stage {record['name']} exported", f"use --redo-from {number + 1}")
     stages.check_model(plan)
