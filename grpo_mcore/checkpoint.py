@@ -64,6 +64,13 @@ def progress_of(folder: Path) -> Progress:
     return Progress(**{f.name: run[f.name] for f in dataclasses.fields(Progress)})
 
 
+def ranked(run_dir: str | Path, metric: str) -> list[tuple[Path, float]]:
+    """The checkpoints of whose step the metric is known, and its value: highest first, of equals the newest."""
+    value = {row["step"]: row[metric] for row in metrics.read(run_dir) if metric in row}
+    found = [(folder, value[step]) for folder in published(run_dir) if (step := progress_of(folder).step) in value]
+    return sorted(found, key=lambda one: one[1], reverse=True)
+
+
 class Checkpoints:
     """Of one run and policy. Collective: every rank makes one, and calls each method when the others do."""
 
@@ -73,7 +80,8 @@ class Checkpoints:
         self.newest_step = 0  # saved, or being saved
 
     def restore(self) -> Progress:
-        """Loads the newest good checkpoint, if there is any, whatever its layout. Names each that is passed over.
+        """Loads the newest good checkpoint, if there is any, whatever its layout. Names each that is passed over. Without any, begins at
+        step 0 with the weights and the optimizer of checkpoint.start_from.
 
         Raises InputError if there are checkpoints, and none is good.
         """
@@ -90,6 +98,11 @@ class Checkpoints:
                 print(f"checkpoint {folder} is passed over: {problem}", flush=True)
         if found:
             raise InputError("run_dir", str(self._run_dir), "has checkpoints, and each of them is damaged (named above)", "remove its checkpoints/ to start anew, or name another run_dir")
+        if start := self._cfg.start_from:
+            problem = self._problem_with(Path(start)) if (Path(start) / ATTEST).is_file() else "there is no checkpoint"
+            if problem:
+                raise InputError("checkpoint.start_from", start, problem, "name a folder like RUN/checkpoints/step_000010")
+            self._load(Path(start))
         return Progress()
 
     def save(self, progress: Progress) -> None:
@@ -154,11 +167,8 @@ class Checkpoints:
 
     def _remove_old(self) -> None:
         """All but the newest `keep` and the `keep_best` with the highest best_metric."""
-        found = published(self._run_dir)
-        value = {row["step"]: row[self._cfg.best_metric] for row in metrics.read(self._run_dir) if self._cfg.best_metric in row}
-        step = {folder: progress_of(folder).step for folder in found}
-        best = sorted((f for f in found if step[f] in value), key=lambda f: value[step[f]], reverse=True)[: self._cfg.keep_best]
-        for folder in found[self._cfg.keep :]:
+        best = [folder for folder, _ in ranked(self._run_dir, self._cfg.best_metric)[: self._cfg.keep_best]]
+        for folder in published(self._run_dir)[self._cfg.keep :]:
             if folder not in best:
                 shutil.rmtree(folder)
 

@@ -226,8 +226,21 @@ class Checkpoint:
     keep: int = 2  # the newest ones
     keep_best: int = 0  # besides, those with the highest best_metric
     best_metric: str = "reward/mean"  # of metrics.jsonl, such as eval/mean@8
+    start_from: str | None = None  # another run's checkpoint, whose weights and optimizer a run begins with; null: `model`'s, and a fresh optimizer
     asynchronous: bool = True  # written in the background while the next step runs
     timeout_s: float = 1800.0  # of one save
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Ends a run before num_steps, after the first step whose metrics show one of two signs (stop.py). Null: not looked for."""
+
+    after_steps: int = 0  # none is looked for before so many
+    plateau_window: int | None = None  # plateau: the mean of plateau_metric's last values, so many, is compared with that of as many before
+    plateau_metric: str = "reward/mean"  # of metrics.jsonl, such as eval/mean@16
+    plateau_min_gain: float = 0.0  # and has not risen by more than this
+    truncated_above: float | None = None  # rollout/truncated_frac is above this ...
+    truncated_steps: int = 10  # ... in each of the last steps, so many
 
 
 @dataclass(frozen=True)
@@ -258,6 +271,7 @@ class Config:
     refit: Refit = field(default_factory=Refit)
     mismatch: Mismatch = field(default_factory=Mismatch)
     eval: Eval = field(default_factory=Eval)
+    stop: Stop = field(default_factory=Stop)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
 
     def response_tokens(self, prompt_tokens: int, *, evaluation: bool = False) -> int:

@@ -48,6 +48,11 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     return config
 
 
+def read(cls: type, path: str | Path):
+    """Another kind of file, whose keys are the dataclass `cls`, read as strictly. Raises InputError."""
+    return _build(cls, _read(Path(path), ()), "")
+
+
 def _read(path: Path, heirs: tuple[Path, ...]) -> dict:
     """The mapping of a YAML file over what it inherits. `heirs`: the files that led here."""
     name, seen = ("inherit", f"{path} (in {heirs[-1]})") if heirs else ("--cfg", str(path))
@@ -117,6 +122,10 @@ def _coerce(hint, value, name: str):
         return _build(kind, value, name + ".")
     if typing.get_origin(kind) is tuple:
         item = typing.get_args(kind)[0]
+        if dataclasses.is_dataclass(item):
+            if not isinstance(value, list) or not all(isinstance(v, dict) for v in value):
+                raise InputError(name, value, "must be a list of sections", f"write `- key: value` below `{name}:`")
+            return tuple(_build(item, v, f"{name}[{i}].") for i, v in enumerate(value))
         if not isinstance(value, (list, tuple)) or not all(type(v) is item for v in value):
             raise InputError(name, value, f"must be {'a list of names' if item is str else 'a list of whole numbers'}", f"write it as {'[one, two]' if item is str else '[0, 1]'}")
         return tuple(value)

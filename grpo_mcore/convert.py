@@ -42,16 +42,16 @@ def to_hf(folder: str | Path, hf_folder: str | Path) -> None:
 
     def tensors():
         for row in rows:
-            key, layer = _key(row)
+            key, layer = key_of(row)
             whole = _merged_shape(row)
             part = stored.read(key, (*layer, *[0] * len(whole)), (*[1] * len(layer), *whole))
             yield from zip(row.hf, _split(row, part.view(whole), hf_config), strict=True)
 
-    dtype = stored.dtype(_key(rows[0])[0])
+    dtype = stored.dtype(key_of(rows[0])[0])
     hf_weights.save_folder(hf_folder, tensors(), side, shapes=hf_weights.shapes(hf_config), dtype=dtype)
 
 
-def _key(row: Row) -> tuple[str, tuple[int, ...]]:
+def key_of(row: Row) -> tuple[str, tuple[int, ...]]:
     """(key in the checkpoint, its place on the axis of layers: () or (layer,))"""
     prefix = "decoder.layers."
     if not row.megatron.startswith(prefix):
@@ -69,7 +69,7 @@ def _merged_shape(row: Row) -> tuple[int, ...]:
 
 
 def _to_store(row: Row, tensors: list[torch.Tensor], hf_config) -> ShardedTensor | list[ShardedTensor]:
-    key, layer = _key(row)
+    key, layer = key_of(row)
     layers = [(0, layer[0], hf_config.num_hidden_layers)] if layer else []
 
     def place(tensor: torch.Tensor, *offsets) -> ShardedTensor:
@@ -77,14 +77,14 @@ def _to_store(row: Row, tensors: list[torch.Tensor], hf_config) -> ShardedTensor
 
     if row.layout is gate_up:  # put side by side where they are stored, not here
         return [place(tensor, (len(layers), half, 2)) for half, tensor in enumerate(tensors)]
-    return place(_merge(row, tensors, hf_config))
+    return place(merged(row, tensors, hf_config))
 
 
-def _merge(row: Row, tensors: list[torch.Tensor], hf_config) -> torch.Tensor:
-    """HF tensors -> the Megatron parameter of one rank; a single one is the parameter."""
+def merged(row: Row, tensors: list[torch.Tensor], hf_config) -> torch.Tensor:
+    """The Megatron parameter of Hugging Face's tensors, without padding."""
     if len(tensors) == 1:
         return tensors[0]
-    whole = tensors[0].new_empty(_merged_shape(row))
+    whole = torch.empty(_merged_shape(row), dtype=tensors[0].dtype)
     for hf, part in row.layout(tensors, whole, hf_config, 1, 0):
         part.copy_(hf)
     return whole

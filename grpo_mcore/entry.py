@@ -90,9 +90,9 @@ class Preemption:
             self._may_interrupt = False
 
 
-def die_with_parent() -> None:
-    """Has Linux kill this process when the one that started it ends, however it ends."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
+def die_with_parent(how: int = signal.SIGKILL) -> None:
+    """Has Linux send this process a signal when the one that started it ends, however it ends."""
+    ctypes.CDLL(None).prctl(1, how)  # 1: PR_SET_PDEATHSIG
 
 
 def run(main: Callable[[], None]) -> None:
@@ -127,9 +127,10 @@ def run(main: Callable[[], None]) -> None:
         from grpo_mcore.checkpoint import AttestationError
         from grpo_mcore.engines import EngineError
         from grpo_mcore.metrics import MismatchError
+        from grpo_mcore.parity import ParityError
         from grpo_mcore.refit import RefitError
 
-        if isinstance(e, (AttestationError, DoesNotFit, EngineError, MismatchError, RefitError, FloatingPointError)):
+        if isinstance(e, (AttestationError, DoesNotFit, EngineError, MismatchError, ParityError, RefitError, FloatingPointError)):
             print(f"error: {e}", file=sys.stderr, flush=True)  # it says all that the traceback would
         else:
             traceback.print_exc()

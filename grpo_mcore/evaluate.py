@@ -74,8 +74,13 @@ def protocol(cfg: config.Config, eval_prompts: Sequence[Prompt], num_left_out: i
         "num_problems": len(eval_prompts), "problems_sha256": hashlib.sha256(content.encode()).hexdigest(), "over_long_left_out": num_left_out,
         "max_prompt_tokens": cfg.data.max_prompt_tokens, "prompt_template": cfg.data.prompt_template, "chat_template": cfg.data.chat_template,
         "first_prompt": tokenizer.decode(eval_prompts[0].token_ids), "grader": dataclasses.asdict(cfg.reward),
-        "versions": {name: d.version for d in metadata.distributions() if (name := d.name.lower().replace("_", "-")) in VERSIONS},
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that the numbers depend on."""
+    return {name: d.version for d in metadata.distributions() if (name := d.name.lower().replace("_", "-")) in VERSIONS}
 
 
 def read_problems(path: str) -> tuple[list[scores.Problem], dict]:

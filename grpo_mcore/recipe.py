@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from grpo_mcore.config import Config, InputError
+from grpo_mcore.config import Config, InputError, Stop
 from grpo_mcore.loss import EXPONENT_LIMIT
 
 STAGES = ("8k", "16k", "24k")
@@ -85,6 +85,7 @@ ROWS = (
         Each("2 optimizer steps per step of 512 responses", *["2 optimizer steps per step of 1024 responses"] * 2)),
     Row("passes over a batch", "", fixed(1), 1, 1),
     Row("steps", "RL steps", key("num_steps"), Each(240, 290, 50), Each(1040, 480, 230)),
+    Row("ended early", "by a stop rule", lambda c: c.stop != Stop(), False, False),
     Row("learning rate", "", key("optimizer.lr"), Each(2e-6, 2e-6, 5e-7), 1e-6),
     Row("learning rate after the warm-up", "", key("optimizer.lr_schedule"), "constant", "constant"),
     Row("warm-up", "", warm_up, "50 steps from 0.1 x", "none"),

@@ -10,11 +10,12 @@ rollout.group_size rollout.temperature rollout.max_response_tokens rollout.max_t
 engine.max_running_responses engine.tp engine.gpu_memory_frac engine.max_batched_tokens engine.num_threads engine.start_timeout_s engine.health_timeout_s mismatch.warn_above mismatch.stop_above
 reward.num_processes reward.cpu_s reward.wall_s
 reward.memory_bytes batch.global_batch_size batch.max_tokens_per_microbatch refit.bucket_bytes refit.timeout_s eval.every
-loss.kl_limit eval.samples_per_prompt eval.max_prompts eval.max_response_tokens engine.kv_cache_bytes eval.temperature eval.top_p checkpoint.keep checkpoint.timeout_s warm_start.batch_size warm_start.lr warm_start.max_steps""".split()
+loss.kl_limit eval.samples_per_prompt eval.max_prompts eval.max_response_tokens engine.kv_cache_bytes eval.temperature eval.top_p checkpoint.keep checkpoint.timeout_s warm_start.batch_size warm_start.lr warm_start.max_steps
+stop.plateau_window stop.truncated_steps""".split()
 _NOT_NEGATIVE = """data.skip_prompts loss.kl_coef loss.entropy_coef shaping.overlong_buffer_tokens shaping.overlong_penalty loss.clip_low loss.clip_high optimizer.warmup_steps optimizer.weight_decay optimizer.clip_grad
 checkpoint.every checkpoint.keep_best engine.max_failures rollout.max_staleness rollout.oversampling_frac rollout.keep_texts
-precision.fp8_first_layers_bf16 precision.fp8_last_layers_bf16""".split()
-_FRACTIONS = "engine.gpu_memory_frac loss.clip_low eval.top_p optimizer.beta1 optimizer.beta2 optimizer.warmup_start_frac warm_start.corrupted_frac warm_start.stop_at_pass_rate".split()
+precision.fp8_first_layers_bf16 precision.fp8_last_layers_bf16 stop.after_steps stop.plateau_min_gain""".split()
+_FRACTIONS = "stop.truncated_above engine.gpu_memory_frac loss.clip_low eval.top_p optimizer.beta1 optimizer.beta2 optimizer.warmup_start_frac warm_start.corrupted_frac warm_start.stop_at_pass_rate".split()
 
 
 def check(config: Config) -> None:
@@ -57,6 +58,8 @@ def check(config: Config) -> None:
     if c.keep_best and c.best_metric.startswith("eval/") and (e.data is None or c.every % e.every):
         raise InputError("checkpoint.best_metric", c.best_metric, f"is known of a checkpoint only if eval.every = {e.every} divides checkpoint.every = {c.every}, and eval.data is given",
                          "change one of them")
+    if config.stop.plateau_window and config.stop.plateau_metric.startswith("eval/") and e.data is None:
+        raise InputError("stop.plateau_metric", config.stop.plateau_metric, "is never known without eval.data", "set eval.data, or name another metric")
     _check_rollout(config)
     _check_loss(config.loss)
     buffer, limit = config.shaping.overlong_buffer_tokens, config.rollout.max_response_tokens

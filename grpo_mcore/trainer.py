@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from grpo_mcore import advantage, batch, checkpoint, config, config_file, curves, entry, loss, metrics, model, prompts, reward, rules, shaping, warm_start
+from grpo_mcore import advantage, batch, checkpoint, config, config_file, curves, entry, loss, metrics, model, prompts, reward, rules, shaping, stop, warm_start
 from grpo_mcore.engines import Engines, EnginesLost
 from grpo_mcore.evaluate import evaluate
 from grpo_mcore.hf_weights import local_folder
@@ -46,6 +46,7 @@ class Run:
     grader: reward.Grader | None
     writer: metrics.Writer | None
     seconds_before: float  # wall clock of the run's earlier processes
+    last_step: int  # num_steps, or where the stop rule ends the run
     evaluated: int = -1  # the step whose policy was evaluated last
 
     def seconds(self) -> float:
@@ -71,7 +72,7 @@ def train(run: Run) -> None:
             return leave(run)
         if work == ENGINES_LOST:  # the same step again, with those that take their place
             continue
-        if step == cfg.num_steps:
+        if step == run.last_step:
             break
         rewards_PG = shaping.shaped(work.rewards_PG, work.groups, cfg.shaping, cfg.rollout.max_response_tokens)
         advantages_PG = advantage.group_advantages(rewards_PG, **dataclasses.asdict(cfg.advantage))
@@ -83,9 +84,10 @@ def train(run: Run) -> None:
             updates = [run.policy.update(b, functools.partial(loss.grpo, cfg=cfg.loss, over_ranks=over_ranks), lr=lr) for b in batches]
         run.progress = checkpoint.Progress(step + 1, work.cursor, run.seconds())
         write_step(run, work, refit_metrics, [mismatch, *updates], batches, lr)
+        run.last_step = last_step(cfg, step + 1, run.topology)
         with time_of("checkpoint"):
             run.checkpoints.poll()
-            if cfg.checkpoint.every and ((step + 1) % cfg.checkpoint.every == 0 or step + 1 == cfg.num_steps):
+            if cfg.checkpoint.every and ((step + 1) % cfg.checkpoint.every == 0 or step + 1 == run.last_step):
                 run.checkpoints.save(run.progress)
     run.checkpoints.wait()
     if run.preemption.asked:  # on the driver, whose last evaluation may be missing
@@ -103,14 +105,14 @@ def evaluate_and_sample(run: Run, step: int) -> Step | str | None:
 
     def work():
         try:
-            if step < cfg.num_steps:
+            if step < run.last_step:
                 run.rollout.begin(step)
-            if cfg.eval.data and run.evaluated < step and (step % cfg.eval.every == 0 or step == cfg.num_steps):
+            if cfg.eval.data and run.evaluated < step and (step % cfg.eval.every == 0 or step == run.last_step):
                 with run.timer("eval"):
                     evaluate_and_write(run, step)
                 run.evaluated = step
             with run.timer("rollout"):
-                return run.rollout.take() if step < cfg.num_steps else ""
+                return run.rollout.take() if step < run.last_step else ""
         except EnginesLost:
             return ENGINES_LOST
 
@@ -118,6 +120,16 @@ def evaluate_and_sample(run: Run, step: int) -> Step | str | None:
     if colocated(run):
         run.engines.sleep(cfg.refit.timeout_s)
     return result
+
+
+def last_step(cfg: config.Config, step: int, topology: Topology) -> int:
+    """Where the run ends, as its metrics tell after `step` steps. Collective."""
+    if cfg.stop == config.Stop():
+        return cfg.num_steps
+    why = stop.reason(cfg.stop, metrics.read(cfg.run_dir), step) if topology.is_driver and step else None
+    if why:
+        print(f"the stop rule ends the run after {step} steps: {why}", flush=True)
+    return collectives.broadcast(step if why else cfg.num_steps, topology)
 
 
 def colocated(run: Run) -> bool:
@@ -283,7 +295,7 @@ def open_run(cfg: config.Config) -> Iterator[Run]:
         canary = [p.token_ids[:CANARY_TOKENS] for p in train_prompts[:NUM_CANARIES]]
         yield Run(
             cfg, topo, tokenizer, eval_prompts, policy, reference, progress, Refit(policy, engines, cfg, topo, canary), checkpoints, preemption, timer,
-            engines, rollout, grader, writer, progress.seconds)
+            engines, rollout, grader, writer, progress.seconds, last_step(cfg, progress.step, topo))
         topology.disconnect()
 
 
@@ -329,9 +341,12 @@ def main(cfg: config.Config) -> None:
     """From a checked configuration to a trained policy; a finished run is only summarised again."""
     done = checkpoint.published(cfg.run_dir)
     summary = Path(cfg.run_dir) / "summary.json"
-    if done and summary.is_file() and checkpoint.progress_of(done[0]).step >= cfg.num_steps:
+    step = checkpoint.progress_of(done[0]).step if done else 0
+    why = stop.reason(cfg.stop, metrics.read(cfg.run_dir), step)
+    if done and summary.is_file() and (step >= cfg.num_steps or why):
         if topology.rank() == 0:
-            print(f"{cfg.run_dir} is finished: step {cfg.num_steps} of {cfg.num_steps}. Remove the folder, name another run_dir, or raise num_steps.")
+            print(f"{cfg.run_dir} is finished: step {step} of {cfg.num_steps}{f' ({why})' if why else ''}. "
+                  f"Remove the folder, name another run_dir, or {'change the stop rule' if why else 'raise num_steps'}.")
             show_summary(json.loads(summary.read_text()))
         return
     make_model(cfg)

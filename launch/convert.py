@@ -1,4 +1,7 @@
-"""Converts: launch/convert.py to-megatron --hf FOLDER --out CHECKPOINT, or to-hf --checkpoint FOLDER --out HF_FOLDER."""
+"""Converts: launch/convert.py to-megatron --hf FOLDER --out CHECKPOINT, or to-hf --checkpoint FOLDER --out HF_FOLDER.
+
+prove --checkpoint FOLDER --hf HF_FOLDER [--out JSON] shows that an export is what was trained: see grpo_mcore/parity.py.
+"""
 
 from grpo_mcore import entry
 
@@ -19,13 +22,19 @@ if __name__ == "__main__":
         to_hf = commands.add_parser("to-hf", help="Megatron checkpoint, such as RUN/checkpoints/step_000010 -> Hugging Face folder")
         to_hf.add_argument("--checkpoint", required=True)
         to_hf.add_argument("--out", required=True)
+        prove = commands.add_parser("prove", help="is the Hugging Face folder what the policy of the checkpoint was?")
+        prove.add_argument("--checkpoint", required=True)
+        prove.add_argument("--hf", required=True)
+        prove.add_argument("--out", help="JSON file for the proof's numbers")
         args = parser.parse_args()
 
         import torch
 
-        from grpo_mcore import config, convert, hf_weights
+        from grpo_mcore import config, convert, hf_weights, parity
         from grpo_mcore.parallel import topology
 
+        if args.command == "prove":
+            return parity.prove(args.checkpoint, args.hf, args.out)
         if Path(args.out).exists():
             raise config.InputError("--out", args.out, "exists already", "remove it, or name another folder")
         if args.command == "to-hf":

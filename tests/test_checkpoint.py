@@ -111,6 +111,27 @@ def save(policy, run_dir, step: int, **kwargs) -> None:
     checkpoints.wait()
 
 
+def test_a_run_may_begin_from_another_runs_checkpoint_with_its_optimizer_at_step_0(model_folders, policy, tmp_path):
+    save(policy, tmp_path / "first", 2)
+    start = tmp_path / "first/checkpoints/step_000002"
+    further = steps(policy, policy.topology, [3])
+
+    second = make_policy(model_folders["qwen2_tied"], policy.topology)
+    assert Checkpoints(tmp_path / "second", second, settings(start_from=str(start))).restore() == Progress()
+    resumed = steps(second, policy.topology, [3])
+    assert all(torch.equal(further[name], resumed[name]) for name in further)
+
+    convert.to_hf(start, tmp_path / "hf")  # the weights alone, with moments of 0
+    fresh = steps(make_policy(tmp_path / "hf", policy.topology), policy.topology, [3])
+    assert not all(torch.equal(further[name], fresh[name]) for name in further)
+
+    with pytest.raises(InputError, match="checkpoint.start_from = .*: there is no checkpoint"):
+        Checkpoints(tmp_path / "third", second, settings(start_from=str(tmp_path / "hf"))).restore()
+    # A run's own checkpoint comes first.
+    save(second, tmp_path / "second", 1)
+    assert Checkpoints(tmp_path / "second", second, settings(start_from=str(start))).restore().step == 1
+
+
 def names(run_dir: Path) -> list[str]:
     return sorted(p.name for p in (run_dir / "checkpoints").iterdir())
 

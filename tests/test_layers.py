@@ -17,10 +17,10 @@ PACKAGE = "grpo_mcore"
 LEVELS = [
     ["config", "config_file", "rules", "run_folder", "types"],
     ["kernels", "parallel"],
-    ["prompts", "arithmetic", "math_answer", "boxed_answer", "verifiers", "grading_process", "reward", "shaping", "scores", "advantage", "batch", "logprob", "loss", "recipe", "dispatch", "admission"],
-    ["model", "hf_weights", "policy", "engine", "engines", "refit", "weight_transfer", "senders", "live_weights", "receiver", "checkpoint", "stored", "convert", "metrics", "plan", "plan_time"],
+    ["prompts", "arithmetic", "math_answer", "boxed_answer", "verifiers", "grading_process", "reward", "shaping", "scores", "advantage", "batch", "logprob", "loss", "recipe", "dispatch", "admission", "stop"],
+    ["model", "hf_weights", "policy", "engine", "engines", "refit", "weight_transfer", "senders", "live_weights", "receiver", "checkpoint", "stored", "convert", "parity", "metrics", "plan", "plan_time"],
     ["rollout", "evaluate", "warm_start", "curves", "cluster", "simulate", "predict", "report"],
-    ["trainer", "trainer_async", "entry"],
+    ["trainer", "entry", "lineage", "stages", "stage_actions"],
     ["fit"],
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
@@ -32,13 +32,14 @@ LIBRARIES = {
     "vllm": {"engine", "senders", "live_weights", "receiver"},
     "ray": {"engines"},
     "megatron": {"parallel", "model", "policy", "refit", "checkpoint", "convert"},
-    "transformers": {"prompts", "model", "hf_weights", "arithmetic"},
+    "transformers": {"prompts", "model", "hf_weights", "arithmetic", "parity"},
 }
 
 # All that these import, beside the standard library.
 PURE = {
     "dispatch": set(),
     "admission": set(),
+    "stop": {f"{PACKAGE}.config"},
     "shaping": {"torch", f"{PACKAGE}.config", f"{PACKAGE}.types"},
     "scores": set(),
     "run_folder": {"yaml", f"{PACKAGE}.config"},
