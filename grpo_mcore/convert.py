@@ -91,7 +91,7 @@ def merged(row: Row, tensors: list[torch.Tensor], hf_config) -> torch.Tensor:
 
 
 def _split(row: Row, whole: torch.Tensor, hf_config) -> list[torch.Tensor]:
-    """Undoes _merge."""
+    """Undoes merged."""
     if len(row.hf) == 1:
         return [whole]
     tensors = [whole.new_empty(shape) for shape in row.hf.values()]
