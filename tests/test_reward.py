@@ -231,6 +231,7 @@ def test_senseless_limits_are_refused(arguments, named):
 def start_script(body: str) -> subprocess.Popen:
     """A parent of its own, with a warm grader of one process that a question keeps busy for 2 s; it prints that one's id."""
     script = ("import os, signal, subprocess, sys, time\n"
+              "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job has it ignored
               "from grpo_mcore.reward import Grader\n"
               "easy, hard = (r'\\boxed{1+x}', 'x+1', False), (r'\\boxed{9^{9^{9^9}}}', '5', False)\n"
               "grader = Grader(1, cpu_s=2.0, wall_s=60.0, memory_bytes=1 << 30)\n"
