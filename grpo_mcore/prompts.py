@@ -13,6 +13,10 @@ from grpo_mcore.reward import MAX_GOLD_CHARS
 from grpo_mcore.types import Prompt
 
 
+# Short name -> hub data set and its split, with columns problem and answer.
+PUBLISHED = {"aime24": ("HuggingFaceH4/aime_2024", "train"), "math500": ("HuggingFaceH4/MATH-500", "test")}
+
+
 class Tokenizer:
     """The model's tokenizer, its chat template and the ids that end a response."""
 
@@ -46,12 +50,13 @@ class Tokenizer:
 
 
 def read_rows(source: str, data: config.Data, name: str) -> list[tuple[str, str]]:
-    """(problem, answer) of every row of `source`. `name` is the configuration's field, for errors. Raises InputError."""
+    """(problem, answer) of every row of `source`, a file, a hub data set or a short name of PUBLISHED. `name` is the configuration's field, for errors. Raises InputError."""
     if source.startswith("arithmetic:"):
         return arithmetic.rows(source.removeprefix("arithmetic:"))
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
+    hub_name, split = PUBLISHED.get(source, (source, "train"))
     suffix = Path(source).suffix
     if suffix in (".jsonl", ".json", ".parquet") and not Path(source).is_file():
         raise InputError(name, source, "there is no such file", "check the path")
@@ -60,7 +65,7 @@ def read_rows(source: str, data: config.Data, name: str) -> list[tuple[str, str]
         lines = enumerate(Path(source).read_text().split("\n"), 1)
         return [_row(_parse(line, name, f"{source}, line {i}"), data, name, f"{source}, line {i}") for i, line in lines if line.strip()]
     try:
-        table = load_dataset("parquet", data_files=source, split="train") if suffix == ".parquet" else load_dataset(source, split="train")
+        table = load_dataset("parquet", data_files=source, split="train") if suffix == ".parquet" else load_dataset(hub_name, split=split)
     except (DatasetNotFoundError, ConnectionError, OSError) as e:
         raise InputError(name, source, "is neither a .jsonl or .parquet file nor a data set that can be reached", "check the path, or download it first") from e
     return [_row(row, data, name, f"{source}, row {i}") for i, row in enumerate(table)]

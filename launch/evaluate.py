@@ -1,23 +1,31 @@
-"""Evaluates: launch/evaluate.py --cfg FILE [--model FOLDER_OR_CHECKPOINT] [--out JSON] [--compare JSON] [key.sub=value ...].
+"""Evaluates: launch/evaluate.py --cfg FILE [--model FOLDER_OR_CHECKPOINT] [--data SET[,SET ...]] [--out JSON] [--compare JSON] [key.sub=value ...].
 
-Data, prompt template and sampling are the configuration's (eval.*); without --model, the model is the run's newest
-checkpoint, or the configuration's model if there is none. --out keeps all numbers, the protocol and a table of the problems;
---compare gives the difference from such a file, problem by problem, with its error bar.
+Prompt template and sampling are the configuration's (eval.*), and so is the data without --data: files, hub data sets, or aime24 and math500.
+Without --model, the model is the run's newest checkpoint, or the configuration's model if there is none. --out keeps all numbers, the
+protocol and a table of the problems (of several sets, by set); --compare gives the difference from such a file, problem by problem,
+with its error bar.
 """
 
 if __name__ == "__main__":
     from grpo_mcore import entry
 
     def main() -> None:
+        import dataclasses
         import json
         from pathlib import Path
 
-        command = entry.parse(__doc__, "--model", "--out", "--compare")
+        command = entry.parse(__doc__, "--model", "--data", "--out", "--compare")
+        cfg, options = command.config, command.options
+        sets = options["data"].split(",") if options["data"] else [cfg.eval.data]
 
-        from grpo_mcore import evaluate
+        from grpo_mcore import config, evaluate
 
-        result = evaluate.evaluate_model(command.config, command.options["model"], compare_with=command.options["compare"])
-        if command.options["out"]:
-            Path(command.options["out"]).write_text(json.dumps(result, indent=1) + "\n")
+        if len(sets) > 1 and options["compare"]:
+            raise config.InputError("--compare", options["compare"], f"is of one data set, and --data names {len(sets)}", "compare them one by one")
+        results = {
+            data: evaluate.evaluate_model(dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, data=data)), options["model"], compare_with=options["compare"])
+            for data in sets}
+        if options["out"]:
+            Path(options["out"]).write_text(json.dumps(results if len(sets) > 1 else results[sets[0]], indent=1) + "\n")
 
     entry.run(main)
