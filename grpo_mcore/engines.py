@@ -20,11 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from grpo_mcore import config, engine
-from grpo_mcore.config import InputError
+from grpo_mcore import config, engine, placement
 from grpo_mcore.dispatch import Dispatch
 from grpo_mcore.engine import Completion, Engine, Sampling
 
@@ -85,9 +83,9 @@ class Engines:
         self._names = itertools.count()
         self._refitting = False
         self._starting: dict[ray.ObjectRef, Slot] = {}  # replacements
-        _start_ray(cfg.engine, cuda=cuda)
+        placement.start_ray(cfg.engine, cuda=cuda)
         self._bundle = {"CPU": 1, **({"GPU": cfg.engine.tp} if cuda else {})}
-        self._group = _reserve([self._bundle] * cfg.engine.num_engines, cfg.engine.start_timeout_s)
+        self._group = placement.reserve([self._bundle] * cfg.engine.num_engines, cfg.engine.start_timeout_s)
         self._slots = [self._start(i) for i in range(cfg.engine.num_engines)]
         self._thread = threading.Thread(target=self._serve, name="engines", daemon=True)
         self._thread.start()
@@ -362,43 +360,3 @@ def _last_line(e: BaseException) -> str:
     if isinstance(e, ray.exceptions.RayActorError):
         return "its process is gone"
     return str(e).strip().splitlines()[-1]
-
-
-def _start_ray(cfg: config.Engine, *, cuda: bool) -> None:
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=False)
-        return
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if cuda and cfg.placement == "disaggregated":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(engine_gpus(hidden, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), cfg))
-    try:
-        ray.init(
-            "local",  # not another cluster that `ray start` has left on this machine
-            num_cpus=cfg.num_engines, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1",
-            object_store_memory=256 << 20, configure_logging=True, logging_level="error")
-    finally:
-        if hidden is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = hidden
-        elif cuda:
-            os.environ.pop("CUDA_VISIBLE_DEVICES", None)
-
-
-def engine_gpus(visible: str | None, num_trainers: int, cfg: config.Engine) -> list[str]:
-    """Of this machine's GPUs those behind the trainers', which take the first ones. `visible` is CUDA_VISIBLE_DEVICES. Raises InputError."""
-    import torch
-
-    gpus = [str(i) for i in range(torch.cuda.device_count())] if visible is None else visible.split(",")
-    needed = cfg.num_engines * cfg.tp
-    if len(gpus) < num_trainers + needed:
-        raise InputError("engine.num_engines", cfg.num_engines, f"x engine.tp = {cfg.tp} needs {needed} GPUs beside the {num_trainers} of the trainers, and this machine shows {len(gpus)}",
-                         "lower it, start fewer trainers, set engine.placement=colocated, or join a Ray cluster (RAY_ADDRESS)")
-    return gpus[num_trainers:]
-
-
-def _reserve(bundles: list[dict[str, float]], timeout_s: float) -> PlacementGroup:
-    """Room for all engines, as near to each other as may be; an engine's GPUs are on one machine. Raises InputError."""
-    group = placement_group(bundles, strategy="PACK")
-    if not group.wait(timeout_s):
-        have = {name: n for name, n in ray.cluster_resources().items() if name in ("CPU", "GPU")}
-        raise InputError("engine.num_engines", len(bundles), f"needs {bundles[0]} each on one machine, and the Ray cluster has {have} in all", "lower it or engine.tp, or let more machines join")
-    return group

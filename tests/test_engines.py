@@ -16,7 +16,8 @@ import torch
 
 from grpo_mcore import batch, config
 from grpo_mcore.engine import Completion, Sampling, arguments, environment
-from grpo_mcore.engines import EngineError, _problem_with, engine_gpus
+from grpo_mcore.engines import EngineError, _problem_with
+from grpo_mcore.placement import engine_gpus
 from grpo_mcore.refit import RefitError
 from grpo_mcore.rollout import sample
 from grpo_mcore.types import Prompt, Response

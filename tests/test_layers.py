@@ -18,7 +18,7 @@ LEVELS = [
     ["config", "config_file", "rules", "run_folder", "types"],
     ["kernels", "parallel"],
     ["prompts", "arithmetic", "math_answer", "boxed_answer", "verifiers", "grading_process", "reward", "shaping", "scores", "advantage", "batch", "logprob", "loss", "recipe", "dispatch", "admission", "stop"],
-    ["model", "hf_weights", "policy", "engine", "engines", "refit", "weight_transfer", "senders", "live_weights", "receiver", "checkpoint", "stored", "convert", "parity", "metrics", "plan", "plan_time"],
+    ["model", "hf_weights", "policy", "engine", "placement", "engines", "refit", "weight_transfer", "senders", "live_weights", "receiver", "checkpoint", "stored", "convert", "parity", "metrics", "plan", "plan_time"],
     ["rollout", "evaluate", "warm_start", "curves", "cluster", "simulate", "predict", "report"],
     ["trainer", "entry", "lineage", "stages", "stage_actions"],
     ["fit"],
@@ -30,7 +30,7 @@ LIBRARIES = {
     "torch.distributed": {"parallel", "weight_transfer", "senders", "live_weights", "receiver", "checkpoint", "stored"},  # the last two: its checkpoint format
     "triton": {"kernels"},
     "vllm": {"engine", "senders", "live_weights", "receiver"},
-    "ray": {"engines"},
+    "ray": {"engines", "placement"},
     "megatron": {"parallel", "model", "policy", "refit", "checkpoint", "convert"},
     "transformers": {"prompts", "model", "hf_weights", "arithmetic", "parity"},
 }
