@@ -4,7 +4,7 @@
     python benchmarks/rollout.py --cfg FILE engine.num_engines=1 rollout.max_response_tokens=512 --running 1,8,64
     python benchmarks/rollout.py --cfg FILE device=cuda engine.placement=disaggregated      GPUs
 
-Weights are arbitrary and no token ends a response: every length is the one asked for. The result's `profile` is what
+No token ends a response: every length is the one asked for. The result's `profile` is what
 launch/plan.py simulate --profile reads.
 
 Definitions:
@@ -76,7 +76,7 @@ class Bench:
                 sampling = Sampling(min(group_size, running - first), self.cfg.rollout.temperature, max_tokens, self._num_requests & 0xFFFF)
                 requests.append((slot.actor, self._num_requests, self.prompt(prompt_tokens), sampling))
         start = time.perf_counter()
-        answers = ray.get([actor.generate.remote(*request) for actor, *request in requests])
+        answers = ray.get([actor.generate.remote(*request) for actor, *request in requests], timeout=self.cfg.rollout.timeout_s)
         seconds = time.perf_counter() - start
         if {len(c.token_ids) for answer in answers for c in answer} != {max_tokens}:
             raise RuntimeError(f"a response is not {max_tokens} tokens long, but {sorted({len(c.token_ids) for answer in answers for c in answer})}")
@@ -157,10 +157,9 @@ def surroundings(program: str, description: str) -> dict:
         "versions": {name: installed[name] for name in PACKAGES if name in installed}, "definitions": description.partition("Definitions:\n")[2].splitlines()}
 
 
-def endless(source: str | Path, folder: str | Path, *, whole: bool = False) -> None:
-    """The model (`whole`: its weights and tokenizer too), in which vLLM finds no token that ends a response: not in its config, and without its
-    generation_config."""
-    for path in Path(source).iterdir() if whole else ():
+def endless(source: str | Path, folder: str | Path) -> None:
+    """A copy of the model in which vLLM finds no token that ends a response: not in its config, and without its generation_config."""
+    for path in Path(source).iterdir():
         if path.name != "generation_config.json":
             shutil.copy(path, folder)
     shape = json.loads((Path(source) / "config.json").read_text()) | {"eos_token_id": None}
@@ -177,7 +176,7 @@ def measure(cfg: config.Config, args: argparse.Namespace) -> dict:
     seconds: dict[str, list[float]] = {}
     cuda = topology.pick_device(cfg.device).type == "cuda"
     with tempfile.TemporaryDirectory() as run_dir:
-        engines = Engines(dataclasses.replace(cfg, run_dir=run_dir), cfg.model, cuda=cuda, stop_token_ids=[])
+        engines = Engines(dataclasses.replace(cfg, run_dir=run_dir), cfg.model, cuda=cuda, stop_token_ids=[], load_weights=True)
         try:
             engines.wait_until_ready()
             todo = works(Bench(cfg, engines), runnings, draws)

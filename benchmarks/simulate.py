@@ -76,7 +76,7 @@ def main() -> None:
         if cfg.warm_start is not None:
             warm_start.ensure(cfg)
         folder.mkdir()
-        benchmark.endless(local_folder(cfg.model), folder, whole=True)
+        benchmark.endless(local_folder(cfg.model), folder)
         cfg = dataclasses.replace(cfg, model=str(folder), warm_start=None)
         with trainer.open_run(cfg) as run:
             cuda, run.rollout = run.topology.device.type == "cuda", Profiled(run, runnings)
