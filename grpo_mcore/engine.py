@@ -60,7 +60,7 @@ class Engine:
         self._released = asyncio.Event()  # whether its weights are what they should be
         if args["load_format"] != "dummy":
             self._released.set()
-        self._asleep = False
+        self._paused = self._asleep = False
 
     async def ready(self, stop_token_ids: list[int]) -> tuple[str, list[int]]:
         """(host, ids of this process and its children), when it can take requests."""
@@ -135,7 +135,7 @@ class Engine:
     async def sleep(self) -> None:
         """Gives the GPU's memory back. Running requests go on after the next refit, which brings the weights again."""
         await self._llm.sleep(level=2, mode="keep")
-        self._asleep = True
+        self._paused = self._asleep = True
 
     async def places(self) -> list[list[str]]:
         """[host, GPU's UUID or ""] of each process that holds weights."""
@@ -152,6 +152,7 @@ class Engine:
         self._released.clear()
         if self._names:  # it takes 20 ms
             await self._llm.pause_generation(mode="keep", clear_cache=False)
+            self._paused = True
         if discard:
             self._discards += 1
             await self._llm.abort(list(self._names.values()))
@@ -178,7 +179,9 @@ class Engine:
         elif not keep_cache and not await self._llm.reset_prefix_cache(reset_running_requests=True):
             raise RuntimeError("vLLM did not reset its prefix cache")
         self._version = version
-        await self._llm.resume_generation()
+        if self._paused:
+            await self._llm.resume_generation()
+            self._paused = False
 
     async def release(self) -> None:
         """The weights have been proven."""

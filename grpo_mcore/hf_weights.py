@@ -96,10 +96,11 @@ def table(hf_config, parallel: Parallel = Parallel(), *, transformer_engine: boo
         yield row("mlp.linear_fc1.weight", {"mlp.gate_proj.weight": (ffn, d), "mlp.up_proj.weight": (ffn, d)}, gate_up)
         yield row("mlp.linear_fc2.weight", {"mlp.down_proj.weight": (d, ffn)}, columns)
 
-    rows = [Row("embedding.word_embeddings.weight", {"model.embed_tokens.weight": vocabulary}, vocab, 0)]
+    rows = []
     for i in range(hf_config.num_hidden_layers):
         rows += layer(i)
     rows.append(Row("decoder.final_layernorm.weight", {"model.norm.weight": (d,)}, same, parallel.pp - 1))
+    rows.append(Row("embedding.word_embeddings.weight", {"model.embed_tokens.weight": vocabulary}, vocab, 0))
     if not hf_config.tie_word_embeddings:
         rows.append(Row(HEAD, {"lm_head.weight": vocabulary}, vocab, parallel.pp - 1))
     return rows
@@ -110,7 +111,7 @@ def _rows_of(chunks: Sequence[Backbone], hf_config, topology: Topology) -> Itera
     parameters = {chunk.global_name(name): p for chunk in chunks for name, p in chunk.named_parameters()}
     rows = table(hf_config, topology.parallel, transformer_engine=any(name.endswith("linear_fc1.layer_norm_weight") for name in parameters))
     if hf_config.tie_word_embeddings and (copy := parameters.pop(HEAD, None)) is not None:  # the last of several stages has a copy
-        yield Row(HEAD, rows[0].hf, vocab, topology.pp_rank), copy
+        yield Row(HEAD, rows[-1].hf, vocab, topology.pp_rank), copy
     mine = {row.megatron for row in rows if row.stage == topology.pp_rank}
     if mine != set(parameters):
         raise RuntimeError(f"the weight table and the Megatron model differ in {sorted(mine ^ set(parameters))}")

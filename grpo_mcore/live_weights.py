@@ -40,6 +40,7 @@ class LiveWeights:
     def __init__(self, targets: Sequence[_Target]):
         self._target_of = {name: target for target in targets for name in target.parts}
         self._missing: set[str] = set()
+        self.lasting: set[str] = set()  # names of tensors that may be used where they lie, until they come again
         heads = [m for t in targets for m in t.owners if isinstance(m, ParallelLMHead)]
         for target in targets if current_platform.is_cpu() else ():
             # A CPU worker multiplies with a packed copy of the head, beside the matrix in which it looks tokens up. A model that has no
@@ -61,7 +62,7 @@ class LiveWeights:
 
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Keeps none of the tensors. Raises KeyError for a name that was not announced, or comes twice."""
+        """Keeps none of the tensors but the lasting ones. Raises KeyError for a name that was not announced, or comes twice."""
         touched = {}
         for name, tensor in weights:
             self._missing.remove(name)
@@ -72,8 +73,11 @@ class LiveWeights:
                     _pack(target.owners[0], _joined([target.arrived[part] for part in target.parts]))
                     target.arrived.clear()
             else:
-                row = target.parts[name]
-                target.parameter.data[row : row + tensor.shape[0]].copy_(tensor)
+                if name in self.lasting and tensor.shape == target.parameter.shape:
+                    target.parameter.data = tensor
+                else:
+                    row = target.parts[name]
+                    target.parameter.data[row : row + tensor.shape[0]].copy_(tensor)
                 if target.repacked and self._missing.isdisjoint(target.parts):
                     for module in target.repacked:
                         module.cpu_linear = None  # first gives the old copy's memory back

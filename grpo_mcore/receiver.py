@@ -22,7 +22,7 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.platforms import current_platform
 
 from grpo_mcore.live_weights import LiveWeights
-from grpo_mcore.weight_transfer import TensorInfo, from_dict, open_gloo, open_shared, start_broadcast, unpack
+from grpo_mcore.weight_transfer import TensorInfo, await_turn, cut, from_dict, join, num_bytes, open_gloo, open_shared, pass_turn, positions, start_broadcast, unpack
 
 BACKEND = "grpo_mcore"
 
@@ -54,6 +54,8 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
             self._wire = Gloo(*arguments, self.parallel_config.rank)
         elif init_info.transport == "shared_memory":
             self._wire = Shared(*arguments, reused=self._live is None)
+            if self._live:
+                self._live.lasting = self._wire.lasting
         else:
             self._wire = Vllms(init_info.transport, init_info.info, self)
 
@@ -134,11 +136,10 @@ class Gloo:
 
     def receive(self, info: dict) -> Iterator[list[tuple[str, torch.Tensor]]]:
         def start(bucket):
-            buffer = torch.empty(sum(i.num_bytes for i in bucket), dtype=torch.uint8)
+            buffer = torch.empty(num_bytes(bucket), dtype=torch.uint8)
             return bucket, buffer, start_broadcast(self._group, buffer)
 
-        ends = [sum(info["lengths"][: i + 1]) for i in range(len(info["lengths"]))]
-        waiting = [self._infos[end - length : end] for end, length in zip(ends, info["lengths"], strict=True)]
+        waiting = cut(self._infos, info["lengths"])
         following = start(waiting.pop(0))
         while following:
             bucket, buffer, arrival = following
@@ -155,22 +156,33 @@ class Gloo:
 
 
 class Shared:
-    """One bucket an update, where the sender wrote it."""
+    """All buckets in one update, where the sender writes them."""
 
     def __init__(self, infos: list[TensorInfo], info: dict, *, reused: bool):
-        """`reused`: what is loaded keeps tensors beyond their update, in which the sender writes over them."""
-        self._infos, self._reused, self._memory = infos, reused, open_shared(info["path"], info["num_bytes"])
+        """`reused`: what is loaded keeps tensors beyond their bucket, in which the sender writes over them."""
+        self._reused, self._buckets = reused, cut(infos, info["lengths"])
+        self._positions, size = positions(self._buckets, info["bucket_bytes"])
+        self._memory = open_shared(info["path"], size)
+        self._sender = join(info["socket"], info["timeout_s"])
+
+    @property
+    def lasting(self) -> set[str]:
+        """Names of tensors that nobody writes over before the next refit."""
+        return {i.name for bucket, position in zip(self._buckets, self._positions, strict=True) if position.lasting for i in bucket}
 
     def receive(self, info: dict) -> Iterator[list[tuple[str, torch.Tensor]]]:
-        bucket = self._infos[info["first"] : info["first"] + info["length"]]
-        buffer = self._memory[info["offset"] :][: sum(i.num_bytes for i in bucket)]
-        yield unpack(buffer.clone() if self._reused else buffer, bucket)
+        for bucket, position in zip(self._buckets, self._positions, strict=True):
+            await_turn(self._sender)
+            buffer = self._memory[position.offset :][: num_bytes(bucket)]
+            yield unpack(buffer.clone() if self._reused else buffer, bucket)
+            pass_turn(self._sender)
 
     def finish(self) -> None:
         pass
 
     def abort(self) -> None:
-        pass
+        """The sender learns it at once, and not when its time is up."""
+        self._sender.close()
 
 
 class Vllms:

@@ -44,6 +44,7 @@ class Refit:
         self._packing = model.packing(policy.hf_config, topology, cfg.precision, max_tokens=sum(map(len, canary)))
         self._dtype = getattr(torch, cfg.engine.dtype)
         self._groups = [[TensorInfo(name, self._dtype, shape) for name, shape in group.items()] for group in hf_weights.groups(policy.hf_config)]
+        self._bucket_bytes = cfg.refit.bucket_bytes or (256 << 20 if topology.device.type == "cuda" else 8 << 20)
         gpu = str(torch.cuda.get_device_properties(topology.device).uuid) if topology.device.type == "cuda" else ""
         self._trainers = collectives.gather(Place(socket.gethostname(), gpu), topology)
         exact = cfg.engine.dtype == cfg.precision.params == "float32" and cfg.engine.quantization is None
@@ -87,7 +88,7 @@ class Refit:
         if transport is None:
             return False
         export = functools.partial(self._policy.export, dtype=self._dtype, everywhere=transport == "ipc")
-        stream = Stream(self._groups, self._cfg.bucket_bytes, export)
+        stream = Stream(self._groups, self._bucket_bytes, export)
         delivered = True
         if self._engines is not None:
             try:
@@ -118,12 +119,12 @@ class Refit:
         places = [[Place(*place) for place in of_engine[slot]] for slot in members]
         self._transport = choose(self._cfg.transport, places, self._trainers)
         first_ranks, world_size = ranks([len(engine) for engine in places])
-        address, bucket_bytes, timeout_s = self._engines.address, self._cfg.bucket_bytes, self._cfg.timeout_s
-        stream = Stream(self._groups, bucket_bytes, lambda into: iter(()))
+        address, timeout_s = self._engines.address, self._cfg.timeout_s
+        stream = Stream(self._groups, self._bucket_bytes, lambda into: iter(()))
         self._sender = {
             "gloo": lambda: GlooSender(stream, address, world_size, timeout_s),
-            "nccl": lambda: NcclSender(bucket_bytes, address, world_size),
-            "shared_memory": lambda: SharedSender(stream),
+            "nccl": lambda: NcclSender(self._bucket_bytes, address, world_size),
+            "shared_memory": lambda: SharedSender(stream, world_size, timeout_s),
             "ipc": lambda: IpcSender(self._topology),
         }[self._transport]()
         weights = to_dict(stream.infos)

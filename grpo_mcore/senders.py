@@ -3,7 +3,7 @@
     broadcast   GlooSender, NcclSender    one stream to all engines, wherever they are, which load as it comes
     shared      SharedSender, IpcSender   engines on the trainer's machine (IPC: on its GPUs) read a bucket where it was written
 
-Both have two buckets: one is filled while the other is under way.
+A bucket is filled while the one before it is under way.
 """
 
 import base64
@@ -16,7 +16,7 @@ import torch
 from grpo_mcore.config import InputError
 from grpo_mcore.parallel import collectives
 from grpo_mcore.parallel.topology import Topology
-from grpo_mcore.weight_transfer import SharedMemory, TensorInfo, buckets, free_port, num_bytes, open_gloo, start_broadcast, to_dict, unpack
+from grpo_mcore.weight_transfer import SharedMemory, TensorInfo, await_turn, buckets, free_port, listen, num_bytes, open_gloo, pass_turn, positions, start_broadcast, to_dict, unpack
 
 # (update_info, what) -> a wait with a deadline: starts the update on all engines; `what` names the tensors in its error.
 Update = Callable[[dict, str], Callable[[], object]]
@@ -55,7 +55,7 @@ class Stream:
 
     def __init__(self, groups: Sequence[Sequence[TensorInfo]], bucket_bytes: int, export: Callable[..., Iterator[tuple[str, torch.Tensor]]]):
         """`export(into=...)` yields (name, tensor) in the order of `groups`, each written to into(name) where that is not None."""
-        self.buckets = list(buckets(groups, bucket_bytes))
+        self.bucket_bytes, self.buckets = bucket_bytes, list(buckets(groups, bucket_bytes))
         self.infos = [info for bucket in self.buckets for info in bucket]
         self.at = self.infos[0].name  # what is being sent, for errors
         self._views: dict[str, torch.Tensor] = {}
@@ -63,8 +63,8 @@ class Stream:
 
     @property
     def capacity_bytes(self) -> int:
-        """Of the largest bucket, a whole number of pages."""
-        return -(-max(map(num_bytes, self.buckets)) // 4096) * 4096
+        """Of the largest bucket."""
+        return max(map(num_bytes, self.buckets))
 
     def fill(self, memory: Callable[[int], torch.Tensor]) -> Iterator[tuple[int, list[TensorInfo], torch.Tensor]]:
         """(index, bucket, its bytes) one after the other; bucket i is written to the front of memory(i), uint8."""
@@ -171,33 +171,63 @@ class NcclSender:
 
 
 class SharedSender:
-    """Engines on this machine load a bucket from the memory that it was written to."""
+    """Engines on this machine load a bucket from the memory that it was written to. All buckets are one update, and bytes on a socket say
+    whose turn it is: a call for each bucket would go through four processes, which on busy cores wait for each other."""
 
-    def __init__(self, stream: Stream):
-        self._capacity = stream.capacity_bytes
-        self._memory = SharedMemory(2 * self._capacity)
+    def __init__(self, stream: Stream, world_size: int, timeout_s: float):
+        self._lengths, self._bucket_bytes = [len(bucket) for bucket in stream.buckets], stream.bucket_bytes
+        self._positions, size = positions(stream.buckets, stream.bucket_bytes)
+        self._memory = SharedMemory(size)
+        self._num_engine_ranks, self._timeout_s = world_size - 1, timeout_s
+        self._listener, self._engines = listen(), []
 
     def init_info(self, first_rank: int) -> dict:
-        return {"path": self._memory.path, "num_bytes": self._memory.num_bytes}
+        return {"path": self._memory.path, "lengths": self._lengths, "bucket_bytes": self._bucket_bytes, "socket": self._listener.getsockname().decode(),
+                "timeout_s": self._timeout_s}
 
     def open(self) -> None:
-        pass
+        """Blocks until every engine has joined; to be called while the engines initialise."""
+        self._listener.settimeout(self._timeout_s)
+        for _ in range(self._num_engine_ranks):
+            engine, _ = self._listener.accept()
+            engine.settimeout(self._timeout_s)
+            self._engines.append(engine)
 
     def send(self, stream: Stream, update: Update) -> None:
-        waits, first = [], 0
+        wait, loaded = None, 0
+
+        def start() -> None:  # the engines pause meanwhile
+            nonlocal wait
+            wait = wait or update({}, "loading")
+
+        def until_loaded(num_buckets: int) -> None:
+            nonlocal loaded
+            while loaded < num_buckets:
+                for engine in self._engines:
+                    await_turn(engine)
+                loaded += 1
 
         def memory(index: int) -> torch.Tensor:
-            if index >= 2:
-                waits[index - 2]()  # until the engines have loaded what lies there
-            return self._memory.bytes[index % 2 * self._capacity :][: self._capacity]
+            if self._positions[index].lasting:  # they may compute with what lies there
+                start()
+            until_loaded(self._positions[index].after)
+            return self._memory.bytes[self._positions[index].offset :]
 
-        for index, bucket, _ in stream.fill(memory):
-            waits.append(update({"first": first, "length": len(bucket), "offset": index % 2 * self._capacity}, f"loading {span(bucket)}"))
-            first += len(bucket)
-        for wait in waits[-2:]:
-            wait()
+        try:
+            for _ in stream.fill(memory):
+                start()
+                for engine in self._engines:
+                    pass_turn(engine)
+            until_loaded(len(stream.buckets))
+        except OSError as e:
+            stream.at = span(stream.buckets[loaded])  # where the engines are
+            raise BrokenWire(str(e)) from e
+        wait()
 
     def close(self) -> None:
+        """Engines that still wait for a bucket fail now."""
+        for end in (self._listener, *self._engines):
+            end.close()
         self._memory.close()
 
 

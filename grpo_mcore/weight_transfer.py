@@ -4,14 +4,20 @@ The trainer's end is senders.py; the engines' is receiver.py, which vLLM imports
 """
 
 import datetime
+import itertools
 import mmap
 import os
 import socket
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+
+
+PAGE = 4096  # bytes
+RING_BUCKETS = 4
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,43 @@ def buckets(groups: Iterable[Sequence[TensorInfo]], limit_bytes: int) -> Iterato
         yield bucket
 
 
+def cut(infos: Sequence[TensorInfo], lengths: Sequence[int]) -> list[list[TensorInfo]]:
+    """Buckets of so many tensors each."""
+    left = iter(infos)
+    return [list(itertools.islice(left, length)) for length in lengths]
+
+
+class Position(NamedTuple):
+    """Of a bucket in shared memory."""
+
+    offset: int
+    after: int  # so many buckets must have been loaded before this one is written
+    lasting: bool  # no other bucket comes here
+
+
+def positions(buckets: Sequence[Sequence[TensorInfo]], bucket_bytes: int) -> tuple[list[Position], int]:
+    """Where buckets stand, and the bytes of it all: in a ring of RING_BUCKETS, so that the sender may run ahead, but what is loaded is
+    still in a cache; those above bucket_bytes behind it, each in memory of its own."""
+    def whole_pages(size: int) -> int:
+        return -(-size // PAGE) * PAGE
+
+    out, taken = [], []
+    at, room = 0, RING_BUCKETS * whole_pages(bucket_bytes)
+    end = room
+    for index, bucket in enumerate(buckets):
+        size = whole_pages(num_bytes(bucket))
+        if num_bytes(bucket) > bucket_bytes:
+            out.append(Position(end, 0, True))
+            end += size
+            continue
+        if at + size > room:
+            at = 0
+        out.append(Position(at, max((other + 1 for other, start, stop in taken if start < at + size and at < stop), default=0), False))
+        taken.append((index, at, at + size))
+        at += size
+    return out, end
+
+
 def unpack(buffer: torch.Tensor, bucket: Sequence[TensorInfo]) -> list[tuple[str, torch.Tensor]]:
     """Named views of a uint8 buffer, one behind the other. The dtypes of one bucket should not increase in size."""
     parts = buffer.split([i.num_bytes for i in bucket])
@@ -88,6 +131,32 @@ def free_port(address: str) -> int:
     with socket.socket() as s:
         s.bind((address, 0))
         return s.getsockname()[1]
+
+
+def listen() -> socket.socket:
+    """For the processes of this machine; its name, getsockname(), is in no file system."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind("")
+    listener.listen()
+    return listener
+
+
+def join(name: str, timeout_s: float) -> socket.socket:
+    """The other end of `listen`. Raises OSError."""
+    end = socket.socket(socket.AF_UNIX)
+    end.settimeout(timeout_s)
+    end.connect(name.encode())
+    return end
+
+
+def pass_turn(end: socket.socket) -> None:
+    end.sendall(b"t")
+
+
+def await_turn(end: socket.socket) -> None:
+    """Raises OSError when the socket's time-out passes or the other end is gone."""
+    if not end.recv(1):
+        raise ConnectionError("the other end is gone")
 
 
 class SharedMemory:

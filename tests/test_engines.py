@@ -108,7 +108,7 @@ def vllm_process(slot) -> int:
 
 
 @slow
-@pytest.mark.parametrize(("how", "transport"), [(signal.SIGKILL, "shared"), (signal.SIGKILL, "broadcast"), (signal.SIGSTOP, "broadcast")])
+@pytest.mark.parametrize(("how", "transport"), [(signal.SIGKILL, "shared"), (signal.SIGKILL, "broadcast"), (signal.SIGSTOP, "broadcast"), (signal.SIGSTOP, "shared")])
 def test_an_engine_that_dies_or_hangs_in_mid_refit_is_replaced_and_the_others_are_refitted(session, undisturbed, capsys, monkeypatch, how, transport):
     session.refit_by(transport)(1)
     slot, honest = session.engines.ready[0], session.policy.export

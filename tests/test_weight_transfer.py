@@ -4,9 +4,11 @@ Not covered here: engines (test_refit.py).
 """
 
 import os
+import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,8 +17,9 @@ import torch
 
 from grpo_mcore import senders
 from grpo_mcore.config import InputError
-from grpo_mcore.senders import Place, SharedSender, Stream, choose
-from grpo_mcore.weight_transfer import SharedMemory, TensorInfo, buckets, free_port, from_dict, open_gloo, open_shared, ranks, start_broadcast, to_dict, unpack
+from grpo_mcore.senders import BrokenWire, Place, SharedSender, Stream, choose
+from grpo_mcore.weight_transfer import (
+    SharedMemory, TensorInfo, await_turn, buckets, cut, free_port, from_dict, join, open_gloo, open_shared, pass_turn, positions, ranks, start_broadcast, to_dict, unpack)
 from tests.dist import ROOT, environment
 
 BF16 = torch.bfloat16
@@ -31,9 +34,9 @@ GROUPS = [group(30, at=0), group(4, 2, 2, at=1), group(4, at=2), group(20, 20, a
 
 @pytest.mark.parametrize(("limit", "cuts"), [(1, [1, 3, 1, 2, 1]), (24, [1, 4, 2, 1]), (84, [5, 3]), (1000, [8])])
 def test_buckets_hold_all_groups_in_order_uncut_and_only_a_larger_group_exceeds_the_limit(limit, cuts):
-    cut = list(buckets(GROUPS, limit))
-    assert [len(bucket) for bucket in cut] == cuts
-    assert sum(cut, []) == sum(GROUPS, [])
+    made = list(buckets(GROUPS, limit))
+    assert [len(bucket) for bucket in made] == cuts
+    assert sum(made, []) == sum(GROUPS, []) and cut(sum(GROUPS, []), cuts) == made
 
 
 def test_unpacked_tensors_are_views_one_behind_the_other():
@@ -120,27 +123,98 @@ def test_a_tensor_that_was_not_announced_is_refused():
         list(stream.fill(lambda i: torch.zeros(stream.capacity_bytes, dtype=torch.uint8)))
 
 
-def test_a_shared_bucket_is_written_over_only_after_the_engines_loaded_it():
-    stream = Stream(GROUPS, 24, source(GROUPS))
-    sender = SharedSender(stream)
-    info = sender.init_info(1)
-    theirs = open_shared(info["path"], info["num_bytes"])
-    loaded, begun = [], []
+@pytest.mark.parametrize(("limit", "num_groups"), [(24, 5), (4096, 40), (5 * 4096, 40)])
+def test_no_bucket_is_written_where_another_may_not_have_been_loaded(limit, num_groups):
+    groups = GROUPS if num_groups == 5 else [group(random.Random(i).choice([1, 700, 2048, 5000, 9000]), at=i) for i in range(num_groups)]
+    made = list(buckets(groups, limit))
+    where, size = positions(made, limit)
+    spans = [(p.offset, p.offset + sum(i.num_bytes for i in bucket)) for p, bucket in zip(where, made, strict=True)]
+    assert max(end for _, end in spans) <= size and all(p.offset % 4096 == 0 for p in where)
+    for index, position in enumerate(where):
+        assert position.lasting == (sum(i.num_bytes for i in made[index]) > limit) and position.after <= index
+        for other in range(len(where)):
+            apart = spans[index][1] <= spans[other][0] or spans[other][1] <= spans[index][0]
+            assert apart or other == index or (not position.lasting and not where[other].lasting and (other < position.after or index < where[other].after))
+    assert not where[-1].after or max(p.after for p in where) > len(where) // 2  # it goes round
 
-    def update(update_info: dict, what: str):
-        begun.append(what)
-        index = len(begun) - 1
 
-        def wait():
-            if index == len(loaded):  # an engine that loads only when it must, as late as can be
-                bucket = stream.infos[update_info["first"] :][: update_info["length"]]
-                loaded.append([t.unique().tolist() for _, t in unpack(theirs[update_info["offset"] :][: sum(i.num_bytes for i in bucket)], bucket)])
-        return wait
+class Engine(threading.Thread):
+    """Loads bucket by bucket, `slowly` or not, up to `until`; then it does what `end` says."""
 
-    sender.send(stream, update)
+    def __init__(self, info: dict, stream: Stream, *, slowly: bool = False, until: int | None = None, end: str = "load all"):
+        super().__init__(daemon=True)
+        self.info, self.stream, self.slowly, self.until, self.end, self.loaded = info, stream, slowly, until, end, []
+        self.finished = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        sender = join(self.info["socket"], 30.0)
+        cut_again = cut(self.stream.infos, self.info["lengths"])
+        where, size = positions(cut_again, self.info["bucket_bytes"])
+        memory = open_shared(self.info["path"], size)
+        for index, (bucket, position) in enumerate(zip(cut_again, where, strict=True)):
+            await_turn(sender)
+            if index == self.until:
+                if self.end == "go":
+                    sender.close()
+                return self.finished.wait()
+            time.sleep(0.05 * self.slowly)
+            self.loaded += [t.unique().tolist() for _, t in unpack(memory[position.offset :][: sum(i.num_bytes for i in bucket)], bucket)]
+            pass_turn(sender)
+
+
+MANY = [group(2048, at=i) for i in range(12)] + [group(5000, at=12)]  # buckets of a page, three times round the ring; one in a place of its own
+
+
+def test_engines_find_every_tensor_where_the_sender_wrote_it_however_slow_one_is():
+    stream = Stream(MANY, 4096, source(MANY))
+    sender = SharedSender(stream, 3, 30.0)
+    engines = [Engine(sender.init_info(1), stream, slowly=slowly) for slowly in (False, True)]
+    sender.open()
+    began = []
+    sender.send(stream, lambda info, what: began.append(what) or (lambda: [engine.join(30) for engine in engines]))
     sender.close()
-    assert sum(loaded, []) == [[float(i)] for i in range(8)]
-    assert begun == ["loading 0.0", "loading 1.0 to 2.0", "loading 3.0 to 3.1", "loading 4.0"]
+    assert [engine.loaded for engine in engines] == [[[float(i)] for i in range(13)]] * 2
+    assert began == ["loading"]
+
+
+def test_what_engines_compute_with_is_written_only_after_they_paused():
+    big_first = [group(5000, at=0), *MANY[1:]]
+    seen = []
+    stream = Stream(big_first, 4096, source(big_first, seen=seen))
+    sender = SharedSender(stream, 2, 30.0)
+    engine = Engine(sender.init_info(1), stream)
+    sender.open()
+    written_before = []
+    sender.send(stream, lambda info, what: written_before.extend(seen) or (lambda: engine.join(30)))
+    sender.close()
+    assert written_before == [] and len(engine.loaded) == 13
+
+
+@pytest.mark.parametrize(("end", "timeout_s", "deadline_s"), [("go", 60.0, 15), ("hang", 1.0, 15)])
+def test_an_engine_that_goes_or_hangs_in_mid_refit_ends_it_by_its_deadline(end, timeout_s, deadline_s):
+    stream = Stream(MANY, 4096, source(MANY))
+    sender = SharedSender(stream, 2, timeout_s)
+    engine = Engine(sender.init_info(1), stream, until=5, end=end)
+    sender.open()
+    start = time.monotonic()
+    with pytest.raises(BrokenWire):
+        sender.send(stream, lambda info, what: lambda: None)
+    assert time.monotonic() - start < deadline_s and stream.at == "5.0"
+    sender.close()
+    engine.finished.set()
+
+
+def test_an_engine_learns_that_the_sender_is_gone():
+    sender = SharedSender(Stream(MANY, 4096, source(MANY)), 2, 30.0)
+    theirs = []
+    joining = threading.Thread(target=lambda: theirs.append(join(sender.init_info(1)["socket"], 30.0)))
+    joining.start()
+    sender.open()
+    joining.join()
+    sender.close()
+    with pytest.raises(ConnectionError, match="the other end is gone"):
+        await_turn(theirs[0])
 
 
 def shared_bytes() -> int:
