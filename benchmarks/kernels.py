@@ -24,12 +24,10 @@ Definitions:
 
 import argparse
 import ctypes
-import importlib.metadata
 import itertools
 import json
 import os
 import resource
-import shlex
 import statistics
 import subprocess
 import sys
@@ -44,13 +42,14 @@ sys.path.insert(0, str(ROOT))  # the kernels need nothing that would have to be 
 
 from grpo_mcore import kernels  # noqa: E402
 from grpo_mcore.kernels import reference  # noqa: E402
+from grpo_mcore.provenance import provenance  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 D = 1536
 ROWS, VOCABULARY = ("1024,4096,8192,16384,24576,32768", "151936,75968") if CUDA else ("2048", "151936")
 ROUNDS, REPETITIONS = (1, 10) if CUDA else (3, 1)
-PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "verl", "quack-kernels")
+PEERS = ("trl", "liger-kernel", "cut-cross-entropy", "verl", "quack-kernels")
 
 
 # Implementations: (hidden, weight, target) -> (logprob [T], entropy [T] or None). Imports are theirs: most are installed nowhere.
@@ -324,24 +323,6 @@ def search(rows: int, vocabulary: int) -> None:
     print(f"best ROWS, WORKSPACE_BYTES: {min(times, key=times.get)}", flush=True)
 
 
-def surroundings(args: argparse.Namespace) -> dict:
-    """What the figures depend on besides the code."""
-    def first(file: str, key: str) -> str:
-        return next((line.partition(":")[2].strip() for line in Path(file).read_text().splitlines() if line.startswith(key)), "unknown")
-
-    installed = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
-    commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], cwd=ROOT, capture_output=True, text=True)
-    gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if CUDA else {}
-    return {
-        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"), "git_commit": commit.stdout.strip() or "unknown",
-        "command": shlex.join(["python", "benchmarks/kernels.py", *sys.argv[1:]]),
-        "environment": {name: os.environ[name] for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY") if name in os.environ},
-        "hardware": {**gpu, "cpu": first("/proc/cpuinfo", "model name"), "cores": len(os.sched_getaffinity(0)),
-                     "memory_gib": round(int(first("/proc/meminfo", "MemTotal").split()[0]) / 2**20, 1)},
-        "versions": {name: installed[name] for name in PACKAGES if name in installed}, "rounds": args.rounds, "repetitions": args.repetitions,
-        "definitions": __doc__.partition("Definitions:\n")[2].splitlines()}
-
-
 def table(results: list[dict]) -> str:
     lines = [f"{'rows':>6} {'vocabulary':>10} {'implementation':28} | {'forward s':>10} {'of naive':>8} {'of peak':>7} | {'fwd+bwd s':>10} {'of naive':>8} {'of peak':>7} | "
              f"{'extra MB':>9} | errors: logprob, entropy, d_hidden, d_weight"]
@@ -375,7 +356,9 @@ def main() -> None:
         search(*sizes[0])
         return
     names = args.only.split(",")
-    about, results = surroundings(args), []
+    about, results = provenance(*PEERS) | {
+        "environment": {name: os.environ[name] for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY") if name in os.environ},
+        "rounds": args.rounds, "repetitions": args.repetitions, "definitions": __doc__.partition("Definitions:\n")[2].splitlines()}, []
     with tempfile.TemporaryDirectory() as folder:
         peak = child("--child", "peak", "0", "0", folder)["matmul_flops_per_s"]
         for rows, vocabulary in sizes:

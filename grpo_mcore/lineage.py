@@ -11,11 +11,10 @@ import dataclasses
 import hashlib
 import json
 import os
-import subprocess
 from pathlib import Path
 
 from grpo_mcore.config import Config, InputError
-from grpo_mcore.evaluate import versions
+from grpo_mcore.provenance import commit, versions
 
 FILE = "lineage.json"
 ACTIONS = ("train", "choose", "export", "prove", "evaluate")
@@ -99,11 +98,3 @@ def plain(value: object) -> dict:
 def config_digest(config: Config) -> str:
     return hashlib.sha256(json.dumps(plain(config), sort_keys=True).encode()).hexdigest()[:16]
 
-
-def commit() -> str | None:
-    """Of the code that runs, if it is a git repository's: -dirty if it has been changed since."""
-    try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None

@@ -53,6 +53,7 @@ class Stage:
     config: dict
     summary: dict
     layout: dict
+    starts: list[dict]  # of provenance.jsonl
     offset: int
 
     @property
@@ -173,7 +174,7 @@ def load(run_dirs: Sequence[str | Path]) -> list[Stage]:
         name = whole[i].name if [w.name for w in whole].count(whole[i].name) == 1 else "/".join(whole[i].parts[-2:])
         stages.append(Stage(
             visible(name), folder, run_folder.read_metrics(folder), run_folder.read_config(folder), run_folder.read_summary(folder), run_folder.read_layout(folder),
-            offset=stages[-1].offset + stages[-1].steps if stages else 0))
+            run_folder.read_provenance(folder), offset=stages[-1].offset + stages[-1].steps if stages else 0))
     return stages
 
 
@@ -241,9 +242,10 @@ def _header(stages: Sequence[Stage]) -> str:
     facts = [(label, *cells) for label, cells in facts if any(c != "–" for c in cells)]
     pairs = "".join(f"<div><dt>{_escape(label)}</dt><dd>{_escape(cells[0])}</dd></div>" for label, *cells in facts)
     table = f'<dl class="facts">{pairs}</dl>' if len(stages) == 1 else _table("", ["", *(stage.name for stage in stages)], facts)
-    configs = "".join(f"<details><summary>Configuration of {_escape(stage.name)}</summary><pre>{_escape(yaml.safe_dump(stage.config, sort_keys=False, allow_unicode=True))}</pre></details>"
-                      for stage in stages if stage.config)
-    return table + configs
+    details = [(f"Configuration of {stage.name}", stage.config) for stage in stages if stage.config]
+    details += [(f"Code, software and hardware of {stage.name}, of each start", stage.starts) for stage in stages if stage.starts]
+    return table + "".join(f"<details><summary>{_escape(summary)}</summary><pre>{_escape(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))}</pre></details>"
+                           for summary, content in details)
 
 
 def _state(stage: Stage) -> str:

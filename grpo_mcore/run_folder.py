@@ -1,4 +1,4 @@
-"""What a run leaves in its folder, read back: metrics.jsonl, config.yaml, summary.json, rollouts/, the checkpoints' layout.
+"""What a run leaves in its folder, read back: metrics.jsonl, config.yaml, provenance.jsonl, summary.json, rollouts/, the checkpoints' layout.
 
 A run may still be going: a half-written last line is dropped, and what is missing is empty. What is damaged is an InputError.
 """
@@ -40,6 +40,11 @@ def read_config(run_dir: str | Path) -> dict:
     except yaml.YAMLError as e:
         raise InputError("config", str(path), "is not valid YAML", "mend it, or start the run again, which writes it") from e
     return tree if isinstance(tree, dict) else {}
+
+
+def read_provenance(run_dir: str | Path) -> list[dict]:
+    """What the run ran with (provenance.provenance), once for each start."""
+    return _read_lines(Path(run_dir) / "provenance.jsonl")
 
 
 def read_summary(run_dir: str | Path) -> dict:

@@ -18,6 +18,7 @@ from grpo_mcore.hf_weights import local_folder
 from grpo_mcore.parallel import collectives, topology
 from grpo_mcore.parallel.topology import Topology
 from grpo_mcore.policy import FrozenPolicy, Policy, learning_rate
+from grpo_mcore.provenance import provenance
 from grpo_mcore.refit import Refit
 from grpo_mcore.rollout import Rollout, Step
 from grpo_mcore.types import GlobalBatch, Group
@@ -308,10 +309,12 @@ def check_lengths(cfg: config.Config, hf_config) -> None:
 
 
 def prepare_run_dir(cfg: config.Config) -> None:
-    """Makes the folder and saves the resolved configuration. Raises InputError if it cannot be written."""
+    """Makes the folder and saves the resolved configuration, and for each start what it ran with. Raises InputError if it cannot be written."""
     try:
         Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
         (Path(cfg.run_dir) / "config.yaml").write_text(config_file.to_yaml(cfg))
+        with (Path(cfg.run_dir) / "provenance.jsonl").open("a") as f:
+            f.write(json.dumps(provenance()) + "\n")
     except OSError as e:
         raise config.InputError("run_dir", cfg.run_dir, f"cannot be written ({e.strerror})", "name another folder") from e
 

@@ -13,8 +13,8 @@ KINDS = {
     "qwen2_untied": (tf.Qwen2ForCausalLM, tf.Qwen2Config, dict(tie_word_embeddings=False, rope_parameters=dict(rope_type="default", rope_theta=10000.0))),
     "qwen2_deep": (tf.Qwen2ForCausalLM, tf.Qwen2Config, dict(tie_word_embeddings=True, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4)),
     "qwen3": (tf.Qwen3ForCausalLM, tf.Qwen3Config, dict(tie_word_embeddings=False, head_dim=64)),
-    "llama_llama3_rope": (tf.LlamaForCausalLM, tf.LlamaConfig, dict(tie_word_embeddings=True, rope_parameters=_LLAMA3)),
-    "llama_linear_rope": (tf.LlamaForCausalLM, tf.LlamaConfig, dict(tie_word_embeddings=False, rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=4.0))),
+    "llama_llama3_rope": (tf.LlamaForCausalLM, tf.LlamaConfig, dict(vocab_size=128, tie_word_embeddings=True, rope_parameters=_LLAMA3)),
+    "llama_linear_rope": (tf.LlamaForCausalLM, tf.LlamaConfig, dict(vocab_size=128, tie_word_embeddings=False, rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=4.0))),
 }
 
 

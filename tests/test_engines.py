@@ -29,7 +29,7 @@ slow = pytest.mark.slow  # engines take 15 to 40 s to start
 
 @pytest.fixture(scope="module")
 def session(model_folders, tmp_path_factory):
-    s = Session(model_folders["qwen2_tied"], str(tmp_path_factory.mktemp("run")), {}, "engine.num_engines=2", "engine.health_timeout_s=4", "engine.max_failures=8",
+    s = Session(model_folders["qwen2_tied"], str(tmp_path_factory.mktemp("run")), {}, "engine.num_engines=2", "engine.health_timeout_s=4", "engine.max_failures=12",
                 "engine.max_running_responses=16", "rollout.max_response_tokens=200", "refit.timeout_s=20")
     yield s
     s.close()

@@ -15,7 +15,7 @@ PACKAGE = "grpo_mcore"
 
 # A module may import from its own level and below. parallel and kernels are one level, blind to each other.
 LEVELS = [
-    ["config", "config_file", "rules", "run_folder", "types"],
+    ["config", "config_file", "rules", "run_folder", "types", "provenance"],
     ["kernels", "parallel"],
     ["prompts", "arithmetic", "math_answer", "boxed_answer", "verifiers", "grading_process", "reward", "shaping", "scores", "advantage", "batch", "logprob", "loss", "recipe", "dispatch", "admission", "stop"],
     ["model", "hf_weights", "policy", "engine", "placement", "engines", "refit", "weight_transfer", "senders", "live_weights", "receiver", "checkpoint", "stored", "convert", "parity", "metrics", "plan", "plan_time"],

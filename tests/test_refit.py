@@ -212,7 +212,7 @@ def refit_on_ranks(folder: str, run_dir: str, axes: dict[str, int]) -> list[floa
         session.close()
 
 
-@pytest.mark.parametrize(("kind", "axes"), [("qwen2_untied", {"tp": 2, "pp": 2}), ("qwen2_tied", {"tp": 2, "sequence_parallel": True}), ("llama_linear_rope", {"cp": 2})], ids=str)
+@pytest.mark.parametrize(("kind", "axes"), [("qwen2_untied", {"tp": 2, "pp": 2}), ("llama_llama3_rope", {"tp": 2, "sequence_parallel": True}), ("llama_linear_rope", {"cp": 2})], ids=str)
 def test_a_policy_split_over_ranks_refits_the_same(model_folders, tmp_path, kind, axes):
     ranks = 4 if "pp" in axes else 2
     driver, *others = spawn(refit_on_ranks, ranks, model_folders[kind], str(tmp_path), axes, timeout_s=400)

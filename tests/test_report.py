@@ -101,14 +101,16 @@ def path_points(svg: str, colour: str) -> list[list[tuple[float, float]]]:
 
 
 def test_the_page_says_the_numbers_of_the_files(tmp_path):
-    page = page_of(make_run(tmp_path / "run"))
+    run = make_run(tmp_path / "run")
+    (run / "provenance.jsonl").write_text(json.dumps({"git_commit": "abc-dirty", "versions": {"vllm": "<0.32>"}}) + "\n")
+    page = page_of(run)
     assert page.chart("reward/mean") == [[1, 2, 3], [0.125, 0.25, 0.375]]
     assert page.chart("held-out mean@16 ± standard error") == [[0, 3], [0.25, 0.5]]
     assert page.chart("update/grad_norm")[1] == [0.333333] * 3
     assert page.cells("reward/correct") == ["2", "6", "2", "6", "3", "0"]  # first, last, lowest, highest, rows, not finite
     assert {name for name in TRAINED[0] | EVALUATED[0] if name != "step"} <= set(re.findall(r'<th scope="row">(.*?)</th>', page.raw.decode()))
     for said in ("some/model", "guide/8k", "finished: 3 steps", "tp 2 x cp 1 x pp 1", "mean 0.125 (step 1); mean 0.375 (step 3)", "mean@16 0.25 (step 0); mean@16 0.5 (step 3)",
-                 "Accuracy on aime_2024", "0 throughout: reward/timed_out"):
+                 "Accuracy on aime_2024", "0 throughout: reward/timed_out", "of each start", "git_commit: abc-dirty", "vllm: <0.32>"):
         assert said in page.text, said
 
 
@@ -271,7 +273,7 @@ def test_half_written_last_lines_are_dropped(tmp_path):
 @pytest.mark.parametrize("file, text, said", [
     ("metrics.jsonl", '{"step": 1}\n{"step"\n', "metrics.jsonl:2"), ("metrics.jsonl", '{"reward/mean": 1.0}\n', "step is no number"), ("metrics.jsonl", '{"step": 1, "a": "b"}\n', "a is no number"),
     ("rollouts/step_000001.jsonl", "[1]\n", "step_000001.jsonl:1"), ("rollouts/step_000001.jsonl", "[" * 100000 + "\n", "step_000001.jsonl:1"),
-    ("summary.json", "{", "summary.json"), ("config.yaml", "a: [", "config.yaml"),
+    ("summary.json", "{", "summary.json"), ("provenance.jsonl", "{\n", "provenance.jsonl"), ("config.yaml", "a: [", "config.yaml"),
 ])
 def test_damaged_files_are_named(tmp_path, file, text, said):
     run = make_run(tmp_path / "run")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_mcore import arithmetic, checkpoint, metrics, trainer
+from grpo_mcore import arithmetic, checkpoint, metrics, run_folder, trainer
 from grpo_mcore.reward import Status, Verdict
 from grpo_mcore.types import Group, Prompt, Response
 from tests.conftest import CONFIG
@@ -171,6 +171,9 @@ def test_sigterm_saves_the_last_completed_step_and_another_layout_goes_on_from_i
     out = train(cfg, f"num_steps={step + 1}", "parallel.tp=2", ranks=2)
     assert f"going on from step {step}" in out
     assert [r["step"] for r in rows(tmp_path / "run") if "reward/mean" in r] == list(range(1, step + 2))
+    starts = run_folder.read_provenance(tmp_path / "run")
+    assert [f"parallel.{axis}=2" in start["command"].split() for start in starts for axis in ("pp", "tp")] == [True, False, False, True]
+    assert all(start["command"].startswith("torchrun --nproc-per-node 2 launch/train.py ") and "torch" in start["versions"] for start in starts)
 
 
 def test_metrics_of_a_steps_samples_leave_masked_groups_out():
