@@ -2,7 +2,7 @@
 goes, weighs on both alike.
 
     python benchmarks/simulate.py --cfg configs/quickstart.yaml num_steps=20
-    python benchmarks/simulate.py --cfg configs/smollm2.yaml --running 1,8,32 num_steps=8 engine.num_engines=2 engine.num_threads=1
+    python benchmarks/simulate.py --cfg configs/smollm2.yaml --running 1,8,32 --out benchmarks/results/simulate_smollm2.json num_steps=6 engine.num_engines=2 engine.num_threads=1
 
 Definitions:
     run           launch/train.py's, with rollout.max_staleness = 0, without evaluation and checkpoints; its first step warms up and does not count
