@@ -70,7 +70,8 @@ def vocab(hf, shard, hf_config, tp, rank):
 
 
 def table(hf_config, parallel: Parallel = Parallel(), *, transformer_engine: bool = False) -> list[Row]:
-    """Every parameter of the model, in the order of its layers. Transformer Engine fuses each layer norm into the linear
+    """Every parameter of the model, in the order of its layers; the embedding comes behind them, since engines would wait for so large
+    a tensor at the start of a refit. Transformer Engine fuses each layer norm into the linear
     map behind it, and the parameter's name says so."""
     attention_norm, mlp_norm = (
         ("self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight") if transformer_engine

@@ -186,14 +186,17 @@ class SharedSender:
                 "timeout_s": self._timeout_s}
 
     def open(self) -> None:
-        """Blocks until every engine has joined; to be called while the engines initialise."""
+        pass  # engines join without it: one that cannot says so at once
+
+    def _accept(self) -> None:
         self._listener.settimeout(self._timeout_s)
-        for _ in range(self._num_engine_ranks):
+        while len(self._engines) < self._num_engine_ranks:
             engine, _ = self._listener.accept()
             engine.settimeout(self._timeout_s)
             self._engines.append(engine)
 
     def send(self, stream: Stream, update: Update) -> None:
+        self._accept()
         wait, loaded = None, 0
 
         def start() -> None:  # the engines pause meanwhile

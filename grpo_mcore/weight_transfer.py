@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-
 PAGE = 4096  # bytes
 RING_BUCKETS = 4
 

@@ -170,7 +170,6 @@ def test_engines_find_every_tensor_where_the_sender_wrote_it_however_slow_one_is
     stream = Stream(MANY, 4096, source(MANY))
     sender = SharedSender(stream, 3, 30.0)
     engines = [Engine(sender.init_info(1), stream, slowly=slowly) for slowly in (False, True)]
-    sender.open()
     began = []
     sender.send(stream, lambda info, what: began.append(what) or (lambda: [engine.join(30) for engine in engines]))
     sender.close()
@@ -184,7 +183,6 @@ def test_what_engines_compute_with_is_written_only_after_they_paused():
     stream = Stream(big_first, 4096, source(big_first, seen=seen))
     sender = SharedSender(stream, 2, 30.0)
     engine = Engine(sender.init_info(1), stream)
-    sender.open()
     written_before = []
     sender.send(stream, lambda info, what: written_before.extend(seen) or (lambda: engine.join(30)))
     sender.close()
@@ -196,7 +194,6 @@ def test_an_engine_that_goes_or_hangs_in_mid_refit_ends_it_by_its_deadline(end, 
     stream = Stream(MANY, 4096, source(MANY))
     sender = SharedSender(stream, 2, timeout_s)
     engine = Engine(sender.init_info(1), stream, until=5, end=end)
-    sender.open()
     start = time.monotonic()
     with pytest.raises(BrokenWire):
         sender.send(stream, lambda info, what: lambda: None)
@@ -206,15 +203,14 @@ def test_an_engine_that_goes_or_hangs_in_mid_refit_ends_it_by_its_deadline(end, 
 
 
 def test_an_engine_learns_that_the_sender_is_gone():
-    sender = SharedSender(Stream(MANY, 4096, source(MANY)), 2, 30.0)
-    theirs = []
-    joining = threading.Thread(target=lambda: theirs.append(join(sender.init_info(1)["socket"], 30.0)))
-    joining.start()
-    sender.open()
-    joining.join()
+    sender = SharedSender(Stream(MANY, 4096, source(MANY, fail_at="3.0")), 2, 30.0)
+    engine = join(sender.init_info(1)["socket"], 30.0)
+    with pytest.raises(RuntimeError, match="lost"):
+        sender.send(Stream(MANY, 4096, source(MANY, fail_at="3.0")), lambda info, what: lambda: None)  # what comes before it fits into the ring
     sender.close()
     with pytest.raises(ConnectionError, match="the other end is gone"):
-        await_turn(theirs[0])
+        for _ in range(4):
+            await_turn(engine)
 
 
 def shared_bytes() -> int:
