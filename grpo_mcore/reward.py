@@ -7,6 +7,7 @@ number of those is a metric: a grader that is too tight makes wrong zeros.
 import enum
 import math
 import select
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -50,7 +51,7 @@ class Verdict:
 
 
 class Grader:
-    """Grades responses; a context manager, for use from one thread at a time.
+    """Grades responses; a context manager. Threads that need its processes take turns.
 
     num_processes: processes that compare, started as far as there are questions for them.
     cpu_s, wall_s: processor and clock seconds for one comparison; start-up does not count. wall_s >= cpu_s.
@@ -76,6 +77,7 @@ class Grader:
         self._verifiers = [verifier] + [name for name in VERIFIERS if name != verifier and compare_verifiers]
         self._require_think = require_think
         self._processes: list[GradingProcess] = []
+        self._asking = threading.Lock()  # evaluation comes between steps that are being sampled
         self._is_closed = False
 
     def grade(self, items: Sequence[tuple[str, str, bool]]) -> list[Verdict]:
@@ -93,7 +95,8 @@ class Grader:
                                  f"non-blank string of at most {MAX_GOLD_CHARS} characters")
         graded = [[self._read(name, *item) for name in self._verifiers] for item in items]
         questions = dict.fromkeys(entry for row in graded for entry in row if isinstance(entry, Question))
-        reply_to = self._ask_all(list(questions))
+        with self._asking:
+            reply_to = self._ask_all(list(questions))
         verdicts = [[_verdict(entry, reply_to[entry]) if isinstance(entry, Question) else entry for entry in row] for row in graded]
         return [replace(mine, other=others[0]) if others else mine for mine, *others in verdicts]
 

@@ -21,7 +21,6 @@ from grpo_mcore.engines import Engines
 from grpo_mcore.types import Group, Prompt, Response
 
 CHECK_EVERY_S = 0.5  # how soon a wait notices that the engines are gone
-_GRADING = threading.Lock()  # a Grader serves one thread at a time, and evaluation comes between steps that are being sampled
 EVALUATION, TRAINING = 0, 1  # first parts of a request's key: evaluation goes first
 
 
@@ -85,8 +84,7 @@ def group_of(prompt: Prompt, completions: Sequence[Completion], *, oldest: int, 
 
 def grade(groups: Sequence[Group], tokenizer: prompts.Tokenizer, grader: reward.Grader) -> tuple[list[list[float]], list[reward.Verdict]]:
     """(rewards_PG, verdicts in the order of groups and responses)."""
-    with _GRADING:
-        verdicts = grader.grade([(tokenizer.decode(r.token_ids), g.prompt.answer, r.truncated) for g in groups for r in g.responses])
+    verdicts = grader.grade([(tokenizer.decode(r.token_ids), g.prompt.answer, r.truncated) for g in groups for r in g.responses])
     it = iter(verdicts)
     return [[next(it).reward for _ in g.responses] for g in groups], verdicts
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -161,6 +162,15 @@ def test_a_process_that_is_killed_at_work_costs_one_answer():
         killer.join()
     assert verdicts[0] == Verdict(0.0, Status.TIMED_OUT, "9^{9^{9^9}}", "ended by SIGKILL")
     assert verdicts[1].status == Status.CORRECT
+
+
+def test_threads_get_the_replies_to_their_own_questions(warm):
+    def ask(thread: int) -> list[bool]:
+        golds = [f"{'x' if i % 2 else 'y'}+{100 * thread + i}" for i in range(20)]
+        return [v.reward == 1.0 for v in warm.grade([(boxed(f"{100 * thread + i}+x"), gold, False) for i, gold in enumerate(golds)])]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(ask, range(4))) == [[i % 2 == 1 for i in range(20)]] * 4
 
 
 def test_processes_ignore_ctrl_c(warm):
