@@ -70,9 +70,11 @@ def vocab(hf, shard, hf_config, tp, rank):
 
 
 def table(hf_config, parallel: Parallel = Parallel(), *, transformer_engine: bool = False) -> list[Row]:
-    """Every parameter of the model, in the order of its layers; the embedding comes behind them, since engines would wait for so large
-    a tensor at the start of a refit. Transformer Engine fuses each layer norm into the linear
-    map behind it, and the parameter's name says so."""
+    """Every parameter of the model, in the order of its layers. Transformer Engine fuses each layer norm into the linear
+    map behind it, and the parameter's name says so.
+
+    The embedding comes behind the layers, since engines would wait for so large a tensor at the start of a refit; the head not right
+    behind it, since who goes through the table holds two tensors for a moment."""
     attention_norm, mlp_norm = (
         ("self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight") if transformer_engine
         else ("input_layernorm.weight", "pre_mlp_layernorm.weight"))
@@ -100,8 +102,8 @@ def table(hf_config, parallel: Parallel = Parallel(), *, transformer_engine: boo
     rows = []
     for i in range(hf_config.num_hidden_layers):
         rows += layer(i)
-    rows.append(Row("decoder.final_layernorm.weight", {"model.norm.weight": (d,)}, same, parallel.pp - 1))
     rows.append(Row("embedding.word_embeddings.weight", {"model.embed_tokens.weight": vocabulary}, vocab, 0))
+    rows.append(Row("decoder.final_layernorm.weight", {"model.norm.weight": (d,)}, same, parallel.pp - 1))
     if not hf_config.tie_word_embeddings:
         rows.append(Row(HEAD, {"lm_head.weight": vocabulary}, vocab, parallel.pp - 1))
     return rows
@@ -112,7 +114,7 @@ def _rows_of(chunks: Sequence[Backbone], hf_config, topology: Topology) -> Itera
     parameters = {chunk.global_name(name): p for chunk in chunks for name, p in chunk.named_parameters()}
     rows = table(hf_config, topology.parallel, transformer_engine=any(name.endswith("linear_fc1.layer_norm_weight") for name in parameters))
     if hf_config.tie_word_embeddings and (copy := parameters.pop(HEAD, None)) is not None:  # the last of several stages has a copy
-        yield Row(HEAD, rows[-1].hf, vocab, topology.pp_rank), copy
+        yield Row(HEAD, next(row.hf for row in rows if row.layout is vocab), vocab, topology.pp_rank), copy
     mine = {row.megatron for row in rows if row.stage == topology.pp_rank}
     if mine != set(parameters):
         raise RuntimeError(f"the weight table and the Megatron model differ in {sorted(mine ^ set(parameters))}")
