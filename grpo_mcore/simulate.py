@@ -1,12 +1,8 @@
 """A run in virtual time: the decisions are Dispatch's and Admission's, the seconds those of a Cluster; what it samples is drawn.
 
-Events move engines from one change to the next, never token by token: between two changes every running response of an engine
-gains one token an iteration, so that their ends keep their order on the engine's count of iterations.
+Events move engines from one change to the next, never token by token.
 
-    engine      a vLLM engine: responses run in the order in which they came, at most max_running_responses and what the cache
-                holds; one without room for its next tokens sends its youngest response back to the queue. What happens within an
-                iteration takes effect at its end. A prompt is computed when its first response starts, its siblings find
-                all whole blocks of it.
+    engine      simulated_engine.py
     trainer     the loop of trainer.py: refit, wait for the step's groups, train. A refit suspends the iteration under way.
     failures    of an engine, after exponential times; its requests go to the others, and begin anew. One that has started again
                 joins at the next refit; if no engine is left, there is one as soon as the first has started.
@@ -16,14 +12,14 @@ Not in it: evaluation, grading that takes longer than the slowest response, engi
 
 import heapq
 import random
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from grpo_mcore import config
 from grpo_mcore.admission import Admission
-from grpo_mcore.cluster import Cluster, Draw, EngineProfile
-from grpo_mcore.dispatch import Dispatch, Key
+from grpo_mcore.cluster import Cluster, Draw
+from grpo_mcore.dispatch import Dispatch
+from grpo_mcore.simulated_engine import Attempt, SimulatedEngine
 
 
 @dataclass
@@ -50,186 +46,6 @@ class Step:
         return self.refit_s + self.rollout_s + self.train_s
 
 
-class _Attempt:
-    """A request at an engine."""
-
-    __slots__ = ("key", "draw", "spans", "left", "cancelled", "prompt_computed")
-
-    def __init__(self, key: Key, draw: Draw):
-        self.key, self.draw = key, draw
-        self.spans: list[list[tuple[int, int]]] = [[] for _ in draw.response_tokens]  # (version, tokens) of each response
-        self.left = len(draw.response_tokens)
-        self.cancelled = self.prompt_computed = False
-
-
-class _Response:
-    __slots__ = ("attempt", "index", "tokens", "since")
-
-    def __init__(self, attempt: _Attempt, index: int):
-        self.attempt, self.index = attempt, index
-        self.tokens = 0  # credited to versions
-        self.since = 0  # iteration up to which they are
-
-    @property
-    def length(self) -> int:
-        return self.attempt.draw.response_tokens[self.index]
-
-    @property
-    def context(self) -> int:
-        return self.attempt.draw.prompt_tokens + self.tokens
-
-
-class _Engine:
-    """Lazily up to date: `settle` brings it to the present before anything is done to it from outside."""
-
-    def __init__(self, profile: EngineProfile, max_running_responses: int, version: int, at: float):
-        self._profile, self._max_running = profile, max_running_responses
-        self.version = version
-        self.at = at  # the iteration under way began then; idle: none begins before
-        self.iteration = 0  # number of those before it
-        self.ahead: int | None = None  # iterations to the next change; None: nothing to do
-        self.busy_s: float = 0
-        self.slots_s: float = 0
-        self.preemptions = 0
-        self._cancelled = False  # something that runs
-        self.attempts: dict[Key, _Attempt] = {}
-        self._kv = 0  # tokens in the cache
-        self._queue: deque[_Response] = deque()
-        self._running: list[tuple[int, int, _Response]] = []  # a heap by (iteration of the end, order of the start)
-        self._num_started = 0
-
-    def add(self, attempt: _Attempt) -> None:
-        self.attempts[attempt.key] = attempt
-        self._queue.extend(_Response(attempt, i) for i in range(attempt.left))
-
-    def cancel(self, key: Key) -> None:
-        self.attempts.pop(key).cancelled = self._cancelled = True
-
-    def settle(self, now: float) -> None:
-        """Counts the iterations that are over."""
-        if self._running:
-            self._advance(self._profile.iterations_within(now - self.at, len(self._running), self._kv))
-        else:
-            self.at = max(self.at, now)
-
-    def look_ahead(self) -> float | None:
-        """When something changes at the soonest, for `change`. To be called after `settle` and whatever was added or cancelled."""
-        if not self._running:
-            self.ahead = 0 if self._queue else None
-        else:
-            self.ahead = self._to_the_next_change()
-            if self._cancelled or (self._queue and len(self._running) < self._max_running):
-                self.ahead = min(self.ahead, 1)
-        return None if self.ahead is None else self.at + self._seconds(self.ahead)
-
-    def change(self) -> tuple[list[_Attempt], float | None]:
-        """(requests that are done, when something changes next), at the time that look_ahead gave."""
-        self._advance(self.ahead)
-        if self._cancelled:
-            self._leave([entry for entry in self._running if entry[2].attempt.cancelled])
-            self._cancelled = False
-        done = []
-        while self._running and self._running[0][0] <= self.iteration:
-            response = heapq.heappop(self._running)[2]
-            self._credit(response)
-            self._kv -= response.context
-            response.attempt.left -= 1
-            if not response.attempt.left:
-                done.append(self.attempts.pop(response.attempt.key))
-        self._make_room()
-        self._start()
-        self.ahead = self._to_the_next_change() if self._running else None
-        return done, None if self.ahead is None else self.at + self._seconds(self.ahead)
-
-    def refit(self, now: float, seconds: float, version: int, *, recompute: bool) -> None:
-        """Sampling pauses; what is sampled from now on has this version."""
-        self.settle(now)
-        for _, _, response in self._running:
-            self._credit(response)
-        self.version = version
-        self.at += seconds
-        if recompute and self._running:
-            self._prefill(self._kv, 0)
-
-    def _to_the_next_change(self) -> int:
-        until_end, n, capacity = self._running[0][0] - self.iteration, len(self._running), self._profile.kv_cache_tokens
-        return until_end if capacity is None or n == 1 else min(until_end, max((capacity - self._kv) // n, 1))
-
-    def _seconds(self, iterations: int) -> float:
-        return self._profile.decode_s(iterations, len(self._running), self._kv) if iterations else 0
-
-    def _advance(self, iterations: int) -> None:
-        seconds, n = self._seconds(iterations), len(self._running)
-        self.at += seconds
-        self.iteration += iterations
-        self._kv += n * iterations
-        self.busy_s += seconds
-        self.slots_s += n * seconds
-
-    def _credit(self, response: _Response) -> None:
-        """Its new tokens, to the version."""
-        tokens = self.iteration - response.since
-        if tokens:
-            response.attempt.spans[response.index].append((self.version, tokens))
-        response.tokens += tokens
-        response.since = self.iteration
-
-    def _make_room(self) -> None:
-        """For the next iteration's tokens."""
-        capacity, kept, kv = self._profile.kv_cache_tokens, len(self._running), self._kv
-        if capacity is None or kept == 1 or kv + kept <= capacity:
-            return
-        by_age = sorted(self._running, key=lambda entry: entry[1])
-        while kept > 1 and kv + kept > capacity:
-            kept -= 1
-            response = by_age[kept][2]
-            kv -= response.context + self.iteration - response.since
-        self._leave(by_age[kept:])
-        self._queue.extendleft(response for _, _, response in reversed(by_age[kept:]))
-        self.preemptions += len(by_age) - kept
-
-    def _leave(self, entries: list[tuple[int, int, _Response]]) -> None:
-        gone = {id(response) for _, _, response in entries}
-        for _, _, response in entries:
-            self._credit(response)
-            self._kv -= response.context
-        self._running = [entry for entry in self._running if id(entry[2]) not in gone]
-        heapq.heapify(self._running)
-
-    def _start(self) -> None:
-        """As many of the queue as there is room for."""
-        tokens, started, capacity = 0, 0, self._profile.kv_cache_tokens
-        while self._queue and len(self._running) < self._max_running:
-            response = self._queue[0]
-            if not response.attempt.cancelled:
-                n = len(self._running) + 1
-                if n > 1 and capacity is not None and self._kv + response.context + n > capacity:
-                    break
-                tokens += self._prompt_tokens(response)
-                started += 1
-                response.since = self.iteration
-                self._num_started += 1
-                self._kv += response.context
-                heapq.heappush(self._running, (self.iteration + response.length - response.tokens, self._num_started, response))
-            self._queue.popleft()
-        if started:
-            self._prefill(tokens, started)
-
-    def _prompt_tokens(self, response: _Response) -> int:
-        """Those to compute: of a sibling only what fills no block of the prefix cache; of one that lost its place all."""
-        if response.tokens or not response.attempt.prompt_computed:
-            response.attempt.prompt_computed = True
-            return response.context
-        block = self._profile.block_tokens
-        return (response.context - 1) % block + 1 if block else response.context
-
-    def _prefill(self, tokens: int, responses: int) -> None:
-        seconds = tokens * self._profile.prefill_token_s + responses * self._profile.response_s
-        self.at += seconds
-        self.busy_s += seconds
-        self.slots_s += len(self._running) * seconds
-
-
 _ENGINE, _FAILURE, _STARTED, _TRAINER = range(4)  # of events at the same time: which is first
 
 
@@ -245,10 +61,10 @@ class Simulation:
         self.now: float = 0
         self._events: list[tuple] = []  # a heap of (time, kind, engine's index, number, engine)
         self._num_events = 0
-        self._engines: dict[int, _Engine] = {}
+        self._engines: dict[int, SimulatedEngine] = {}
         self._expected: dict[int, int] = {}  # by engine: the number of the event that counts
         self._started = list(range(engine.num_engines))  # waiting for a refit to join
-        self._arrived: dict[int, _Attempt] = {}
+        self._arrived: dict[int, Attempt] = {}
         self._version = 0
         self._since: float = 0  # the trainer's phase
         self._next: Callable[[], None] | None = None  # what the trainer does when its phase is over; None: it waits for groups or for an engine
@@ -292,7 +108,7 @@ class Simulation:
             engine.refit(self.now, seconds, self._version, recompute=self._rollout.cache_after_refit == "recompute")
             self._expect(index, engine.look_ahead())
         for index in self._started:
-            self._engines[index] = _Engine(self._cluster.engine, self._engine_cfg.max_running_responses, self._version, self.now + seconds)
+            self._engines[index] = SimulatedEngine(self._cluster.engine, self._engine_cfg.max_running_responses, self._version, self.now + seconds)
             self._dispatch.join(index)
             if self._cluster.failures:
                 self._push(self.now + self._cluster.failures.life_s(self._rng), _FAILURE, index)
@@ -361,12 +177,12 @@ class Simulation:
         touched = {}
         for index, key in self._dispatch.deal():
             engine = touched[index] = self._engines[index]
-            engine.add(_Attempt(key, self._draw(key[0])))
+            engine.add(Attempt(key, self._draw(key[0])))
         for index, engine in touched.items():
             engine.settle(self.now)
             self._expect(index, engine.look_ahead())
 
-    def _finish(self, index: int, attempt: _Attempt) -> None:
+    def _finish(self, index: int, attempt: Attempt) -> None:
         if not self._dispatch.done(index, attempt.key):
             raise RuntimeError(f"{attempt.key} was done by an engine that did not have it")
         position = attempt.key[0]

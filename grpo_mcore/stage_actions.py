@@ -270,7 +270,7 @@ def summary(lineage: Lineage) -> str:
     lines = []
     for record in lineage.stages:
         seen = record["evaluate"]
-        score = ", ".join(f"{k.removeprefix('eval/')} {v:.3f}" for k, v in seen.items() if k.startswith("eval/")) or seen.get("skipped", "")
+        score = ", ".join(f"{k.removeprefix('eval/')} {v:.3f}" for k, v in seen.items() if k.startswith("eval/")) or seen["skipped"]
         lines.append(f"stage {record['name']}: {record['train']['steps']} steps ({record['train']['ended_by']}); step {record['choose']['step']} in {record['export']['folder']}; {score}")
         if "minus_stage_before" in seen:
             lines.append(f"    minus the stage before: {seen['minus_stage_before']}")

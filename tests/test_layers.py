@@ -19,7 +19,7 @@ LEVELS = [
     ["kernels", "parallel"],
     ["prompts", "arithmetic", "math_answer", "boxed_answer", "verifiers", "grading_process", "reward", "shaping", "scores", "advantage", "batch", "logprob", "loss", "recipe", "dispatch", "admission", "stop"],
     ["model", "hf_weights", "policy", "engine", "placement", "engines", "refit", "weight_transfer", "senders", "live_weights", "receiver", "checkpoint", "stored", "convert", "parity", "metrics", "plan", "plan_time"],
-    ["rollout", "evaluate", "warm_start", "curves", "cluster", "simulate", "predict", "report"],
+    ["rollout", "evaluate", "warm_start", "curves", "cluster", "simulated_engine", "simulate", "predict", "report"],
     ["trainer", "entry", "lineage", "stages", "stage_actions"],
     ["fit"],
 ]
