@@ -11,7 +11,7 @@ setup(
     version="0.1.0",
     description="GRPO with a Megatron-Core policy and vLLM rollouts, from a laptop's CPU to a cluster",
     packages=find_packages(include=["grpo_mcore", "grpo_mcore.*"]),
-    package_data={"grpo_mcore": ["report_page.html"]},
+    package_data={"grpo_mcore": ["report/page.html"]},
     python_requires=">=3.11",
     install_requires=[
         "megatron-core>=0.16.1,<0.20",

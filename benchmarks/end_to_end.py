@@ -36,8 +36,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from grpo_mcore import config_file, metrics
-from grpo_mcore.provenance import provenance
+from grpo_mcore.config import file as config_file
+from grpo_mcore.report import metrics
+from grpo_mcore.report.provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = {"step_s": "step", **{f"{p}_s": p for p in ("refit", "rollout", "reward", "logprob", "update")},

@@ -40,9 +40,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the kernels need nothing that would have to be installed
 
-from grpo_mcore import kernels  # noqa: E402
 from grpo_mcore.kernels import reference  # noqa: E402
-from grpo_mcore.provenance import provenance  # noqa: E402
+from grpo_mcore.kernels.pick import pick  # noqa: E402
+from grpo_mcore.report.provenance import provenance  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -62,11 +62,11 @@ def _ours(linear_logprob):
 
 
 def _triton():
-    return _ours(kernels.pick("linear_logprob", "triton"))
+    return _ours(pick("linear_logprob", "triton"))
 
 
 def _triton_main_grad():
-    function = kernels.pick("linear_logprob", "triton")
+    function = pick("linear_logprob", "triton")
     buffers = {}
 
     def with_buffer(hidden, weight, target, *, temperature):

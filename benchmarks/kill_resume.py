@@ -23,7 +23,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from grpo_mcore import checkpoint, convert, metrics
+from grpo_mcore.checkpoint import checkpoint, convert
+from grpo_mcore.report import metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 OVERRIDES = ["eval.data=null", "checkpoint.every=1", "rollout.prompts_per_step=8", "rollout.group_size=4", "batch.global_batch_size=16", "engine.num_engines=1",

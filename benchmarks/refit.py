@@ -37,15 +37,16 @@ import torch
 
 warnings.filterwarnings("ignore", module=r"(megatron|torch\.distributed)\..*")  # of missing CUDA extensions, of each other's future
 
-from grpo_mcore import config, config_file, rules, weight_transfer  # noqa: E402
-from grpo_mcore.config import InputError  # noqa: E402
-from grpo_mcore.engines import Engines  # noqa: E402
+from grpo_mcore.config import config, file as config_file, rules  # noqa: E402
+from grpo_mcore.config.config import InputError  # noqa: E402
 from grpo_mcore.parallel import collectives, topology  # noqa: E402
-from grpo_mcore.policy import Policy  # noqa: E402
-from grpo_mcore.provenance import provenance  # noqa: E402
-from grpo_mcore.refit import Refit  # noqa: E402
-from grpo_mcore.senders import Stream  # noqa: E402
-from grpo_mcore.weight_transfer import SharedMemory, num_bytes, positions  # noqa: E402
+from grpo_mcore.policy.policy import Policy  # noqa: E402
+from grpo_mcore.refit import weight_transfer  # noqa: E402
+from grpo_mcore.refit.refit import Refit  # noqa: E402
+from grpo_mcore.refit.senders import Stream  # noqa: E402
+from grpo_mcore.refit.weight_transfer import SharedMemory, num_bytes, positions  # noqa: E402
+from grpo_mcore.report.provenance import provenance  # noqa: E402
+from grpo_mcore.rollout.engines import Engines  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS, RESULTS = ROOT / "configs/benchmarks", ROOT / "benchmarks/results"
@@ -106,7 +107,7 @@ def repack(refit: TimedRefit) -> Callable[[], None]:
     """Packs every matrix that an engine multiplies with, as vLLM does."""
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
-    from grpo_mcore.receiver import keep_freed_memory
+    from grpo_mcore.refit.receiver import keep_freed_memory
 
     keep_freed_memory()
     hf, layers = refit._policy.hf_config, []

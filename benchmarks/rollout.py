@@ -16,7 +16,7 @@ Definitions:
                   starts; both from 1 token each, at these two lengths of prompts
     prefix_cache  seconds to make 1 token each: groups of siblings, against as many prompts of their own
     load          --load responses per engine of log-normal length (median a quarter of rollout.max_response_tokens, mean 1.4 x that, cut at
-                  it; alike within a group), submitted at once and dealt out by grpo_mcore.dispatch; beside it what simulate.py makes of the
+                  it; alike within a group), submitted at once and dealt out by grpo_mcore.rollout.dispatch; beside it what simulate.py makes of the
                   same lengths with this profile
     all           medians over --rounds, which alternate between all of these; the slowest engine counts; by the clock, other work on the machine
                   included
@@ -40,13 +40,16 @@ from pathlib import Path
 import ray
 from transformers import AutoConfig
 
-from grpo_mcore import arithmetic, cluster, config, config_file, model, plan, predict
-from grpo_mcore.cluster import Cluster, Draw, EngineProfile, LogNormal, TrainerProfile
-from grpo_mcore.engine import Sampling
-from grpo_mcore.engines import Engines
-from grpo_mcore.hf_weights import local_folder
+from grpo_mcore.config import config, file as config_file
+from grpo_mcore.data import arithmetic
+from grpo_mcore.plan import cluster, memory, predict
+from grpo_mcore.policy import model
+from grpo_mcore.plan.cluster import Cluster, Draw, EngineProfile, LogNormal, TrainerProfile
+from grpo_mcore.rollout.engine import Sampling
+from grpo_mcore.rollout.engines import Engines
+from grpo_mcore.policy.hf_weights import local_folder
 from grpo_mcore.parallel import topology
-from grpo_mcore.provenance import provenance
+from grpo_mcore.report.provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU_BLOCK_TOKENS = 32  # of engine.arguments
@@ -126,7 +129,7 @@ def profile_of(cfg: config.Config, seconds: dict[str, float], runnings: list[int
     short, long = (seconds[f"prompts of {p}"] - kv_token_s * most * p for p in (p0, p1))
     prefill_token_s = max(long - short, 0) / (tokens[1] - tokens[0])
     response_s = (short - prefill_token_s * tokens[0] - iteration_s[-1][1]) / most
-    cache = None if cfg.engine.kv_cache_bytes is None else cfg.engine.kv_cache_bytes // plan.kv_bytes_per_token(model.load_hf_config(cfg.model), plan.sharing(cfg).kv_bytes)
+    cache = None if cfg.engine.kv_cache_bytes is None else cfg.engine.kv_cache_bytes // memory.kv_bytes_per_token(model.load_hf_config(cfg.model), memory.sharing(cfg).kv_bytes)
     return EngineProfile(iteration_s, kv_token_s, prefill_token_s, max(response_s, 0.0), block, cache)
 
 

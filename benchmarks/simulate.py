@@ -29,10 +29,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # for the other benchmark
 
 from benchmarks import rollout as benchmark  # noqa: E402
-from grpo_mcore import cluster, config_file, predict, trainer, warm_start  # noqa: E402
-from grpo_mcore.cluster import Cluster, Measured  # noqa: E402
-from grpo_mcore.hf_weights import local_folder  # noqa: E402
-from grpo_mcore.provenance import provenance  # noqa: E402
+from grpo_mcore import trainer  # noqa: E402
+from grpo_mcore.config import file as config_file  # noqa: E402
+from grpo_mcore.plan import cluster, predict  # noqa: E402
+from grpo_mcore.plan.cluster import Cluster, Measured  # noqa: E402
+from grpo_mcore.policy import warm_start  # noqa: E402
+from grpo_mcore.policy.hf_weights import local_folder  # noqa: E402
+from grpo_mcore.report.provenance import provenance  # noqa: E402
 
 
 class Profiled:

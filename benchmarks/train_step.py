@@ -15,7 +15,7 @@ Definitions:
     step          the phases logprob (old log-probs, no gradient), forward_backward (of the update, gradient reduction included)
                   and optimizer_step (gradient norm and clipping included), over one global batch; seconds are medians over the
                   steps after the warm-up; a phase begins and ends with the device idle and all ranks together
-    batch         sequences of one length, a prompt and a response each; no two share a prompt; packed by grpo_mcore.batch
+    batch         sequences of one length, a prompt and a response each; no two share a prompt; packed by grpo_mcore.loss.batch
     tokens_per_s  tokens of all sequences, prompts included, padding not, over all ranks
     model_flops   forward: 2 x the layers' matrix parameters per token, 2 x the head's (vocabulary x hidden) per response token
                   (the head never sees prompt tokens), and 2 x L^2 x heads x head_dim per layer for causal attention over a
@@ -51,12 +51,14 @@ import torch
 
 warnings.filterwarnings("ignore", module=r"(megatron|torch\.distributed)\..*")  # of missing CUDA extensions, of each other's future
 
-from grpo_mcore import batch, config, config_file, loss, model, rules  # noqa: E402
-from grpo_mcore.config import InputError  # noqa: E402
+from grpo_mcore.config import config, file as config_file, rules  # noqa: E402
+from grpo_mcore.config.config import InputError  # noqa: E402
+from grpo_mcore.loss import batch, loss  # noqa: E402
 from grpo_mcore.parallel import collectives, topology  # noqa: E402
 from grpo_mcore.parallel.topology import Topology  # noqa: E402
-from grpo_mcore.policy import Policy  # noqa: E402
-from grpo_mcore.provenance import provenance  # noqa: E402
+from grpo_mcore.policy import model  # noqa: E402
+from grpo_mcore.policy.policy import Policy  # noqa: E402
+from grpo_mcore.report.provenance import provenance  # noqa: E402
 from grpo_mcore.types import GlobalBatch, Group, Prompt, Response  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]

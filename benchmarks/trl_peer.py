@@ -6,10 +6,8 @@ The same model, prompts (token by token and in order), batch, sampling, loss, le
 Generation is transformers', the only one of TRL's that needs neither a GPU nor patches. Where there is a choice TRL has
 its fast one: weights and Adam in precision.params (ours keeps float32 main weights beside bfloat16), no gradient
 checkpointing, no logging, and no pass for old log-probs where a step is one optimizer step. Attention is its default.
-Writes DIR/metrics.jsonl with the names of grpo_mcore.metrics; what is neither generation nor reward is `update`.
+Writes DIR/metrics.jsonl with the names of grpo_mcore.report.metrics; what is neither generation nor reward is `update`.
 """
-
-from grpo_mcore import entry  # first: it says how threads wait before torch starts them
 
 import dataclasses
 import json
@@ -20,13 +18,17 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from grpo_mcore import config, hf_weights, prompts, reward
+from grpo_mcore import entry  # first: it says how threads wait before torch starts them
+from grpo_mcore.config import config
+from grpo_mcore.data import prompts
+from grpo_mcore.policy import hf_weights
+from grpo_mcore.reward.grader import Grader
 
 
 class Recorder(TrainerCallback):
     """TRL's reward function and its callback in one: they see each moment at which a phase ends."""
 
-    def __init__(self, cfg: config.Config, tokenizer: prompts.Tokenizer, grader: reward.Grader):
+    def __init__(self, cfg: config.Config, tokenizer: prompts.Tokenizer, grader: Grader):
         self._cfg, self._tokenizer, self._grader = cfg, tokenizer, grader
         self._file = (Path(cfg.run_dir) / "metrics.jsonl").open("w", buffering=1)
         self._row, self._num_tokens, self._num_tokens_before = {}, 0, 0
@@ -93,7 +95,7 @@ def main() -> None:
         return {"prompt": prompt, "answer": p.answer, "num_prompt_tokens": len(p.token_ids)}
 
     Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
-    with reward.Grader(**dataclasses.asdict(cfg.reward)) as grader:
+    with Grader(**dataclasses.asdict(cfg.reward)) as grader:
         recorder = Recorder(cfg, tokenizer, grader)
         GRPOTrainer(
             model=folder, reward_funcs=recorder.grade, args=arguments(cfg, max(len(p.token_ids) for p in drawn)),

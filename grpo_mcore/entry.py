@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 from typing import TypeVar  # noqa: E402
 
-from grpo_mcore import config, config_file  # noqa: E402
+from grpo_mcore.config import config, file as config_file  # noqa: E402
 
 # Before torch is imported: threads that spin while they wait slow every other process of a small machine, up to 8 x.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -124,11 +124,11 @@ def run(main: Callable[[], None]) -> None:
             print(e, file=sys.stderr, flush=True)
         code = 143
     except Exception as e:
-        from grpo_mcore.checkpoint import AttestationError
-        from grpo_mcore.engines import EngineError
-        from grpo_mcore.metrics import MismatchError
-        from grpo_mcore.parity import ParityError
-        from grpo_mcore.refit import RefitError
+        from grpo_mcore.checkpoint.checkpoint import AttestationError
+        from grpo_mcore.checkpoint.parity import ParityError
+        from grpo_mcore.refit.refit import RefitError
+        from grpo_mcore.report.metrics import MismatchError
+        from grpo_mcore.rollout.engines import EngineError
 
         if isinstance(e, (AttestationError, DoesNotFit, EngineError, MismatchError, ParityError, RefitError, FloatingPointError)):
             print(f"error: {e}", file=sys.stderr, flush=True)  # it says all that the traceback would

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from grpo_mcore import config
+from grpo_mcore.config import config
 
 TRUNCATED = "rollout/truncated_frac"
 

@@ -11,16 +11,24 @@ from pathlib import Path
 
 import torch
 
-from grpo_mcore import advantage, batch, checkpoint, config, config_file, curves, entry, loss, metrics, model, prompts, reward, rules, shaping, stop, warm_start
-from grpo_mcore.engines import Engines, EnginesLost
-from grpo_mcore.evaluate import evaluate
-from grpo_mcore.hf_weights import local_folder
+from grpo_mcore import entry, stop
+from grpo_mcore.checkpoint import checkpoint
+from grpo_mcore.config import config, file as config_file, rules
+from grpo_mcore.data import prompts
+from grpo_mcore.evaluate.evaluate import evaluate
+from grpo_mcore.loss import advantage, batch, loss
 from grpo_mcore.parallel import collectives, topology
 from grpo_mcore.parallel.topology import Topology
-from grpo_mcore.policy import FrozenPolicy, Policy, learning_rate
-from grpo_mcore.provenance import provenance
-from grpo_mcore.refit import Refit
-from grpo_mcore.rollout import Rollout, Step
+from grpo_mcore.policy import model, warm_start
+from grpo_mcore.policy.hf_weights import local_folder
+from grpo_mcore.policy.policy import FrozenPolicy, Policy, learning_rate
+from grpo_mcore.refit.refit import Refit
+from grpo_mcore.report import curves, metrics
+from grpo_mcore.report.provenance import provenance
+from grpo_mcore.reward import shaping
+from grpo_mcore.reward.grader import Grader, Verdict, counts
+from grpo_mcore.rollout.engines import Engines, EnginesLost
+from grpo_mcore.rollout.rollout import Rollout, Step
 from grpo_mcore.types import GlobalBatch, Group
 
 NUM_CANARIES, CANARY_TOKENS = 4, 64
@@ -44,7 +52,7 @@ class Run:
     timer: metrics.Timer
     engines: Engines | None
     rollout: Rollout | None
-    grader: reward.Grader | None
+    grader: Grader | None
     writer: metrics.Writer | None
     seconds_before: float  # wall clock of the run's earlier processes
     last_step: int  # num_steps, or where the stop rule ends the run
@@ -229,7 +237,7 @@ def rollout_rows(run: Run, work: Step) -> Iterator[dict]:
             yield row
 
 
-def sample_metrics(groups: list[Group], verdicts: list[reward.Verdict]) -> dict[str, float]:
+def sample_metrics(groups: list[Group], verdicts: list[Verdict]) -> dict[str, float]:
     """Of a step's groups and their verdicts, in order; masked ones only count as such."""
     def mean(values: list) -> float:
         return sum(values) / len(values) if values else 0.0
@@ -242,7 +250,7 @@ def sample_metrics(groups: list[Group], verdicts: list[reward.Verdict]) -> dict[
     return {
         "reward/mean": mean([v.reward for v in counted]),
         "reward/mixed_groups_frac": mean([len({v.reward for v in part}) > 1 for _, part in graded]),
-        **{f"reward/{status}": float(count) for status, count in reward.counts(counted).items()},
+        **{f"reward/{status}": float(count) for status, count in counts(counted).items()},
         **({"reward/disagree": float(sum(v.is_disputed for v in counted))} if any(v.other for v in counted) else {}),
         "rollout/masked_prompts_frac": 1 - len(graded) / len(groups),
         "rollout/response_tokens_mean": mean([len(r.token_ids) for r in responses]),
@@ -272,7 +280,7 @@ def open_run(cfg: config.Config) -> Iterator[Run]:
             engines = Engines(cfg, local, cuda=device.type == "cuda", stop_token_ids=tokenizer.stop_token_ids)
             stack.callback(engines.stop)
             entry.stop_on_sigterm()
-            grader = stack.enter_context(reward.Grader(**dataclasses.asdict(cfg.reward)))
+            grader = stack.enter_context(Grader(**dataclasses.asdict(cfg.reward)))
         topo = topology.connect(
             cfg.parallel, device=device, timeout_s=cfg.collective_timeout_s + cfg.rollout.timeout_s,
             seed=cfg.seed, num_threads=cfg.num_threads, deterministic=cfg.deterministic)

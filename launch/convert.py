@@ -1,6 +1,6 @@
 """Converts: launch/convert.py to-megatron --hf FOLDER --out CHECKPOINT, or to-hf --checkpoint FOLDER --out HF_FOLDER.
 
-prove --checkpoint FOLDER --hf HF_FOLDER [--out JSON] shows that an export is what was trained: see grpo_mcore/parity.py.
+prove --checkpoint FOLDER --hf HF_FOLDER [--out JSON] shows that an export is what was trained: see grpo_mcore/checkpoint/parity.py.
 """
 
 from grpo_mcore import entry
@@ -30,8 +30,10 @@ if __name__ == "__main__":
 
         import torch
 
-        from grpo_mcore import config, convert, hf_weights, parity
+        from grpo_mcore.checkpoint import convert, parity
+        from grpo_mcore.config import config
         from grpo_mcore.parallel import topology
+        from grpo_mcore.policy import hf_weights
 
         if args.command == "prove":
             return parity.prove(args.checkpoint, args.hf, args.out)

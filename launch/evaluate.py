@@ -18,7 +18,8 @@ if __name__ == "__main__":
         cfg, options = command.config, command.options
         sets = options["data"].split(",") if options["data"] else [cfg.eval.data]
 
-        from grpo_mcore import config, evaluate
+        from grpo_mcore.config import config
+        from grpo_mcore.evaluate import evaluate
 
         if len(sets) > 1 and options["compare"]:
             raise config.InputError("--compare", options["compare"], f"is of one data set, and --data names {len(sets)}", "compare them one by one")

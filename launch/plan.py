@@ -18,11 +18,11 @@ if __name__ == "__main__":
     def memory() -> None:
         command = entry.parse(__doc__, "--gpu", "--num-gpus", "--model-config", "--prompt-tokens", "--response-tokens")
 
-        from grpo_mcore import plan, plan_time
+        from grpo_mcore.plan import memory, time as plan_time
 
         cfg, options = command.config, command.options
-        machine, hf_config = plan.machine_of(options["gpu"], options["num-gpus"]), plan.hf_config_of(cfg, options["model-config"])
-        plan.check(cfg, hf_config, machine)
+        machine, hf_config = memory.machine_of(options["gpu"], options["num-gpus"]), memory.hf_config_of(cfg, options["model-config"])
+        memory.check(cfg, hf_config, machine)
         prompt_tokens = float(options["prompt-tokens"] or min(192, cfg.data.max_prompt_tokens))
         response_tokens = float(options["response-tokens"] or cfg.response_tokens(int(prompt_tokens)) / 2)
         print(plan_time.report(cfg, hf_config, machine, plan_time.Assumptions(prompt_tokens, response_tokens)))
@@ -30,7 +30,7 @@ if __name__ == "__main__":
     def simulate() -> None:
         import dataclasses
 
-        from grpo_mcore import predict
+        from grpo_mcore.plan import predict
 
         names = {f.name: f.name.replace("_", "-") for f in dataclasses.fields(predict.Question)}
         command = entry.parse(__doc__, *(f"--{option}" for option in names.values()), "--out")

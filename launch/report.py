@@ -10,7 +10,7 @@ if __name__ == "__main__":
     def main() -> None:
         import argparse
 
-        from grpo_mcore import report
+        from grpo_mcore.report import report
 
         parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("runs", nargs="+", metavar="RUN")

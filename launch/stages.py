@@ -13,7 +13,7 @@ if __name__ == "__main__":
         import sys
         from pathlib import Path
 
-        from grpo_mcore.config import InputError
+        from grpo_mcore.config.config import InputError
 
         split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
         parser = argparse.ArgumentParser(description=__doc__)
@@ -25,16 +25,16 @@ if __name__ == "__main__":
         if "RANK" in os.environ:
             raise InputError("RANK", os.environ["RANK"], "says that torchrun has started this program, which starts torchrun itself", "run it alone, with --nproc-per-node N")
 
-        from grpo_mcore import stage_actions, stages
+        from grpo_mcore.stages import actions, stages
 
         plan = stages.load(args.cfg, args.nproc_per_node or (None if args.dry_run else 1))
         print(stages.describe(plan), flush=True)
         if args.dry_run:
             return
-        launcher = stage_actions.Launcher(Path(__file__).parent, plan.ranks, tuple(sys.argv[split + 1 :]))
+        launcher = actions.Launcher(Path(__file__).parent, plan.ranks, tuple(sys.argv[split + 1 :]))
         try:
-            stage_actions.run(plan, launcher, args.redo_from)
-        except stage_actions.ActionFailed as e:
+            actions.run(plan, launcher, args.redo_from)
+        except actions.ActionFailed as e:
             print(f"error: {e}", file=sys.stderr, flush=True)
             raise SystemExit(e.code) from e
 

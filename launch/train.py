@@ -13,7 +13,7 @@ if __name__ == "__main__":
     def main() -> None:
         import os
 
-        from grpo_mcore import config_file, recipe, rules
+        from grpo_mcore.config import file as config_file, recipe, rules
         from grpo_mcore.parallel import topology
 
         command = entry.parse(__doc__, flags=("--fit",))
@@ -25,7 +25,8 @@ if __name__ == "__main__":
             print(f"{config_file.describe(cfg, ranks)}\n{recipe.describe(cfg)}" if command.dry_run else recipe.summary(cfg), flush=True)
         if command.dry_run:
             return
-        from grpo_mcore import fit, trainer
+        from grpo_mcore import trainer
+        from grpo_mcore.plan import fit
 
         (fit if command.options["fit"] else trainer).main(cfg)
 

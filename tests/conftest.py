@@ -55,5 +55,5 @@ def taught(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("taught")
     path = folder / "cfg.yaml"
     path.write_text(CONFIG.format(model=folder / "model", run_dir=folder / "run"))
-    subprocess.run([sys.executable, "-m", "grpo_mcore.warm_start", str(path)], cwd=folder, env=environment(), check=True, timeout=300)
+    subprocess.run([sys.executable, "-m", "grpo_mcore.policy.warm_start", str(path)], cwd=folder, env=environment(), check=True, timeout=300)
     return folder / "model"

@@ -114,7 +114,7 @@ if __name__ == "__main__":
     import triton
 '''
     assert imports(source, "grpo_mcore.parallel.vocab") == {
-        "vllm.engine", "grpo_mcore.config", "grpo_mcore.loss", "grpo_mcore.parallel.topology.connect", "grpo_mcore.batch",
+        "vllm.engine", "grpo_mcore.config.config", "grpo_mcore.loss.loss", "grpo_mcore.parallel.topology.connect", "grpo_mcore.loss.batch",
         "transformers.AutoConfig", "torch.distributed", "megatron.core", "ray", "triton"}
 
 

@@ -5,7 +5,7 @@ Not covered here: that the run then evaluates, saves and is finished (test_stage
 
 import pytest
 
-from grpo_mcore.config import Stop
+from grpo_mcore.config.config import Stop
 from grpo_mcore.stop import reason
 
 

@@ -13,8 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from grpo_mcore import arithmetic, checkpoint, metrics, run_folder, trainer
-from grpo_mcore.reward import Status, Verdict
+from grpo_mcore import trainer
+from grpo_mcore.checkpoint import checkpoint
+from grpo_mcore.data import arithmetic
+from grpo_mcore.report import metrics, run_folder
+from grpo_mcore.reward.grader import Status, Verdict
 from grpo_mcore.types import Group, Prompt, Response
 from tests.conftest import CONFIG
 from tests.dist import ROOT, environment

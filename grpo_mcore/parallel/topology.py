@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from grpo_mcore.config import Parallel
+from grpo_mcore.config.config import Parallel
 from grpo_mcore.parallel import cpu
 
 

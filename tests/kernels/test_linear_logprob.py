@@ -13,8 +13,7 @@ import torch
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("tests/kernels/test_interpreter.py runs this file", allow_module_level=True)
 
-from grpo_mcore.kernels import linear_logprob as kernel
-from grpo_mcore.kernels import reference
+from grpo_mcore.kernels import linear_logprob as kernel, reference
 from tests.reference import logprob as oracle
 
 ON_GPU = torch.cuda.is_available()

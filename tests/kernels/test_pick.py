@@ -6,18 +6,17 @@ import sys
 import pytest
 import torch
 
-from grpo_mcore import kernels
-from grpo_mcore.kernels import reference
+from grpo_mcore.kernels import pick, reference
 from tests.dist import ROOT, environment
 
 CPU = torch.device("cpu")
 
 
 def test_on_a_cpu_auto_is_the_reference(capsys):
-    kernels._pick.cache_clear()
+    pick._pick.cache_clear()
     for _ in range(2):
-        assert kernels.pick("linear_logprob", "auto", CPU) is reference.linear_logprob
-    assert kernels.pick("logprob", "reference", CPU) is reference.logprob
+        assert pick.pick("linear_logprob", "auto", CPU) is reference.linear_logprob
+    assert pick.pick("logprob", "reference", CPU) is reference.logprob
     assert capsys.readouterr().out.splitlines() == ["kernels: linear_logprob is reference's (the tensors are on cpu)", "kernels: logprob is reference's (as asked)"]
 
 
@@ -28,20 +27,20 @@ def test_on_a_cpu_auto_is_the_reference(capsys):
 ])
 def test_what_cannot_run_is_refused(monkeypatch, name, impl, words):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    kernels._pick.cache_clear()
+    pick._pick.cache_clear()
     with pytest.raises(ValueError, match=words):
-        kernels.pick(name, impl, CPU)
+        pick.pick(name, impl, CPU)
 
 
 def test_triton_is_imported_only_where_it_is_picked():
     pytest.importorskip("triton")
     program = """
 import sys
-from grpo_mcore import kernels, logprob
+from grpo_mcore.kernels.pick import pick
 import torch
-kernels.pick("linear_logprob", "auto", torch.device("cpu"))
+pick("linear_logprob", "auto", torch.device("cpu"))
 assert "triton" not in sys.modules
-picked = kernels.pick("linear_logprob", "triton", torch.device("cpu"))
+picked = pick("linear_logprob", "triton", torch.device("cpu"))
 assert "triton" in sys.modules and picked.__module__ == "grpo_mcore.kernels.linear_logprob"
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment(TRITON_INTERPRET="1"), capture_output=True, text=True, timeout=120)

@@ -1,7 +1,7 @@
 """The plain linear_logprob against a float64 oracle of loops: values and all gradients, float32 and bfloat16.
 
 `torch.autograd.gradcheck` cannot serve: the function computes in float32 whatever it is given.
-Not covered here: shards that meet (tests/parallel/test_vocab.py), padding rows (tests/test_logprob.py).
+Not covered here: shards that meet (tests/parallel/test_vocab.py), padding rows (tests/policy/test_logprob.py).
 """
 
 import pytest

@@ -5,7 +5,7 @@ Not covered here: the other collectives, which whole runs use (tests/test_traine
 
 import torch
 
-from grpo_mcore import config
+from grpo_mcore.config import config
 from grpo_mcore.parallel import collectives, topology
 from tests.dist import spawn
 

@@ -7,7 +7,7 @@ import torch
 
 from grpo_mcore.parallel import collectives, pipeline, topology
 from tests.dist import spawn
-from tests.test_policy import batch_of, connect, make_policy, whole_gradients
+from tests.policy.test_policy import batch_of, connect, make_policy, whole_gradients
 
 DP, MICROBATCHES = 2, 4
 

@@ -6,9 +6,9 @@ Not covered here: the kernels' own arithmetic (tests/kernels).
 import pytest
 import torch
 
-from grpo_mcore import config
-from grpo_mcore.logprob import logprobs_and_entropy
+from grpo_mcore.config import config
 from grpo_mcore.parallel import topology, vocab
+from grpo_mcore.policy.logprob import logprobs_and_entropy
 from tests.dist import spawn
 
 R, D, V = 13, 8, 37  # 37 over 4 ranks: shards of 10 rows, the last with 3 rows of padding

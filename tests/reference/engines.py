@@ -1,10 +1,10 @@
-"""Engines and a trainer in virtual time, iteration by iteration and response by response: the oracle of grpo_mcore/simulate.py.
+"""Engines and a trainer in virtual time, iteration by iteration and response by response: the oracle of grpo_mcore/plan/simulate.py.
 
 Shares with it who samples what and which groups make a step (Dispatch, Admission: tested on their own), nothing else.
 """
 
-from grpo_mcore.admission import Admission
-from grpo_mcore.dispatch import Dispatch
+from grpo_mcore.rollout.admission import Admission
+from grpo_mcore.rollout.dispatch import Dispatch
 
 
 class Engine:

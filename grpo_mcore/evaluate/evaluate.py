@@ -1,0 +1,142 @@
+"""Evaluations of held-out prompts: mean@k, pass@j and maj@k with error bars (scores.py), their protocol, comparisons."""
+
+import dataclasses
+import hashlib
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from grpo_mcore.checkpoint import checkpoint, convert
+from grpo_mcore.config import config
+from grpo_mcore.data import prompts
+from grpo_mcore.evaluate import scores
+from grpo_mcore.parallel import topology
+from grpo_mcore.policy import hf_weights, model
+from grpo_mcore.report.provenance import versions
+from grpo_mcore.reward.grader import Grader, Verdict
+from grpo_mcore.reward.verifiers import VERIFIERS
+from grpo_mcore.rollout.engine import LOADED
+from grpo_mcore.rollout.engines import Engines
+from grpo_mcore.rollout.rollout import grade, sample
+from grpo_mcore.types import Group, Prompt
+
+
+@dataclass(frozen=True)
+class Result:
+    """Scores of P problems with k samples each."""
+
+    problems: tuple[scores.Problem, ...]
+
+    @classmethod
+    def of(cls, groups: Sequence[Group], verdicts: Sequence[Verdict], verifier: str) -> "Result":
+        """`verdicts` in the order of groups and responses."""
+        it = iter(verdicts)
+        out = []
+        for g in groups:
+            mine = [next(it) for _ in g.responses]
+            out.append(scores.Problem(
+                g.prompt.id, g.prompt.answer, tuple(v.reward for v in mine), tuple(v.answer and VERIFIERS[verifier].normalise(v.answer) for v in mine),
+                tuple(len(r.token_ids) for r in g.responses), tuple(r.truncated for r in g.responses)))
+        return cls(tuple(out))
+
+    @property
+    def k(self) -> int:
+        return len(self.problems[0].rewards)
+
+    @property
+    def truncated_frac(self) -> float:
+        return sum(sum(p.truncated) for p in self.problems) / (len(self.problems) * self.k)
+
+    def metrics(self) -> dict[str, float]:
+        seen = scores.estimates(self.problems)
+        return {**{f"eval/{name}": seen[name].value for name in (f"mean@{self.k}", f"pass@{self.k}", f"maj@{self.k}")},
+                "eval/standard_error": seen[f"mean@{self.k}"].standard_error, "eval/truncated_frac": self.truncated_frac}
+
+    def __str__(self) -> str:
+        seen = scores.estimates(self.problems)
+        return (f"mean@{self.k} {seen[f'mean@{self.k}']}, pass@{self.k} {seen[f'pass@{self.k}'].value:.3f}, maj@{self.k} {seen[f'maj@{self.k}'].value:.3f} "
+                f"({len(self.problems)} problems, {self.truncated_frac:.1%} truncated)")
+
+
+def evaluate(engines: Engines, eval_prompts: Sequence[Prompt], tokenizer: prompts.Tokenizer, grader: Grader, cfg: config.Config, *, version: int) -> Result:
+    """k samples of every prompt with the weights the engines hold. The same samples for the same weights and seed."""
+    groups = sample(
+        engines, eval_prompts, group_size=cfg.eval.samples_per_prompt, temperature=cfg.eval.temperature, top_p=cfg.eval.top_p,
+        max_tokens=lambda prompt_tokens: cfg.response_tokens(prompt_tokens, evaluation=True), seed=cfg.seed, version=version, timeout_s=cfg.rollout.timeout_s)
+    _, verdicts = grade(groups, tokenizer, grader)
+    return Result.of(groups, verdicts, cfg.reward.verifier)
+
+
+def protocol(cfg: config.Config, eval_prompts: Sequence[Prompt], num_left_out: int, tokenizer: prompts.Tokenizer) -> dict:
+    """All that the numbers depend on beside the model: two evaluations can be compared if theirs are equal."""
+    content = json.dumps([(p.id, p.problem, p.answer) for p in eval_prompts])
+    return {
+        **{k: v for k, v in dataclasses.asdict(cfg.eval).items() if k != "every"}, "max_response_tokens": cfg.response_tokens(0, evaluation=True), "max_total_tokens": None if cfg.eval.max_response_tokens else cfg.rollout.max_total_tokens, "seed": cfg.seed, "engine_dtype": cfg.engine.dtype,
+        "num_problems": len(eval_prompts), "problems_sha256": hashlib.sha256(content.encode()).hexdigest(), "over_long_left_out": num_left_out,
+        "max_prompt_tokens": cfg.data.max_prompt_tokens, "prompt_template": cfg.data.prompt_template, "chat_template": cfg.data.chat_template,
+        "first_prompt": tokenizer.decode(eval_prompts[0].token_ids), "grader": dataclasses.asdict(cfg.reward),
+        "versions": versions(),
+    }
+
+
+def read_problems(path: str) -> tuple[list[scores.Problem], dict]:
+    """(problems, protocol) of what evaluate_model returned earlier, in a JSON file. Raises InputError."""
+    try:
+        earlier = json.loads(Path(path).read_text())
+        return [scores.Problem(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}) for row in earlier["problems"]], earlier["protocol"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise config.InputError("--compare", path, f"is not what launch/evaluate.py --out wrote ({type(e).__name__})", "name such a file") from e
+
+
+def check_paired(eval_prompts: Sequence[Prompt], problems: Sequence[scores.Problem]) -> None:
+    """Raises InputError if an earlier evaluation's problems are others than those to be evaluated now."""
+    if {(p.id, p.answer) for p in eval_prompts} != {(p.id, p.answer) for p in problems}:
+        raise config.InputError("--compare", f"{len(problems)} problems", f"are not the {len(eval_prompts)} that are evaluated now", "evaluate both on the same eval.data and eval.max_prompts")
+
+
+def compare(result: Result, card: dict, problems: Sequence[scores.Problem], other: dict) -> dict:
+    """The paired comparison with an earlier evaluation, and in which of its terms the protocols (`card`, `other`) differ."""
+    paired = scores.compare(result.problems, problems)
+    return {**dataclasses.asdict(paired), "protocols_differ_in": sorted(k for k in card.keys() | other.keys() if card.get(k) != other.get(k)), "text": str(paired)}
+
+
+def evaluate_model(cfg: config.Config, source: str | None, *, compare_with: str | None = None) -> dict:
+    """Evaluates a Hugging Face folder or a checkpoint (None: the run's newest, else cfg.model) with engines alone, and compares it with
+    an earlier evaluation's JSON file.
+
+    Returns model, metrics, estimates with error bars, protocol, comparison and the table of problems. Raises InputError.
+    """
+    earlier = read_problems(compare_with) if compare_with else None
+    if cfg.eval.data is None:
+        raise config.InputError("eval.data", None, "names nothing to evaluate on", "set eval.data=FILE")
+    source = source or str(next(iter(checkpoint.published(cfg.run_dir)), cfg.model))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = source
+        if (Path(source) / checkpoint.HF).is_dir():
+            folder = f"{scratch}/hf"
+            convert.to_hf(source, folder)
+        folder = hf_weights.local_folder(folder)
+        model.load_hf_config(folder)
+        tokenizer = prompts.Tokenizer(folder)
+        eval_prompts, num_left_out = prompts.load(cfg.eval.data, cfg.data, tokenizer, "eval.data")
+        eval_prompts = eval_prompts[: cfg.eval.max_prompts]
+        card = protocol(cfg, eval_prompts, num_left_out, tokenizer)
+        if earlier:
+            check_paired(eval_prompts, earlier[0])
+        cuda = topology.pick_device(cfg.device).type == "cuda"
+        engines = Engines(cfg, folder, cuda=cuda, stop_token_ids=tokenizer.stop_token_ids, load_weights=True)
+        try:
+            engines.wait_until_ready()
+            with Grader(**dataclasses.asdict(cfg.reward)) as grader:
+                result = evaluate(engines, eval_prompts, tokenizer, grader, cfg, version=LOADED)
+        finally:
+            engines.stop()
+    print(f"{source}: {result}", flush=True)
+    out = {"model": source, **result.metrics(), "num_problems": len(result.problems),
+           "estimates": {name: dataclasses.asdict(e) for name, e in scores.estimates(result.problems).items()}, "protocol": card}
+    if earlier:
+        out["comparison"] = {"with": compare_with, **compare(result, card, *earlier)}
+        print(f"minus {compare_with}: {out['comparison']['text']}; protocols differ in: {', '.join(out['comparison']['protocols_differ_in']) or 'nothing'}", flush=True)
+    return {**out, "problems": [dataclasses.asdict(p) for p in result.problems]}

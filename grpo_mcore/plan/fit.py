@@ -1,0 +1,158 @@
+"""Whether a run fits its machines, in minutes (launch/train.py --fit): all that a run builds, and a worst case of its step.
+
+    refit      weights to the engines: the first time, and after the update
+    logprob    old (and reference) log-probs of ONE global batch of random sequences, each of the greatest length
+    update     two optimizer steps with that batch: in the second the optimizer's state is there beside the activations
+    rollout    a whole step's responses at their greatest length, for at most SAMPLE_S
+
+Nothing is saved: the run's folder is RUN_DIR.fit, which is removed. Evaluation and checkpoints are not in it.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import random
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import wait
+from pathlib import Path
+
+import torch
+
+from grpo_mcore import entry, trainer
+from grpo_mcore.config import config
+from grpo_mcore.loss import advantage, loss
+from grpo_mcore.parallel import collectives, topology
+from grpo_mcore.plan import memory, time as plan_time
+from grpo_mcore.policy.policy import learning_rate
+from grpo_mcore.reward import shaping
+from grpo_mcore.rollout.engine import Sampling
+from grpo_mcore.types import Group, Prompt, Response
+
+SAMPLE_S = 60.0
+NUM_UPDATES = 2
+
+
+class Phases:
+    """`measured`: seconds (summed) and peak bytes of each phase on this rank. GPU: allocated and reserved by it, in use by all at the phase's end."""
+
+    def __init__(self, cfg: config.Config):
+        self.measured: dict[str, dict[str, float]] = {}
+        self._cfg, self._device = cfg, topology.pick_device(cfg.device)
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Raises entry.DoesNotFit if this rank's GPU has too little memory."""
+        start, gpu = time.perf_counter(), self._device if self._device.type == "cuda" else None
+        torch.cuda.reset_peak_memory_stats(gpu) if gpu else Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
+        try:
+            yield
+        except torch.OutOfMemoryError as e:
+            raise entry.DoesNotFit(explain(self._cfg, name, e, machine_here(self._cfg))) from e
+        if gpu:
+            torch.cuda.synchronize(gpu)
+            free, total = torch.cuda.mem_get_info(gpu)
+            peak = {"allocated": torch.cuda.max_memory_allocated(gpu), "reserved": torch.cuda.max_memory_reserved(gpu), "in use": total - free}
+        else:
+            peak = {"resident": 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])}
+        before = self.measured.get(name, {})
+        self.measured[name] = {"seconds": before.get("seconds", 0.0) + time.perf_counter() - start, **{what: max(n, before.get(what, 0)) for what, n in peak.items()}}
+
+
+def machine_here(cfg: config.Config) -> memory.Machine | None:
+    """The run's GPUs, if the planner knows their kind."""
+    if cfg.device == "cpu" or not torch.cuda.is_available():
+        return None
+    gpu, shared = torch.cuda.get_device_properties(0), memory.sharing(cfg)
+    num_gpus = topology.world_size() + (0 if shared.colocated else cfg.engine.num_engines * shared.tp)
+    return next((memory.Machine(name, num_gpus) for name, known in memory.GPUS.items()
+                 if name.split("-")[0].upper() in gpu.name and abs(gpu.total_memory / known.memory_bytes - 1) < 0.1), None)
+
+
+def explain(cfg: config.Config, phase: str, error: Exception, machine: memory.Machine | None) -> str:
+    change = memory.smallest_change(cfg, memory.hf_config_of(cfg, None), machine) if machine else None
+    return f"{phase} does not fit: {error} Remedy: {memory.overrides(change) if change else 'launch/plan.py, for GPUs like these'}"
+
+
+def greatest(cfg: config.Config) -> tuple[int, int]:
+    """(prompt, response tokens) of the longest sequence, as much of it response as may be."""
+    response = min(cfg.rollout.max_response_tokens, cfg.longest_train_tokens - 1)
+    return cfg.longest_train_tokens - response, response
+
+
+def synthetic_groups(cfg: config.Config, vocab_size: int) -> list[Group]:
+    """Enough for a global batch, the same on every rank."""
+    rng, (prompt, response), G = random.Random(cfg.seed), greatest(cfg), cfg.rollout.group_size
+    tokens = lambda n: tuple(rng.choices(range(vocab_size), k=n))  # noqa: E731
+    return [Group(Prompt(i, "", "", tokens(prompt)), tuple(Response(tokens(response), (-math.log(vocab_size),) * response, False) for _ in range(G)))
+            for i in range(math.lcm(G, cfg.batch.global_batch_size) // G)]
+
+
+def learn(run: trainer.Run, phases: Phases) -> None:
+    cfg, groups, rng = run.cfg, synthetic_groups(run.cfg, run.policy.hf_config.vocab_size), random.Random(run.cfg.seed)
+    rewards_PG = shaping.shaped([[float(rng.random() < 0.5) for _ in g.responses] for g in groups], groups, cfg.shaping, cfg.rollout.max_response_tokens)
+    batches = trainer.assemble(run, groups, advantage.group_advantages(rewards_PG, **dataclasses.asdict(cfg.advantage)))[:1]
+    with phases("logprob"):
+        trainer.score(run, batches)
+    over_ranks = functools.partial(collectives.sum_over_context, topology=run.topology)
+    with phases("update"):
+        for _ in range(NUM_UPDATES):
+            run.policy.update(batches[0], functools.partial(loss.grpo, cfg=cfg.loss, over_ranks=over_ranks), lr=learning_rate(cfg.optimizer, 0, cfg.num_steps))
+
+
+def sample(run: trainer.Run) -> None:
+    """On the driver. Raises EngineError."""
+    r, rng, (prompt, response), vocab = run.cfg.rollout, random.Random(run.cfg.seed), greatest(run.cfg), range(run.policy.hf_config.vocab_size)
+    answers = [run.engines.submit((i,), rng.choices(vocab, k=prompt), Sampling(r.group_size, r.temperature, response, seed=i, never_stop=True), "rollout")
+               for i in range(r.prompts_per_step)]
+    done, late = wait(answers, SAMPLE_S)
+    run.engines.check()
+    run.engines.cancel([(i,) for i, answer in enumerate(answers) if answer in late])
+    num_tokens = sum(len(c.token_ids) for answer in done for c in answer.result())
+    print(f"rollout: {len(done)} of {len(answers)} groups of {r.group_size} responses were done within {SAMPLE_S:.0f} s, {num_tokens} tokens", flush=True)
+
+
+def report(cfg: config.Config, ranks: list[dict[str, dict[str, float]]], machine: memory.Machine | None) -> str:
+    """Of each phase the slowest and the fullest of the ranks' `Phases.measured`; in brackets what the planner foretells."""
+    foretold = {}
+    if machine:
+        hf_config, once = memory.hf_config_of(cfg, None), 1 / cfg.optimizer_steps_per_step
+        s, m = plan_time.times(cfg, hf_config, machine, plan_time.Assumptions(*map(float, greatest(cfg)))), memory.of(cfg, hf_config, machine)
+        foretold = {"logprob": f"{once * s['logprob']:.1f} s", "update": f"{NUM_UPDATES * once * s['update']:.1f} s, in use {m.total('update') / 1e9:.2f} GB",
+                    "refit": f"{2 * s['refit']:.1f} s", "rollout": f"in use {m.total('rollout') / 1e9:.2f} GB"}
+    lines = [f"the slowest and the fullest of {len(ranks)} ranks{f', and in brackets what is foretold for {machine.num_gpus} x {machine.name}' if machine else ''}"]
+    for phase in ranks[0]:
+        most = {what: max(measured[phase][what] for measured in ranks) for what in ranks[0][phase]}
+        lines.append(f"  {phase:8} {most.pop('seconds'):7.1f} s, {', '.join(f'{what} {n / 1e9:.2f} GB' for what, n in most.items())}" + (f" ({foretold[phase]})" if phase in foretold else ""))
+    return "\n".join(lines)
+
+
+def main(cfg: config.Config) -> None:
+    """Prints the report. Raises entry.DoesNotFit."""
+    cfg = dataclasses.replace(cfg, run_dir=cfg.run_dir.rstrip("/") + ".fit")
+    with contextlib.ExitStack() as stack:
+        if topology.rank() == 0:
+            stack.callback(shutil.rmtree, cfg.run_dir, ignore_errors=True)
+        trainer.make_model(cfg)
+        phases = Phases(cfg)
+        with phases("build"):
+            run = stack.enter_context(trainer.open_run(cfg))
+        if run.topology.is_driver:
+            entry.stop_on_sigterm()  # there is nothing to save
+        for version in (0, 1):
+            trainer.lend_gpus(run)
+            with phases("refit"):
+                run.refit(version=version)
+            with phases("rollout") if version else contextlib.nullcontext():
+                collectives.broadcast(sample(run) if version and run.engines else None, run.topology)
+            if run.engines and trainer.colocated(run):
+                run.engines.sleep(cfg.refit.timeout_s)
+            collectives.broadcast(None, run.topology)
+            trainer.reclaim_gpus(run)
+            if not version:
+                learn(run, phases)
+        ranks = collectives.gather(phases.measured, run.topology)
+        if run.topology.is_driver:
+            print(report(cfg, ranks, machine_here(cfg)), flush=True)

@@ -1,0 +1,356 @@
+"""Hugging Face config -> TransformerConfig -> GPTModel whose output is the last hidden state.
+
+Families: Qwen2, Qwen3, Llama (dense). On CUDA the layers are Transformer Engine's; on a CPU they are Megatron's own with
+the RMSNorm and the packed attention below, their plain twins.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from transformers import AutoConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from grpo_mcore.config.config import FP8_ALIGN, InputError, Parallel, Precision, packed_alignment
+from grpo_mcore.loss.batch import Cost, Packing
+from grpo_mcore.parallel import context, pipeline, vocab
+from grpo_mcore.parallel.topology import Topology
+from grpo_mcore.types import Microbatch
+
+FAMILIES = ("qwen2", "qwen3", "llama")
+
+
+class RMSNorm(torch.nn.Module):
+    def __init__(self, config, hidden_size, eps=1e-5, **kwargs):
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # Megatron sums its gradient over tp by this mark
+
+    def forward(self, x):
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+@dataclass
+class Blocks(PackedSeqParams):
+    """What PackedAttention needs to know of a packed batch."""
+
+    lengths: list[int] = field(default_factory=list)  # of the blocks, on all cp ranks together
+    masks: list[torch.Tensor | None] = field(default_factory=list)  # bool [L, L], True where row sees column; None: plainly causal
+
+
+def blocks_of(batch: Microbatch, cp: int) -> Blocks:
+    bounds = batch.cu_seqlens.tolist()
+    lengths = [end - start for start, end in zip(bounds, bounds[1:])]
+    masks = [None] * len(lengths)
+    cu_seqlens = batch.cu_seqlens
+    if cp == 1:
+        for k, (start, end) in enumerate(zip(bounds, bounds[1:])):
+            branch = batch.branch_T[start:end]
+            tree = (branch == 0) | (branch[:, None] == branch)  # the prompt, and one's own response
+            masks[k] = tree.tril_() if branch[-1] > 1 else None
+        # One sequence to the rest of Megatron, whose RoPE the backbone looks up by position.
+        cu_seqlens = torch.tensor([0, bounds[-1]], dtype=torch.int32)
+    return Blocks(
+        qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=batch.max_seqlen, max_seqlen_kv=batch.max_seqlen,
+        lengths=lengths, masks=masks)
+
+
+class PackedAttention(MegatronModule):
+    """Attention within each block of a packed batch: SDPA on q, k, v of [T, heads, head_dim], block by block.
+
+    With context parallelism every rank gathers all keys and values, and answers for its own queries: the plain twin of
+    Transformer Engine's ring.
+    """
+
+    def __init__(self, config, softmax_scale=None, pg_collection=None, **kwargs):
+        super().__init__(config=config)
+        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
+
+    def forward(self, query, key, value, attention_mask, packed_seq_params=None, **kwargs):
+        p: Blocks = packed_seq_params
+        if self.cp_group is not None:
+            return context.attention(query, key, value, p.cu_seqlens_q, self.cp_group, self.scale).flatten(1)
+        out = [
+            F.scaled_dot_product_attention(
+                *(x.transpose(0, 1)[None] for x in qkv), attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True)[0].transpose(0, 1)
+            for mask, *qkv in zip(p.masks, *(x.split(p.lengths) for x in (query, key, value)), strict=True)
+        ]
+        return torch.cat(out).flatten(1)
+
+
+class Backbone(GPTModel):
+    """One stage's GPTModel, without the head's matrix product: returns [T, 1, D]; the head's weight is `head_weight`."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.post_process:
+            # Called for its weight alone, but called: DDP gathers a weight when its module is called.
+            self.output_layer.forward = lambda: self.output_layer.weight
+
+    def _preprocess(self, input_ids, position_ids, *args, packed_seq_params=None, **kwargs):
+        out = super()._preprocess(input_ids, position_ids, *args, packed_seq_params=packed_seq_params, **kwargs)
+        if not isinstance(packed_seq_params, Blocks) or self.config.context_parallel_size > 1:
+            return out
+        # RoPE's table by each token's position in its sequence: siblings go on from the same prompt.
+        return (out[0], out[1][position_ids[0]], *out[2:])
+
+    def _postprocess(self, hidden_states, *args, **kwargs):
+        return hidden_states
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """This tp rank's rows of the output matrix, [V, D], on the last stage."""
+        tied_here = self.share_embeddings_and_output_weights and self.pre_process
+        return self.embedding.word_embeddings.weight if tied_here else self.output_layer()
+
+    def global_name(self, name: str) -> str:
+        """A parameter's name in the whole model, from its name in this stage."""
+        prefix = "decoder.layers."
+        if not name.startswith(prefix):
+            return name
+        index, _, rest = name.removeprefix(prefix).partition(".")
+        return f"{prefix}{self.decoder.layers[int(index)].layer_number - 1}.{rest}"
+
+
+def load_hf_config(folder: str):
+    """The folder's Hugging Face config, if this project can train it. Raises InputError."""
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as e:
+        raise InputError("model", folder, f"no readable Hugging Face config ({str(e).splitlines()[0]})", "give a folder with a config.json, or a hub name") from e
+    if config.model_type not in FAMILIES:
+        raise InputError("model", folder, f"its model_type is {config.model_type!r}; this trains {', '.join(FAMILIES)}", "choose a model of these families")
+    rope_settings(config)
+    if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
+        raise InputError("model", folder, "its config has attention_bias or mlp_bias", "choose a model without these biases (Qwen2's own on q, k, v are fine)")
+    if getattr(config, "use_sliding_window", False):
+        raise InputError("model", folder, "its config asks for sliding-window attention", "set use_sliding_window to false in its config.json if the window is never reached")
+    return config
+
+
+def head_dim(hf_config) -> int:
+    return getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+
+
+def has_qkv_bias(hf_config) -> bool:
+    return hf_config.model_type == "qwen2"
+
+
+def has_qk_norm(hf_config) -> bool:
+    return hf_config.model_type == "qwen3"
+
+
+def check_parallel(hf_config, parallel: Parallel, precision: Precision = Precision()) -> None:
+    """The rules between the axes and the model. Raises InputError."""
+    heads, kv_heads, layers = hf_config.num_attention_heads, hf_config.num_key_value_heads, hf_config.num_hidden_layers
+    sizes = {"attention heads": heads, "key-value heads": kv_heads, "FFN columns": hf_config.intermediate_size}
+    fits = [n for n in range(1, kv_heads + 1) if not any(size % n for size in sizes.values())]
+    for name, size in sizes.items():
+        if size % parallel.tp:
+            raise InputError("parallel.tp", parallel.tp, f"must divide the model's {size} {name}",
+                             f"use one of {', '.join(map(str, fits))}, and parallel.pp, parallel.cp or data parallel for the other ranks")
+    if layers % parallel.pp:
+        raise InputError("parallel.pp", parallel.pp, f"must divide the model's {layers} layers", f"use one of {_divisors(layers)}")
+    if layers % (parallel.pp * parallel.virtual_pp):
+        raise InputError("parallel.virtual_pp", parallel.virtual_pp, f"must divide the {layers // parallel.pp} layers of a stage", f"use one of {_divisors(layers // parallel.pp)}")
+    if parallel.recompute == "full" and parallel.recompute_num_layers > (chunk := layers // (parallel.pp * parallel.virtual_pp)):
+        raise InputError("parallel.recompute_num_layers", parallel.recompute_num_layers, f"must be at most the {chunk} layers of a model chunk", "lower it")
+    if precision.fp8 is None:
+        return
+    bf16_layers = max(precision.fp8_first_layers_bf16, precision.fp8_last_layers_bf16)
+    if bf16_layers > layers // parallel.pp:
+        raise InputError("precision.fp8_first_layers_bf16 or fp8_last_layers_bf16", bf16_layers, f"must be at most the {layers // parallel.pp} layers of a pipeline stage", "lower it")
+    width = (heads + 2 * kv_heads) * head_dim(hf_config)
+    for name, size in (("hidden size", hf_config.hidden_size), ("FFN columns of a tp rank", hf_config.intermediate_size // parallel.tp), ("attention columns of a tp rank", width // parallel.tp)):
+        if size % FP8_ALIGN:
+            raise InputError("precision.fp8", precision.fp8, f"needs a {name} that is a multiple of {FP8_ALIGN}, and it is {size}", "lower parallel.tp, or set precision.fp8=null")
+
+
+def _divisors(n: int) -> str:
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+
+
+def cost_of(hf_config) -> Cost:
+    """What a sequence's head and attention cost beside its layers' matrix products, for balancing."""
+    width, d = hf_config.num_attention_heads * head_dim(hf_config), hf_config.hidden_size
+    kv_width = hf_config.num_key_value_heads * head_dim(hf_config)
+    layer = d * (2 * width + 2 * kv_width + 3 * hf_config.intermediate_size)  # multiplications of one token
+    layers = layer * hf_config.num_hidden_layers
+    # A causal sequence of L tokens multiplies L^2/2 queries with keys, and as many weights with values.
+    return Cost(head=hf_config.vocab_size * d / layers, quadratic=width / layer)
+
+
+def rope_settings(hf_config) -> tuple[float, torch.Tensor | None]:
+    """(base, inverse frequencies or None for the plain ones). Raises InputError for a scaling that also scales attention."""
+    rope = hf_config.rope_parameters
+    if rope["rope_type"] == "default":
+        return rope["rope_theta"], None
+    if rope["rope_type"] not in ("linear", "llama3"):
+        raise InputError("model: rope_type", rope["rope_type"], "must be default, linear or llama3", "choose a model with one of these")
+    inverse_frequencies, _ = ROPE_INIT_FUNCTIONS[rope["rope_type"]](hf_config, device="cpu")
+    return rope["rope_theta"], inverse_frequencies
+
+
+def transformer_config(hf_config, *, parallel: Parallel = Parallel(), precision: Precision, cuda: bool) -> TransformerConfig:
+    params_dtype = getattr(torch, precision.params)
+    config = TransformerConfig(
+        num_layers=hf_config.num_hidden_layers,
+        hidden_size=hf_config.hidden_size,
+        ffn_hidden_size=hf_config.intermediate_size,
+        num_attention_heads=hf_config.num_attention_heads,
+        num_query_groups=hf_config.num_key_value_heads,
+        kv_channels=head_dim(hf_config),
+        layernorm_epsilon=hf_config.rms_norm_eps,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=has_qkv_bias(hf_config),
+        qk_layernorm=has_qk_norm(hf_config),
+        rotary_interleaved=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pp if parallel.virtual_pp > 1 else None,
+        context_parallel_size=parallel.cp,
+        sequence_parallel=parallel.sequence_parallel,
+        # Interleaved stages send one direction at a time: batched, two stages, which are each other's next and previous,
+        # would take one's forward message for the other's backward one.
+        overlap_p2p_comm=parallel.virtual_pp > 1,
+        batch_p2p_comm=parallel.virtual_pp == 1,
+        **_recompute(parallel),
+        params_dtype=params_dtype,
+        pipeline_dtype=params_dtype,
+        bf16=params_dtype == torch.bfloat16,
+        **_fp8(precision),
+        # Every weight is loaded over the initial one, but only an initialised parameter is marked as split over tp,
+        # and an unmarked shard is left out of the gradient norm.
+        perform_initialization=True,
+        use_cpu_initialization=not cuda,
+        # Fused paths need CUDA extensions; their plain forms are what a CPU has.
+        apply_rope_fusion=cuda,
+        bias_activation_fusion=cuda,
+        bias_dropout_fusion=cuda,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=cuda,
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # variable_seq_lengths demands it of dense models too
+    )
+    pipeline.configure(config)
+    return config
+
+
+def _recompute(parallel: Parallel) -> dict:
+    if parallel.recompute == "none":
+        return {}
+    if parallel.recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": list(parallel.recompute_modules)}
+    return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": parallel.recompute_num_layers}
+
+
+def _fp8(precision: Precision) -> dict:
+    """Megatron makes Transformer Engine's recipe of these, and enters it layer by layer."""
+    if precision.fp8 is None:
+        return {}
+    first, last = precision.fp8_first_layers_bf16, precision.fp8_last_layers_bf16
+    return {
+        "fp8": precision.fp8_format,
+        "fp8_recipe": precision.fp8,
+        "fp8_amax_history_len": precision.fp8_amax_history,
+        "fp8_amax_compute_algo": "max",
+        "first_last_layers_bf16": bool(first or last),
+        "num_layers_at_start_in_bf16": first,
+        "num_layers_at_end_in_bf16": last,
+    }
+
+
+def build(hf_config, *, topology: Topology, precision: Precision) -> list[Backbone]:
+    """This rank's model chunks (more than one if pipeline stages are interleaved), with random weights; hf_weights.load fills them."""
+    parallel = topology.parallel
+    config = transformer_config(hf_config, parallel=parallel, precision=precision, cuda=topology.device.type == "cuda")
+    return [_chunk(hf_config, config, topology, index) for index in range(parallel.virtual_pp)]
+
+
+def _chunk(hf_config, config: TransformerConfig, topology: Topology, index: int) -> Backbone:
+    parallel = topology.parallel
+    vp_stage = index if parallel.virtual_pp > 1 else None
+    base, inverse_frequencies = rope_settings(hf_config)
+    if topology.device.type == "cuda":
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=has_qk_norm(hf_config))
+    else:
+        spec = _plain_spec(config, vp_stage)
+    chunk = Backbone(
+        config,
+        spec,
+        vocab_size=-(-hf_config.vocab_size // parallel.tp) * parallel.tp,  # no further padding: fewer rows to mask
+        max_sequence_length=hf_config.max_position_embeddings,
+        pre_process=topology.pp_rank == 0 and index == 0,
+        post_process=topology.is_last_stage and index == parallel.virtual_pp - 1,
+        position_embedding_type="rope",
+        rotary_base=base,
+        share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
+        parallel_output=True,
+        vp_stage=vp_stage,
+    )
+    if inverse_frequencies is not None:
+        chunk.rotary_pos_emb.inv_freq = inverse_frequencies.to(chunk.rotary_pos_emb.inv_freq.device)
+    return chunk.to(topology.device)
+
+
+def stage_of(hf_config, layer: int, parallel: Parallel) -> int:
+    """The pipeline rank that holds a layer (counted from 0): chunks go round the stages."""
+    return layer // (hf_config.num_hidden_layers // (parallel.pp * parallel.virtual_pp)) % parallel.pp
+
+
+def _plain_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    parts = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    attention = parts.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=RMSNorm)
+
+
+def packing(hf_config, topology: Topology, precision: Precision, *, max_tokens: int) -> Packing:
+    """How batches for this model and layout are cut."""
+    parallel = topology.parallel
+    return Packing(
+        max_tokens=max_tokens, dp=topology.dp, dp_rank=topology.dp_rank, cp=parallel.cp, cp_rank=topology.cp_rank,
+        align_tokens=packed_alignment(parallel, precision),
+        microbatch_multiple=parallel.pp if parallel.virtual_pp > 1 else 1,
+        # Siblings behind one copy of their prompt need an attention that knows trees: PackedAttention alone, and not over cp.
+        share_prompts=topology.device.type == "cpu" and parallel.cp == 1,
+        cost=cost_of(hf_config))
+
+
+def hidden_states(stage: torch.nn.Module, batch: Microbatch, topology: Topology) -> torch.Tensor:
+    """What one model chunk makes of `batch` (on its device): what the next one needs, or from the last chunk hidden_RD of
+    the positions that predict the response tokens."""
+    packed = blocks_of(batch, topology.cp) if topology.device.type == "cpu" else PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=batch.cu_seqlens, cu_seqlens_kv=batch.cu_seqlens,
+        max_seqlen_q=batch.max_seqlen, max_seqlen_kv=batch.max_seqlen)
+    hidden_T1D = stage(batch.token_ids_T[None], batch.position_ids_T[None], None, packed_seq_params=packed)
+    if not unwrapped(stage).post_process:
+        return hidden_T1D
+    return vocab.rows(hidden_T1D[:, 0], batch.position_R, topology.head_group, sequence_parallel=topology.parallel.sequence_parallel)
+
+
+def unwrapped(stage: torch.nn.Module) -> Backbone:
+    """The model chunk within DDP's wrapper, or itself."""
+    return getattr(stage, "module", stage)

@@ -1,0 +1,303 @@
+"""The trainer's end of a refit's data plane. Control goes through vLLM's weight-transfer verbs (engine.py); here is what carries the bytes.
+
+    broadcast   GlooSender, NcclSender    one stream to all engines, wherever they are, which load as it comes
+    shared      SharedSender, IpcSender   engines on the trainer's machine (IPC: on its GPUs) read a bucket where it was written
+
+A bucket is filled while the one before it is under way.
+"""
+
+import base64
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from grpo_mcore.config.config import InputError
+from grpo_mcore.parallel import collectives
+from grpo_mcore.parallel.topology import Topology
+from grpo_mcore.refit.weight_transfer import (
+    SharedMemory,
+    TensorInfo,
+    await_turn,
+    buckets,
+    free_port,
+    listen,
+    num_bytes,
+    open_gloo,
+    pass_turn,
+    positions,
+    start_broadcast,
+    to_dict,
+    unpack,
+)
+
+# (update_info, what) -> a wait with a deadline: starts the update on all engines; `what` names the tensors in its error.
+Update = Callable[[dict, str], Callable[[], object]]
+
+
+class BrokenWire(RuntimeError):
+    """An engine at the other end failed, or is late."""
+
+
+class Place(NamedTuple):
+    """Where a trainer rank or an engine's process computes."""
+
+    host: str
+    gpu: str  # UUID; "" on a CPU
+
+
+def choose(transport: str, engines: Sequence[Sequence[Place]], trainers: Sequence[Place]) -> str:
+    """The vLLM backend of refit.transport, from where each process of each engine and each trainer rank is. Raises InputError."""
+    cuda = bool(trainers[0].gpu)
+    near = set(trainers if cuda else trainers[:1])  # on a CPU the driver alone sends
+    apart = next((place for engine in engines for place in engine if place not in near), None)
+    if transport == "shared" and apart:
+        raise InputError("refit.transport", transport, f"needs every engine on {'the GPUs' if cuda else 'the machine'} of the trainer; one is on {' '.join(apart)}",
+                         "set it to auto or broadcast, or place the engines there")
+    if transport == "broadcast" or apart:
+        return "nccl" if cuda else "gloo"
+    return "ipc" if cuda else "shared_memory"
+
+
+def span(bucket: Sequence[TensorInfo]) -> str:
+    return bucket[0].name if len(bucket) == 1 else f"{bucket[0].name} to {bucket[-1].name}"
+
+
+class Stream:
+    """The weights of one refit on this rank, written bucket by bucket into a sender's memory."""
+
+    def __init__(self, groups: Sequence[Sequence[TensorInfo]], bucket_bytes: int, export: Callable[..., Iterator[tuple[str, torch.Tensor]]]):
+        """`export(into=...)` yields (name, tensor) in the order of `groups`, each written to into(name) where that is not None."""
+        self.bucket_bytes, self.buckets = bucket_bytes, list(buckets(groups, bucket_bytes))
+        self.infos = [info for bucket in self.buckets for info in bucket]
+        self.at = self.infos[0].name  # what is being sent, for errors
+        self._views: dict[str, torch.Tensor] = {}
+        self._tensors = export(into=lambda name: self._views.get(name))
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Of the largest bucket."""
+        return max(map(num_bytes, self.buckets))
+
+    def fill(self, memory: Callable[[int], torch.Tensor]) -> Iterator[tuple[int, list[TensorInfo], torch.Tensor]]:
+        """(index, bucket, its bytes) one after the other; bucket i is written to the front of memory(i), uint8."""
+        for index, bucket in enumerate(self.buckets):
+            self.at = span(bucket)
+            buffer = memory(index)[: num_bytes(bucket)]
+            self._views = dict(unpack(buffer, bucket))
+            for info in bucket:
+                self.at = info.name
+                self._next(info)
+            self.at = span(bucket)
+            yield index, bucket, buffer
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """One after the other, in memory of their own."""
+        for info in self.infos:
+            self.at = info.name
+            yield info.name, self._next(info).to(info.dtype)
+
+    def _next(self, info: TensorInfo) -> torch.Tensor:
+        name, tensor = next(self._tensors)
+        if (name, tuple(tensor.shape)) != (info.name, info.shape):
+            raise RuntimeError(f"{name} {tuple(tensor.shape)} came where {info.name} {info.shape} was announced")
+        return tensor
+
+    def drain(self) -> None:
+        """What is left: other ranks take part in its collectives."""
+        self._views = {}
+        for _ in self._tensors:
+            pass
+
+
+class GlooSender:
+    def __init__(self, stream: Stream, address: str, world_size: int, timeout_s: float):
+        """`stream` is one like those to be sent; the engines reach the sender at `address`."""
+        self._args = (address, free_port(address), 0, world_size, timeout_s)
+        self._buffers = [torch.empty(stream.capacity_bytes, dtype=torch.uint8) for _ in range(2)]
+        self._group = None
+
+    def init_info(self, first_rank: int) -> dict:
+        """For the engine whose first process has this rank of the group."""
+        address, port, _, world_size, timeout_s = self._args
+        return {"address": address, "port": port, "first_rank": first_rank, "world_size": world_size, "timeout_s": timeout_s}
+
+    def open(self) -> None:
+        """Blocks until every engine has joined; to be called while the engines initialise."""
+        self._group = open_gloo(*self._args)
+
+    def send(self, stream: Stream, update: Update) -> None:
+        wait = update({"lengths": [len(bucket) for bucket in stream.buckets]}, "receiving the broadcast")
+        under_way = None
+        for index, bucket, buffer in stream.fill(lambda i: self._buffers[i % 2]):
+            self._arrive(under_way, stream)
+            under_way = start_broadcast(self._group, buffer), span(bucket)
+        self._arrive(under_way, stream)
+        wait()
+
+    def _arrive(self, under_way, stream: Stream) -> None:
+        if under_way:
+            work, stream.at = under_way
+            try:
+                work.wait()
+            except RuntimeError as e:
+                raise BrokenWire(str(e)) from e
+
+    def close(self) -> None:
+        """Engines that still wait for a bucket fail now."""
+        if self._group is not None:
+            self._group.abort()
+        self._group = None
+
+
+class NcclSender:
+    """The sender of vLLM's own `nccl` backend (vllm 0.32: packed settings travel in init_info)."""
+
+    def __init__(self, bucket_bytes: int, address: str, world_size: int):
+        self._info = {"master_address": address, "master_port": free_port(address), "world_size": world_size,
+                      "packed": True, "packed_buffer_size_bytes": bucket_bytes, "packed_num_buffers": 2}
+
+    def init_info(self, first_rank: int) -> dict:
+        return {**self._info, "rank_offset": first_rank}
+
+    def open(self) -> None:
+        from vllm.distributed.weight_transfer.nccl_common import trainer_init
+
+        self._communicator = trainer_init(self._info)
+
+    def send(self, stream: Stream, update: Update) -> None:
+        from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
+
+        wait = update(to_dict(stream.infos), "receiving the broadcast")
+        packed_nccl_broadcast_producer(
+            iterator=stream.tensors(),
+            group=self._communicator,
+            src=0,
+            post_iter_func=lambda named: named[1],
+            buffer_size_bytes=self._info["packed_buffer_size_bytes"],
+            num_buffers=self._info["packed_num_buffers"],
+        )
+        wait()
+
+    def close(self) -> None:
+        self._communicator = None
+
+
+class SharedSender:
+    """Engines on this machine load a bucket from the memory that it was written to. All buckets are one update, and bytes on a socket say
+    whose turn it is: a call for each bucket would go through four processes, which on busy cores wait for each other."""
+
+    def __init__(self, stream: Stream, world_size: int, timeout_s: float):
+        self._lengths, self._bucket_bytes = [len(bucket) for bucket in stream.buckets], stream.bucket_bytes
+        self._positions, size = positions(stream.buckets, stream.bucket_bytes)
+        self._memory = SharedMemory(size)
+        self._num_engine_ranks, self._timeout_s = world_size - 1, timeout_s
+        self._listener, self._engines = listen(), []
+
+    def init_info(self, first_rank: int) -> dict:
+        return {"path": self._memory.path, "lengths": self._lengths, "bucket_bytes": self._bucket_bytes, "socket": self._listener.getsockname().decode(),
+                "timeout_s": self._timeout_s}
+
+    def open(self) -> None:
+        pass  # engines join without it: one that cannot says so at once
+
+    def _accept(self) -> None:
+        self._listener.settimeout(self._timeout_s)
+        while len(self._engines) < self._num_engine_ranks:
+            engine, _ = self._listener.accept()
+            engine.settimeout(self._timeout_s)
+            self._engines.append(engine)
+
+    def send(self, stream: Stream, update: Update) -> None:
+        self._accept()
+        wait, loaded = None, 0
+
+        def start() -> None:  # the engines pause meanwhile
+            nonlocal wait
+            wait = wait or update({}, "loading")
+
+        def until_loaded(num_buckets: int) -> None:
+            nonlocal loaded
+            while loaded < num_buckets:
+                for engine in self._engines:
+                    await_turn(engine)
+                loaded += 1
+
+        def memory(index: int) -> torch.Tensor:
+            if self._positions[index].lasting:  # they may compute with what lies there
+                start()
+            until_loaded(self._positions[index].after)
+            return self._memory.bytes[self._positions[index].offset :]
+
+        try:
+            for _ in stream.fill(memory):
+                start()
+                for engine in self._engines:
+                    pass_turn(engine)
+            until_loaded(len(stream.buckets))
+        except OSError as e:
+            stream.at = span(stream.buckets[loaded])  # where the engines are
+            raise BrokenWire(str(e)) from e
+        wait()
+
+    def close(self) -> None:
+        """Engines that still wait for a bucket fail now."""
+        for end in (self._listener, *self._engines):
+            end.close()
+        self._memory.close()
+
+
+class IpcSender:
+    """vLLM's own `ipc` backend, packed: engines load from the memory of the trainer rank on their GPU. Collective: every trainer rank
+    has one, and fills buckets of its own. torch must not use expandable segments, whose memory has no handles."""
+
+    def __init__(self, topology: Topology):
+        self._topology = topology
+
+    def init_info(self, first_rank: int) -> dict:
+        return {"packed": True}
+
+    def open(self) -> None:
+        pass
+
+    def send(self, stream: Stream, update: Update | None) -> None:
+        """`update` is the driver's alone."""
+        device = self._topology.device
+        # Of this refit alone: an exported buffer is counted until the engines let go of it.
+        buffers = [torch.empty(stream.capacity_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
+        wait = error = None
+        for index, bucket, buffer in stream.fill(lambda i: buffers[i % 2]):
+            torch.cuda.synchronize(device)
+            try:
+                if wait:
+                    wait()
+            except Exception as e:
+                error = e
+            # When this returns, every rank has filled its bucket, and the engines have loaded the one before, whose memory is next.
+            sent = collectives.gather((error is None, str(torch.cuda.get_device_properties(device).uuid), _handle(buffers[index % 2])), self._topology)
+            if not all(fine for fine, _, _ in sent):
+                break
+            if update:
+                handles = {gpu: handle for _, gpu, handle in sent}
+                wait = update({**to_dict(bucket), "tensor_sizes": [i.num_bytes for i in bucket], "ipc_handles": base64.b64encode(pickle.dumps(handles)).decode()},
+                              f"loading {span(bucket)}")
+        if wait and not error:
+            try:
+                wait()
+            except Exception as e:
+                error = e
+        collectives.on_any_rank(False, self._topology)  # nobody frees its last bucket before it is loaded
+        if error:
+            raise error
+        torch.cuda.ipc_collect()
+
+    def close(self) -> None:
+        pass
+
+
+def _handle(buffer: torch.Tensor) -> tuple:
+    """Exported anew for each bucket: the engine releases an export each time it maps another one."""
+    from torch.multiprocessing.reductions import reduce_tensor
+
+    return reduce_tensor(buffer)[1]

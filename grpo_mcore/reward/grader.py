@@ -1,0 +1,177 @@
+r"""Responses -> rewards: 1 if the last box holds the gold answer, else 0, by one of verifiers.py.
+
+What text cannot decide is compared in processes that the clock can kill (grading_process.py), started when first needed
+and then kept. What runs out of processor time, clock or memory is a wrong answer with a status of its own, because the
+number of those is a metric: a grader that is too tight makes wrong zeros.
+"""
+import enum
+import math
+import select
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from grpo_mcore.reward.grading_process import GradingProcess, Question, Reply
+from grpo_mcore.reward.math_answer import MAX_BOX_CHARS
+from grpo_mcore.reward.verifiers import VERIFIERS
+
+MAX_GOLD_CHARS = 4096
+"""So that a question always fits into an empty pipe (64 KiB, at most 12 bytes a character): writing one never waits."""
+
+
+class Status(enum.StrEnum):
+    """Why a response got its reward: 1 for CORRECT, 0 for the others."""
+    CORRECT = "correct"
+    WRONG = "wrong"
+    NO_ANSWER = "no_answer"    # no balanced, non-blank box of at most MAX_BOX_CHARS characters
+    TRUNCATED = "truncated"    # the same, of a response that hit its length limit
+    TIMED_OUT = "timed_out"    # the comparison was stopped or crashed; the verdict's detail names the limit
+
+
+@dataclass(frozen=True)
+class Verdict:
+    r"""The grade of one response.
+
+    >>> Verdict(1.0, Status.CORRECT, r"\frac{3}{4}", "equal by math-verify")               # gold 0.75
+    >>> Verdict(0.0, Status.WRONG, "12", "not equal by text")                              # gold 13
+    >>> Verdict(0.0, Status.TRUNCATED, None, r"no \boxed{} of 1 to 512 characters after the first </think>")
+    >>> Verdict(0.0, Status.TIMED_OUT, "9^{9^{9^9}}", "killed after cpu_s = 2 s of processor time")
+    """
+    reward: float
+    status: Status
+    answer: str | None  # what the box holds, as written
+    detail: str  # the rule that decided
+    other: "Verdict | None" = None  # the other verifier's, where both are asked
+
+    @property
+    def is_disputed(self) -> bool:
+        return self.other is not None and self.other.reward != self.reward
+
+
+class Grader:
+    """Grades responses; a context manager. Threads that need its processes take turns.
+
+    num_processes: processes that compare, started as far as there are questions for them.
+    cpu_s, wall_s: processor and clock seconds for one comparison; start-up does not count. wall_s >= cpu_s.
+    memory_bytes: address space of each process. Importing sympy takes about 64 MiB of it.
+    verifier: whose verdict gives the reward. compare_verifiers: the other one's stands beside it in Verdict.other.
+    require_think: a response without </think> has no answer. The opening tag is not asked for: chat templates put it into the prompt.
+    """
+
+    def __init__(
+        self, num_processes: int, cpu_s: float, wall_s: float, memory_bytes: int, *,
+        verifier: str = "math_verify", require_think: bool = False, compare_verifiers: bool = False,
+    ):
+        if verifier not in VERIFIERS:
+            raise ValueError(f"verifier = {verifier!r}: must be one of {', '.join(VERIFIERS)}")
+        if num_processes < 1:
+            raise ValueError(f"num_processes = {num_processes}: must be at least 1")
+        if not 0 < cpu_s <= wall_s < math.inf:
+            raise ValueError(f"cpu_s = {cpu_s}, wall_s = {wall_s}: must be positive, finite, and cpu_s <= wall_s, since a "
+                             "process never has more processor time than clock time. Remedy: raise wall_s")
+        if memory_bytes < 1:
+            raise ValueError(f"memory_bytes = {memory_bytes}: must be positive")
+        self._num_processes, self._cpu_s, self._wall_s, self._memory_bytes = num_processes, cpu_s, wall_s, memory_bytes
+        self._verifiers = [verifier] + [name for name in VERIFIERS if name != verifier and compare_verifiers]
+        self._require_think = require_think
+        self._processes: list[GradingProcess] = []
+        self._asking = threading.Lock()  # evaluation comes between steps that are being sampled
+        self._is_closed = False
+
+    def grade(self, items: Sequence[tuple[str, str, bool]]) -> list[Verdict]:
+        """One verdict for each (response text, gold answer, truncated), in order.
+
+        A truncated response is graded like any other: it may hold its box already. Equal questions are asked once.
+        ValueError if a gold answer is not a string of 1 to MAX_GOLD_CHARS characters, or the grader is closed.
+        RuntimeError if a process cannot start.
+        """
+        if self._is_closed:
+            raise ValueError("this Grader is closed")
+        for index, (_, gold, _) in enumerate(items):
+            if not isinstance(gold, str) or not gold.strip() or len(gold) > MAX_GOLD_CHARS:
+                raise ValueError(f"items[{index}]: the gold answer is {str(gold)[:80]!r} ({type(gold).__name__}): must be a "
+                                 f"non-blank string of at most {MAX_GOLD_CHARS} characters")
+        graded = [[self._read(name, *item) for name in self._verifiers] for item in items]
+        questions = dict.fromkeys(entry for row in graded for entry in row if isinstance(entry, Question))
+        with self._asking:
+            reply_to = self._ask_all(list(questions))
+        verdicts = [[_verdict(entry, reply_to[entry]) if isinstance(entry, Question) else entry for entry in row] for row in graded]
+        return [replace(mine, other=others[0]) if others else mine for mine, *others in verdicts]
+
+    def _read(self, name: str, text: str, gold: str, truncated: bool) -> Verdict | Question:
+        """The verdict or, if it takes algebra, the question."""
+        none = Status.TRUNCATED if truncated else Status.NO_ANSWER
+        if self._require_think and "</think>" not in text:
+            return Verdict(0.0, none, None, "no </think>")
+        answer = VERIFIERS[name].extract(text)
+        if answer is None:
+            return Verdict(0.0, none, None, rf"no \boxed{{}} of 1 to {MAX_BOX_CHARS} characters after the first </think>")
+        question, (equal, rule) = Question(name, answer, gold), VERIFIERS[name].compare_text(answer, gold)
+        return question if equal is None else _verdict(question, Reply(equal, rule))
+
+    def close(self) -> None:
+        """Ends the processes; a second call does nothing."""
+        self._is_closed = True
+        self._end_all()
+
+    def __enter__(self) -> "Grader":
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        self.close()
+
+    def _ask_all(self, questions: list[Question]) -> dict[Question, Reply]:
+        waiting, reply_to = deque(questions), {}
+        try:
+            while len(reply_to) < len(questions):
+                unanswered = len(questions) - len(reply_to)
+                while len(self._processes) < min(self._num_processes, unanswered):
+                    self._processes.append(GradingProcess(self._cpu_s, self._memory_bytes))
+                for process in self._processes:
+                    if process.is_idle and waiting and process.ask(waiting[0], self._wall_s):
+                        waiting.popleft()
+                for process in self._next_events():
+                    question, reply = process.question, process.read_reply()
+                    if reply is not None:
+                        reply_to[question] = reply
+                self._processes = [process for process in self._processes if not process.has_ended]
+        except BaseException:  # Ctrl-C among them: a reply that is still to come must not meet the next call's question
+            self._end_all()
+            raise
+        return reply_to
+
+    def _next_events(self) -> list[GradingProcess]:
+        """Waits for a process that has something to read or is past its deadline."""
+        poll, by_fd = select.poll(), {}
+        for process in self._processes:
+            if not process.is_idle and not process.has_ended:
+                by_fd[process.fileno()] = process
+                poll.register(process.fileno(), select.POLLIN)
+        if not by_fd:
+            return []
+        seconds = min(process.deadline for process in by_fd.values()) - time.monotonic()
+        readable = {fd for fd, _ in poll.poll(max(0, math.ceil(seconds * 1000)))}
+        now = time.monotonic()
+        return [process for fd, process in by_fd.items() if fd in readable or now >= process.deadline]
+
+    def _end_all(self) -> None:
+        while self._processes:
+            self._processes.pop().end()
+
+
+def counts(verdicts: Sequence[Verdict]) -> dict[str, int]:
+    """How many verdicts have each status; every status is a key: {"correct": 3, "wrong": 1, "no_answer": 0, ...}."""
+    number = {status.value: 0 for status in Status}
+    for verdict in verdicts:
+        number[verdict.status.value] += 1
+    return number
+
+
+def _verdict(question: Question, reply: Reply) -> Verdict:
+    if reply.equal is None:
+        return Verdict(0.0, Status.TIMED_OUT, question.answer, reply.rule)
+    if reply.equal:
+        return Verdict(1.0, Status.CORRECT, question.answer, f"equal by {reply.rule}")
+    return Verdict(0.0, Status.WRONG, question.answer, f"not equal by {reply.rule}")

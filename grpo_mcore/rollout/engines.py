@@ -1,0 +1,363 @@
+"""All engines of a run, as Ray actors; lives on the driver.
+
+A thread deals requests out by load (dispatch.py), takes the answers, and asks after the engines' health, so that they sample while
+the trainer trains. An engine that dies, fails, answers garbage or no longer answers is replaced, and its requests go to the others;
+the replacement takes part from the next refit on. Whatever cannot go on says which engine, in which phase, with its own last words.
+"""
+
+import contextlib
+import itertools
+import math
+import os
+import queue
+import signal
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from grpo_mcore.config import config
+from grpo_mcore.rollout import engine, placement
+from grpo_mcore.rollout.dispatch import Dispatch
+from grpo_mcore.rollout.engine import Completion, Engine, Sampling
+
+HEALTH_EVERY_S = 2.0
+
+
+class EngineError(RuntimeError):
+    """An engine died, failed or missed its deadline."""
+
+
+class EnginesLost(EngineError):
+    """None is left, and replacements are on their way: the next refit waits for them."""
+
+
+@dataclass(eq=False)
+class Slot:
+    """One place for an engine, and who is in it."""
+
+    index: int
+    log: Path
+    actor: ray.actor.ActorHandle
+    host: str = ""
+    process_ids: Sequence[int] = ()  # once it has started: the actor's and its children's
+    ready: bool = False  # takes requests: started, and refitted with the others
+    ping: tuple[ray.ObjectRef, float] | None = None  # and when it was sent
+
+    def last_words(self) -> str:
+        lines = self.log.read_text(errors="replace").splitlines()[-15:] if self.log.is_file() else []
+        return f"The end of {self.log}:\n  " + "\n  ".join(lines or ["(empty)"])
+
+
+@dataclass(frozen=True, eq=False)
+class _Request:
+    name: int  # of this and no other: keys may come again
+    phase: str
+    token_ids: Sequence[int]
+    sampling: Sampling
+    answer: Future
+
+
+class Engines:
+    def __init__(self, cfg: config.Config, folder: str, *, cuda: bool, stop_token_ids: list[int], load_weights: bool = False):
+        """Starts Ray (or joins the cluster of RAY_ADDRESS) and the engines, without waiting for them.
+
+        Without `load_weights` an engine's weights are arbitrary until the first refit. Raises InputError.
+        """
+        self._cfg, self._stop_token_ids = cfg.engine, stop_token_ids
+        self._args = engine.arguments(cfg, folder, cuda=cuda, load_weights=load_weights)
+        self._environment = engine.environment(cfg, cuda=cuda)
+        self._logs = Path(cfg.run_dir).absolute() / "logs"
+        self._logs.mkdir(parents=True, exist_ok=True)
+        self.num_failures = 0
+        self._failed: EngineError | None = None  # what ends the run
+        self._lock = threading.RLock()
+        self._dispatch = Dispatch(cfg.engine.max_running_responses)
+        self._requests: dict[tuple, _Request] = {}
+        self._events: queue.SimpleQueue = queue.SimpleQueue()
+        self._names = itertools.count()
+        self._refitting = False
+        self._starting: dict[ray.ObjectRef, Slot] = {}  # replacements
+        placement.start_ray(cfg.engine, cuda=cuda)
+        self._bundle = {"CPU": 1, **({"GPU": cfg.engine.tp} if cuda else {})}
+        self._group = placement.reserve([self._bundle] * cfg.engine.num_engines, cfg.engine.start_timeout_s)
+        self._slots = [self._start(i) for i in range(cfg.engine.num_engines)]
+        self._thread = threading.Thread(target=self._serve, name="engines", daemon=True)
+        self._thread.start()
+
+    def _start(self, index: int) -> Slot:
+        log = self._logs / (f"engine_{index}.log" if not self.num_failures else f"engine_{index}.after_failure_{self.num_failures}.log")
+        n = self._cfg.num_threads
+        actor = ray.remote(Engine).options(
+            num_cpus=1, num_gpus=self._bundle.get("GPU", 0), max_concurrency=1000, runtime_env={"env_vars": self._environment},
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index))
+        return Slot(index, log, actor.remote(self._args, str(log), self._cfg.cores[index * n : (index + 1) * n]))
+
+    @property
+    def address(self) -> str:
+        """Of this machine, as the engines reach it."""
+        mine = ray.get_runtime_context().get_node_id()
+        return next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == mine)
+
+    @property
+    def ready(self) -> list[Slot]:
+        """The engines that take part."""
+        with self._lock:
+            return [slot for slot in self._slots if slot.ready]
+
+    def wait_until_ready(self) -> None:
+        end = time.monotonic() + self._cfg.start_timeout_s
+        refs = {slot: slot.actor.ready.remote(self._stop_token_ids) for slot in self._slots}
+        started, failed = self.collect(refs, end - time.monotonic())
+        for slot, problem in failed.items():
+            raise EngineError(f"engine start: engine {slot.index} failed: {problem}. {slot.last_words()}")
+        for slot, (host, process_ids) in started.items():
+            self._admit(slot, host, process_ids)
+
+    def _admit(self, slot: Slot, host: str, process_ids: Sequence[int]) -> None:
+        with self._lock:
+            slot.host, slot.process_ids, slot.ready = host, process_ids, True
+            self._dispatch.join(slot)
+            self._deal()
+
+    # --- requests -------------------------------------------------------------------------------------------------------
+
+    def submit(self, key: tuple, token_ids: Sequence[int], sampling: Sampling, phase: str) -> Future:
+        """A list of Completion, some time: requests are served in the order of their keys. The future fails only when the run cannot go on."""
+        request = _Request(next(self._names), phase, token_ids, sampling, Future())
+        with self._lock:
+            self._requests[key] = request
+            self._dispatch.submit(key, sampling.num_responses)
+            self._deal()
+        return request.answer
+
+    def cancel(self, keys: Sequence[tuple]) -> None:
+        """Ends requests; the futures of those that were not answered yet never end."""
+        with self._lock:
+            for key in keys:
+                request = self._requests.pop(key, None)
+                if request is not None and (slot := self._dispatch.cancel(key)) is not None:
+                    slot.actor.cancel.remote(request.name)
+            self._deal()
+
+    def check(self) -> None:
+        """Raises EngineError if the run cannot go on, EnginesLost if none is left."""
+        if self._failed is not None:
+            raise self._failed
+        if not self.ready:
+            raise EnginesLost("no engine is left")
+
+    def overdue(self, phase: str, timeout_s: float) -> EngineError:
+        """What to raise when the requests of a phase were not done in time."""
+        with self._lock:
+            left = {slot: [key for key in self._dispatch.dealt_to(slot) if self._requests[key].phase == phase] for slot in self.ready}
+            slot = max(left, key=lambda slot: len(left[slot]))
+            num_left = sum(r.phase == phase for r in self._requests.values())
+        return EngineError(f"{phase}: {num_left} requests were not done within {timeout_s:.0f} s, {len(left[slot])} of them at engine {slot.index}. {slot.last_words()}")
+
+    def _deal(self) -> None:
+        for slot, key in self._dispatch.deal():
+            request = self._requests[key]
+            ref = slot.actor.generate.remote(request.name, request.token_ids, request.sampling)
+            ref.future().add_done_callback(lambda answer, slot=slot, key=key, request=request: self._events.put((slot, key, request, answer)))
+
+    def _serve(self) -> None:
+        """The thread: answers as they come, and health in between."""
+        asked = time.monotonic()
+        while True:
+            try:
+                event = self._events.get(timeout=HEALTH_EVERY_S)
+            except queue.Empty:
+                event = ()
+            if event is None:
+                return
+            try:
+                if event:
+                    self._take(*event)
+                if time.monotonic() - asked > HEALTH_EVERY_S and not self._refitting:
+                    asked = time.monotonic()
+                    self._check_health()
+            except EnginesLost:
+                pass  # those who wait ask check()
+            except EngineError as e:
+                self._give_up(e)
+            except BaseException as e:  # a silent end of this thread would be a run that hangs
+                self._give_up(EngineError(f"engines: {e!r}"))
+                raise
+
+    def _take(self, slot: Slot, key: tuple, request: _Request, answer: Future) -> None:
+        with self._lock:
+            if self._requests.get(key) is not request or self._dispatch.owner(key) is not slot:  # cancelled, or taken from it, since
+                return
+            error = answer.exception()
+            problem = _last_line(error) if error is not None else _problem_with(answer.result(), request.sampling)
+            if problem is not None:
+                self.lose(slot, request.phase, problem)
+                return
+            self._dispatch.done(slot, key)
+            del self._requests[key]
+            self._deal()
+        request.answer.set_result(answer.result())
+
+    def _give_up(self, error: EngineError) -> None:
+        with self._lock:
+            self._failed = error
+            requests, self._requests = list(self._requests.values()), {}
+        for request in requests:
+            request.answer.set_exception(error)
+
+    # --- health and failure ---------------------------------------------------------------------------------------------
+
+    def _check_health(self) -> None:
+        """Loses engines that do not answer, or say that they cannot go on."""
+        for slot in self.ready:
+            if slot.ping is None:
+                slot.ping = slot.actor.health.remote(), time.monotonic()
+                continue
+            ref, sent = slot.ping
+            if ray.wait([ref], timeout=0)[0]:
+                slot.ping = None
+                try:
+                    ray.get(ref)
+                except ray.exceptions.RayError as e:
+                    self.lose(slot, self._phase_of(slot), _last_line(e))
+            elif time.monotonic() - sent > self._cfg.health_timeout_s:
+                self.lose(slot, self._phase_of(slot), f"did not answer for {self._cfg.health_timeout_s:.0f} s")
+
+    def _phase_of(self, slot: Slot) -> str:
+        with self._lock:
+            return next((self._requests[key].phase for key in self._dispatch.dealt_to(slot)), "idle")
+
+    def lose(self, slot: Slot, phase: str, problem: str) -> None:
+        """Ends an engine, starts one in its place, and gives its requests to the others.
+
+        Raises EngineError after engine.max_failures failures, EnginesLost if none is left.
+        """
+        with self._lock:
+            if not slot.ready:  # by the other thread
+                return
+            self.num_failures += 1
+            slot.ready = False
+            left = self._dispatch.leave(slot)
+            what = f"{phase}: engine {slot.index} failed: {problem}. {slot.last_words()}"
+            _kill(slot)
+            if self.num_failures > self._cfg.max_failures:
+                raise EngineError(f"{what}\nfailure {self.num_failures} of engines, and engine.max_failures = {self._cfg.max_failures}")
+            print(f"{what}\n{len(left)} of its requests go to the {len(self.ready)} other engines; a replacement is started", flush=True)
+            self._slots[slot.index] = replacement = self._start(slot.index)
+            self._starting[replacement.actor.ready.remote(self._stop_token_ids)] = replacement
+            self._deal()
+            if not self.ready:
+                raise EnginesLost(what)
+
+    @contextlib.contextmanager
+    def refitting(self):
+        """While it is open nobody else asks after the engines' health: a refit has its own deadlines, and they may be busy."""
+        self._refitting = True
+        try:
+            yield
+        finally:
+            for slot in self.ready:
+                slot.ping = None
+            self._refitting = False
+
+    def assemble(self, phase: str) -> list[Slot]:
+        """The engines that take part from now on, for the caller to refit them: those that answer, and replacements that have started.
+
+        Waits for one if none is left. Raises EngineError if a replacement could not start, or after engine.max_failures failures.
+        """
+        self._raise_if_failed()
+        _, failed = self.collect({slot: slot.actor.health.remote() for slot in self.ready}, self._cfg.health_timeout_s)
+        for slot, problem in failed.items():
+            with contextlib.suppress(EnginesLost):
+                self.lose(slot, phase, problem)
+        if self._starting:
+            self._admit_replacements()
+        return self.ready
+
+    def _raise_if_failed(self) -> None:
+        if self._failed is not None:
+            raise self._failed
+
+    def _admit_replacements(self) -> None:
+        done, _ = ray.wait(list(self._starting), num_returns=1, timeout=0 if self.ready else self._cfg.start_timeout_s)
+        done, _ = ray.wait(list(self._starting), num_returns=len(self._starting), timeout=0) if done else (done, [])
+        if not done and not self.ready:
+            raise EngineError(f"engine start: no replacement was ready within {self._cfg.start_timeout_s:.0f} s. {next(iter(self._starting.values())).last_words()}")
+        for ref in done:
+            slot = self._starting.pop(ref)
+            try:
+                host, process_ids = ray.get(ref)
+            except ray.exceptions.RayError as e:
+                raise EngineError(f"engine start: the replacement of engine {slot.index} failed: {_last_line(e)}. {slot.last_words()}") from e
+            self._admit(slot, host, process_ids)
+
+    # --- calls to all ---------------------------------------------------------------------------------------------------
+
+    def call(self, slots: Sequence[Slot], method: str, args: Sequence[tuple] | tuple = ()) -> dict[Slot, ray.ObjectRef]:
+        """Starts `method` on these engines, with the same arguments (a tuple) or each with its own (a list); `collect` waits."""
+        each = args if isinstance(args, list) else [args] * len(slots)
+        return {slot: getattr(slot.actor, method).remote(*arg) for slot, arg in zip(slots, each, strict=True)}
+
+    def collect(self, refs: dict[Slot, ray.ObjectRef], timeout_s: float) -> tuple[dict, dict[Slot, str]]:
+        """(results by engine, what went wrong by engine) of `call`."""
+        done, _ = ray.wait(list(refs.values()), num_returns=len(refs), timeout=timeout_s) if refs else ([], [])
+        done = set(done)
+        results, failed = {}, {}
+        for slot, ref in refs.items():
+            try:
+                if ref in done:
+                    results[slot] = ray.get(ref)
+                else:
+                    failed[slot] = f"did not answer within {timeout_s:.0f} s"
+            except ray.exceptions.RayError as e:
+                failed[slot] = _last_line(e)
+        return results, failed
+
+    def sleep(self, timeout_s: float) -> None:
+        """They give their GPUs' memory back, until the next refit. Raises EngineError after engine.max_failures failures."""
+        _, failed = self.collect(self.call(self.ready, "sleep"), timeout_s)
+        for slot, problem in failed.items():
+            with contextlib.suppress(EnginesLost):
+                self.lose(slot, "sleep", problem)
+
+    def stop(self) -> None:
+        self._events.put(None)
+        for slot in [*self._slots, *self._starting.values()]:
+            _kill(slot)
+        ray.shutdown()
+
+
+def _kill(slot: Slot) -> None:
+    ray.kill(slot.actor)
+    if slot.host == socket.gethostname():  # Ray asks a process to end itself: one that is stopped cannot
+        for process_id in slot.process_ids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process_id, signal.SIGKILL)
+
+
+def _problem_with(completions: Sequence[Completion], sampling: Sampling) -> str | None:
+    """What an engine may not answer."""
+    if len(completions) != sampling.num_responses:
+        return f"garbage: {len(completions)} responses where {sampling.num_responses} were asked for"
+    for c in completions:
+        if not 0 < len(c.token_ids) <= sampling.max_tokens or len(c.logprobs) != len(c.token_ids):
+            return f"garbage: a response of {len(c.token_ids)} tokens with {len(c.logprobs)} log-probs, where 1 to {sampling.max_tokens} tokens were asked for"
+        if not all(-math.inf < lp <= 1e-3 for lp in c.logprobs):  # NaN fails too
+            return "garbage: a log-prob that is none"
+        if sum(n for _, n in c.versions) != len(c.token_ids):
+            return f"garbage: {len(c.token_ids)} tokens, of which {sum(n for _, n in c.versions)} have a policy version"
+    return None
+
+
+def _last_line(e: BaseException) -> str:
+    """Of a traceback from an engine; when the engine is gone Ray has an essay on it, of which the start says what happened."""
+    if isinstance(e, ray.exceptions.RayActorError):
+        return "its process is gone"
+    return str(e).strip().splitlines()[-1]

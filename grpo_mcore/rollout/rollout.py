@@ -1,0 +1,202 @@
+"""Prompts -> graded groups of responses, over all engines.
+
+`sample` is one batch of prompts with the weights as they are: evaluation. `Rollout` is the stage of training: it keeps the engines
+busy with the steps that may be sampled now (admission.py), grades groups as they arrive, and hands over a step's groups once
+they are complete. A response is a function of (seed, position in the stream, weights), whatever engine draws it.
+"""
+
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, TimeoutError as FutureTimeoutError
+from dataclasses import dataclass
+
+from grpo_mcore.config import config
+from grpo_mcore.data import prompts
+from grpo_mcore.report import metrics
+from grpo_mcore.reward.grader import Grader, Verdict
+from grpo_mcore.rollout.admission import Admission
+from grpo_mcore.rollout.engine import Completion, Sampling
+from grpo_mcore.rollout.engines import Engines
+from grpo_mcore.types import Group, Prompt, Response
+
+CHECK_EVERY_S = 0.5  # how soon a wait notices that the engines are gone
+EVALUATION, TRAINING = 0, 1  # first parts of a request's key: evaluation goes first
+
+
+class StaleError(RuntimeError):
+    """A response was sampled with weights of another version than the step's."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step's groups, graded."""
+
+    groups: list[Group]
+    verdicts: list[Verdict]  # in the order of groups and responses
+    rewards_PG: list[list[float]]
+    positions: list[int]  # of the groups in the stream
+    cursor: int  # positions before it are done with
+    metrics: dict[str, metrics.Metric]
+
+
+def sample(
+    engines: Engines, prompts: Sequence[Prompt], *, group_size: int, temperature: float, max_tokens: Callable[[int], int], seed: int,
+    version: int, timeout_s: float, top_p: float = 1.0, phase: str = "evaluation",
+) -> list[Group]:
+    """One group of `group_size` responses per prompt, in the order of the prompts. `max_tokens` of a response, by its prompt's length.
+
+    Raises EngineError, EnginesLost, StaleError.
+    """
+    answers = [
+        engines.submit((EVALUATION, i), p.token_ids, Sampling(group_size, temperature, max_tokens(len(p.token_ids)), seed_of(seed, phase, i, p), top_p), phase)
+        for i, p in enumerate(prompts)
+    ]
+    end = time.monotonic() + timeout_s
+    try:
+        for answer in answers:
+            while True:
+                try:
+                    answer.result(CHECK_EVERY_S)
+                    break
+                except FutureTimeoutError:
+                    engines.check()
+                    if time.monotonic() > end:
+                        raise engines.overdue(phase, timeout_s) from None
+    except BaseException:
+        engines.cancel([(EVALUATION, i) for i in range(len(answers))])
+        raise
+    return [group_of(prompt, answer.result(), oldest=version, newest=version) for prompt, answer in zip(prompts, answers, strict=True)]
+
+
+def seed_of(seed: int, phase: str, position: int, prompt: Prompt) -> int:
+    return random.Random(f"{seed}/{phase}/{position}/{prompt.id}").getrandbits(31)
+
+
+def group_of(prompt: Prompt, completions: Sequence[Completion], *, oldest: int, newest: int) -> Group:
+    """Raises StaleError if a token was sampled with another version than these."""
+    for version in (v for c in completions for v, _ in c.versions):
+        if not oldest <= version <= newest:
+            needs = f"{oldest}" if oldest == newest else f"{oldest} to {newest}"
+            raise StaleError(f"an engine sampled a response to prompt {prompt.id} with weights of version {version}, where the step needs {needs}")
+    return Group(prompt, tuple(Response(tuple(c.token_ids), tuple(c.logprobs), c.truncated, c.versions) for c in completions))
+
+
+def grade(groups: Sequence[Group], tokenizer: prompts.Tokenizer, grader: Grader) -> tuple[list[list[float]], list[Verdict]]:
+    """(rewards_PG, verdicts in the order of groups and responses)."""
+    verdicts = grader.grade([(tokenizer.decode(r.token_ids), g.prompt.answer, r.truncated) for g in groups for r in g.responses])
+    it = iter(verdicts)
+    return [[next(it).reward for _ in g.responses] for g in groups], verdicts
+
+
+class Rollout:
+    """The stage, on the driver. `begin` says that the engines have a new version of the weights, `take` waits for the step's groups.
+
+    A thread takes answers as they come and grades them. What it cannot handle is raised by the next `take`.
+    """
+
+    def __init__(self, engines: Engines, stream: prompts.Stream, tokenizer: prompts.Tokenizer, grader: Grader, cfg: config.Config, *, cursor: int):
+        """`cursor`: positions of the stream before it have been trained on."""
+        self._engines, self._stream, self._tokenizer, self._grader, self._cfg = engines, stream, tokenizer, grader, cfg
+        r = cfg.rollout
+        self._admission = Admission(
+            prompts_per_step=r.prompts_per_step, max_staleness=r.max_staleness, dynamic_sampling=r.dynamic_sampling,
+            oversampling_frac=r.oversampling_frac, max_draws=r.max_draws, cursor=cursor, num_steps=cfg.num_steps)
+        self._changed = threading.Condition()  # guards what follows
+        self._version = 0
+        self._answers: dict[int, Future] = {}  # by position, until it is graded
+        self._graded: dict[int, tuple[Group, list[float], list[Verdict]]] = {}
+        self._problem: Exception | None = None
+        self._grading_s = 0.0
+        self._arrived: queue.SimpleQueue = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._serve, name="rollout", daemon=True)
+        self._thread.start()
+
+    def begin(self, version: int) -> None:
+        """Engines and policy have this version now: what has become too stale is dropped, and more may be sampled."""
+        with self._changed:
+            self._version = version
+            admitted, dropped = self._admission.begin(version)
+            self._engines.cancel([(TRAINING, p) for p in dropped])
+            for position in dropped:
+                self._answers.pop(position, None)
+                self._graded.pop(position, None)
+            self._submit(admitted)
+
+    def take(self) -> Step:
+        """The groups of the step that starts from the version begun last. Raises EngineError, EnginesLost (call again after a refit), StaleError."""
+        end = time.monotonic() + self._cfg.rollout.timeout_s
+        with self._changed:
+            while (taken := self._admission.take()) is None:
+                if self._problem is not None:
+                    raise self._problem
+                self._engines.check()
+                if time.monotonic() > end:
+                    raise self._engines.overdue("rollout", self._cfg.rollout.timeout_s)
+                self._changed.wait(CHECK_EVERY_S)
+            entries = [self._graded.pop(p) for p in taken.positions]
+            for position in [p for p in self._graded if p < self._admission.cursor]:  # passed over
+                del self._graded[position]
+            grading_s, self._grading_s = self._grading_s, 0.0
+            num_dropped = self._admission.num_dropped
+            self._admission.num_dropped = 0
+        step = self._version
+        staleness = [(step - v, n) for group, _, _ in entries for r in group.responses for v, n in r.versions]
+        return Step(
+            groups=[group for group, _, _ in entries], verdicts=[v for _, _, verdicts in entries for v in verdicts], rewards_PG=[rewards for _, rewards, _ in entries],
+            positions=taken.positions, cursor=self._admission.cursor,
+            metrics={
+                "rollout/staleness_mean": metrics.Mean(float(sum(s * n for s, n in staleness)), sum(n for _, n in staleness)),
+                "rollout/staleness_max": metrics.Max(float(max(s for s, _ in staleness))),
+                "rollout/groups_passed_over": metrics.Sum(float(taken.passed_over)),
+                "rollout/groups_without_variance": metrics.Sum(float(taken.kept)),
+                "rollout/groups_dropped": metrics.Sum(float(num_dropped)),
+                "rollout/engine_failures": metrics.Max(float(self._engines.num_failures)),
+                "reward/seconds": metrics.Sum(grading_s),
+            })
+
+    def close(self) -> None:
+        self._arrived.put(None)
+        self._thread.join(10)
+
+    def _submit(self, positions: Sequence[int]) -> None:
+        r = self._cfg.rollout
+        for position in positions:
+            prompt = self._stream.at(position)
+            sampling = Sampling(r.group_size, r.temperature, self._cfg.response_tokens(len(prompt.token_ids)), seed_of(self._cfg.seed, "rollout", position, prompt))
+            self._answers[position] = answer = self._engines.submit((TRAINING, position), prompt.token_ids, sampling, "rollout")
+            answer.add_done_callback(lambda answer, position=position: self._arrived.put((position, answer)))
+
+    def _serve(self) -> None:
+        try:
+            while (item := self._arrived.get()) is not None:
+                items = [item]
+                while not self._arrived.empty():
+                    items.append(self._arrived.get())
+                if None in items:
+                    return
+                self._grade(items)
+        except Exception as e:
+            with self._changed:
+                self._problem = e
+                self._changed.notify()
+
+    def _grade(self, items: list[tuple[int, Future]]) -> None:
+        start = time.perf_counter()
+        with self._changed:
+            items = [(position, answer) for position, answer in items if self._answers.get(position) is answer]  # not dropped since
+            newest, oldest = self._version + 1, self._version - self._cfg.rollout.max_staleness  # a refit may be under way
+        groups = [group_of(self._stream.at(position), answer.result(), oldest=oldest, newest=newest) for position, answer in items]
+        rewards_PG, verdicts = grade(groups, self._tokenizer, self._grader)
+        G = self._cfg.rollout.group_size
+        with self._changed:
+            for i, ((position, answer), group, rewards) in enumerate(zip(items, groups, rewards_PG, strict=True)):
+                if self._answers.get(position) is not answer:  # dropped since
+                    continue
+                del self._answers[position]
+                self._graded[position] = group, rewards, verdicts[i * G : (i + 1) * G]
+                self._submit(self._admission.arrived(position, has_variance=len(set(rewards)) > 1 and not group.prompt.masked))
+            self._grading_s += time.perf_counter() - start
+            self._changed.notify()

@@ -1,0 +1,227 @@
+"""Stages: what is trained after what, from one file. Each stage trains, chooses a checkpoint, exports it to Hugging Face, proves the
+export (parity.py) and evaluates it; the next one begins from that export. lineage.py keeps what was done; actions.py does it.
+
+What a stage takes over from the one before, beside the weights:
+    reference policy   the stage's own initial weights, anew (where loss.kl_coef asks for one)
+    optimizer          fresh, or with `optimizer: carried` the moments and main weights of the chosen checkpoint
+    steps, warm-up     from 0, anew
+    prompts            the order goes on after those that led to the chosen checkpoint
+    tokenizer          the model's, which every export carries along
+"""
+
+import contextlib
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from grpo_mcore import trainer
+from grpo_mcore.config import file as config_file, recipe, rules
+from grpo_mcore.config.config import Config, InputError, Stop
+from grpo_mcore.policy import model
+from grpo_mcore.policy.hf_weights import local_folder
+
+# What the order of prompts depends on.
+ORDER = ("data.train", "data.problem_key", "data.answer_key", "data.overlong_prompts")
+FILTER = ("data.max_prompt_tokens", "data.prompt_template", "data.chat_template")  # besides, where over-long prompts are left out
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The stop rule is the configuration's: num_steps and `stop`."""
+
+    name: str  # of its files in `dir`
+    cfg: str  # its configuration, a path from the stages file's folder
+    overrides: tuple[str, ...] = ()  # key.sub=value over it
+    choose: Literal["last", "best"] = "last"  # the checkpoint to go on with: the last, or that with the highest checkpoint.best_metric
+    optimizer: Literal["fresh", "carried"] = "fresh"
+    prompts: Literal["continue", "own"] = "continue"  # go on in the order of the stage before; own: from the configuration's data.skip_prompts
+    evaluate: tuple[str, ...] = ()  # key.sub=value, of the evaluation of the export alone
+
+
+@dataclass(frozen=True)
+class StagesFile:
+    dir: str  # of lineage.json, the exports NAME_hf and the evaluations NAME_eval.json
+    stages: tuple[Stage, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A stages file whose configurations are loaded and checked."""
+
+    path: Path
+    file: StagesFile
+    configs: tuple[Config, ...] = ()  # as they will be, if each stage before does all of its steps
+    ranks: int = 1
+
+    @property
+    def dir(self) -> Path:
+        return Path(self.file.dir)
+
+    def export_of(self, number: int) -> Path:
+        return self.dir / f"{self.file.stages[number].name}_hf"
+
+    def config_path(self, number: int) -> Path:
+        return self.path.parent / self.file.stages[number].cfg
+
+    def config(self, number: int, carry_over: Sequence[str] = (), *, evaluation: bool = False) -> Config:
+        """Of a stage, with what it takes over."""
+        return config_file.load(self.config_path(number), self.overrides(number, carry_over, evaluation=evaluation))
+
+    def overrides(self, number: int, carry_over: Sequence[str] = (), *, evaluation: bool = False) -> list[str]:
+        stage = self.file.stages[number]
+        return [*stage.overrides, *carry_over, *(stage.evaluate if evaluation else ())]
+
+
+def carry_over(plan: Plan, number: int, *, checkpoint: str, prompts_taken: int) -> list[str]:
+    """The overrides by which a stage begins from the one before: `checkpoint` is the chosen one, `prompts_taken` of the order led to it."""
+    if number == 0:
+        return []
+    stage = plan.file.stages[number]
+    return [
+        f"model={plan.export_of(number - 1)}", "warm_start=null",
+        *([f"data.skip_prompts={prompts_taken}"] if stage.prompts == "continue" else []),
+        *([f"checkpoint.start_from={checkpoint}"] if stage.optimizer == "carried" else [])]
+
+
+def load(path: str | Path, ranks: int | None) -> Plan:
+    """Reads the file and all configurations, and checks them for `ranks` ranks; None: as few as all stages can have. Raises InputError."""
+    file = config_file.read(StagesFile, path)
+    if not file.stages:
+        raise InputError("stages", [], "names no stage", "see configs/quickstart_stages.yaml")
+    configs: list[Config] = []
+    plan = Plan(Path(path), file)
+    for number, stage in enumerate(file.stages):
+        _check_stage(file, number)
+        with naming(stage):
+            taken = configs[-1].data.skip_prompts + configs[-1].num_steps * configs[-1].rollout.prompts_per_step if configs else 0
+            config = plan.config(number, carry_over(plan, number, checkpoint="the stage before's", prompts_taken=taken))
+            plan.config(number, evaluation=True)
+            _check_config(stage, config)
+            if configs:
+                _check_pair(stage, configs, config)
+        configs.append(config)
+    ranks = ranks or math.lcm(*(c.parallel.ranks_per_replica for c in configs))
+    for stage, config in zip(file.stages, configs, strict=True):
+        with naming(stage):
+            rules.check_ranks(config, ranks)
+    return Plan(plan.path, file, tuple(configs), ranks)
+
+
+@contextlib.contextmanager
+def naming(stage: Stage) -> Iterator[None]:
+    """Has an InputError say in which stage."""
+    try:
+        yield
+    except InputError as e:
+        e.args = (f"stage {stage.name}: {e}",)
+        raise
+
+
+def _check_stage(file: StagesFile, number: int) -> None:
+    stage = file.stages[number]
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", stage.name):
+        raise InputError(f"stages[{number}].name", stage.name, "is part of file names: letters, digits, ., _ and -", "choose another")
+    if stage.name in [s.name for s in file.stages[:number]]:
+        raise InputError(f"stages[{number}].name", stage.name, "is another stage's too", "choose another")
+    if number == 0 and stage.optimizer == "carried":
+        raise InputError("stages[0].optimizer", stage.optimizer, "has no stage before it to be carried from", "set it to fresh (checkpoint.start_from begins from another run)")
+
+
+def _check_config(stage: Stage, config: Config) -> None:
+    if not config.checkpoint.every:
+        raise InputError("checkpoint.every", 0, "keeps no checkpoint, and a stage's is exported", "raise it")
+    if stage.choose == "best" and not config.checkpoint.keep_best:
+        raise InputError("checkpoint.keep_best", 0, "may remove the best checkpoint, which `choose: best` takes", "raise it, or choose the last")
+
+
+def _check_pair(stage: Stage, before: Sequence[Config], config: Config) -> None:
+    for other in before:
+        if Path(other.run_dir).absolute() == Path(config.run_dir).absolute():
+            raise InputError("run_dir", config.run_dir, "is another stage's too", "give each stage one of its own")
+    if stage.prompts == "own":
+        return
+    last = before[-1]
+    seeds = [c.seed if c.data.shuffle_seed is None else c.data.shuffle_seed for c in (last, config)]
+    if seeds[0] != seeds[1]:
+        raise InputError("data.shuffle_seed", seeds[1], f"makes another order of prompts than the stage before's {seeds[0]}, so that prompts would come again", "give both the same, or set prompts: own")
+    for dotted in (*ORDER, *(FILTER if config.data.overlong_prompts == "filter" else ())):
+        a, b = (recipe.key(dotted)(c) for c in (last, config))
+        if a != b:
+            raise InputError(dotted, b, f"makes another order of prompts than the stage before's {a!r}, so that prompts would come again", "give both the same, or set prompts: own")
+
+
+def check_model(plan: Plan) -> None:
+    """Whether every stage fits the first one's model, whose shape all have. Raises InputError."""
+    first = plan.configs[0]
+    if first.warm_start is not None and not Path(first.model).is_dir():
+        return  # it is yet to be made
+    hf_config = model.load_hf_config(local_folder(first.model))
+    for stage, config in zip(plan.file.stages, plan.configs, strict=True):
+        with naming(stage):
+            model.check_parallel(hf_config, config.parallel, config.precision)
+            trainer.check_lengths(config, hf_config)
+
+
+def describe(plan: Plan) -> str:
+    """The plan of all stages, quantity by quantity, a column each."""
+    rows = [("", *(s.name for s in plan.file.stages))]
+    for name, of in QUANTITIES.items():
+        rows.append((name, *(str(of(plan, number)) for number in range(len(plan.configs)))))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    table = "\n".join("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows)
+    return f"{table}\nlineage: {plan.dir / 'lineage.json'}"
+
+
+def stop_rule(config: Config) -> str:
+    rule, out = config.stop, [f"{config.num_steps} steps"]
+    if rule.plateau_window:
+        out.append(f"{rule.plateau_metric} gains at most {rule.plateau_min_gain:g} over {rule.plateau_window} values")
+    if rule.truncated_above is not None:
+        out.append(f"truncated_frac above {rule.truncated_above:g} in {rule.truncated_steps} steps")
+    return " or ".join(out) + (f" (after {rule.after_steps})" if rule != Stop() and rule.after_steps else "")
+
+
+def reference(config: Config) -> str:
+    return "the stage's initial weights" if config.loss.kl_coef > 0 else "none (loss.kl_coef = 0)"
+
+
+def _ranks(plan: Plan, number: int) -> str:
+    p = plan.configs[number].parallel
+    return f"tp {p.tp} x cp {p.cp} x pp {p.pp} x dp {plan.ranks // p.ranks_per_replica}; {plan.configs[number].engine.num_engines} engines"
+
+
+def _chosen(plan: Plan, number: int) -> str:
+    return "last" if plan.file.stages[number].choose == "last" else f"best by {plan.configs[number].checkpoint.best_metric}"
+
+
+def _evaluation(plan: Plan, number: int) -> str:
+    c = plan.config(number, evaluation=True)
+    return f"{c.eval.samples_per_prompt} x {c.response_tokens(0, evaluation=True)} tokens at T={c.eval.temperature:g}, top_p={c.eval.top_p:g}" if c.eval.data else "none"
+
+
+# Quantity -> its value of a plan's stage.
+QUANTITIES = {
+    "configuration": lambda plan, n: plan.config_path(n),
+    "run_dir": lambda plan, n: plan.configs[n].run_dir,
+    "model": lambda plan, n: plan.configs[n].model,
+    "follows": lambda plan, n: plan.configs[n].recipe or "no recipe",
+    "ends after": lambda plan, n: stop_rule(plan.configs[n]),
+    "a step": lambda plan, n: f"{plan.configs[n].rollout.prompts_per_step} prompts x {plan.configs[n].rollout.group_size} responses",
+    "optimizer steps": lambda plan, n: recipe.optimizer_steps(plan.configs[n]),
+    "longest sequence": lambda plan, n: f"{plan.configs[n].longest_train_tokens} tokens",
+    "longest response": lambda plan, n: f"{plan.configs[n].response_tokens(0)} tokens",
+    "learning rate": lambda plan, n: f"{plan.configs[n].optimizer.lr:g} {plan.configs[n].optimizer.lr_schedule}, warm-up {recipe.warm_up(plan.configs[n])}",
+    "optimizer": lambda plan, n: plan.file.stages[n].optimizer,
+    "reference policy": lambda plan, n: reference(plan.configs[n]),
+    "KL coefficient": lambda plan, n: f"{plan.configs[n].loss.kl_coef:g}",
+    "ratio clip": lambda plan, n: f"{plan.configs[n].loss.clip_low:g} / {plan.configs[n].loss.clip_high:g}",
+    "prompts skipped": lambda plan, n: f"{plan.configs[n].data.skip_prompts}{' if all steps before are done' if n and plan.file.stages[n].prompts == 'continue' else ''}",
+    "ranks by axis": _ranks,
+    "goes on with": _chosen,
+    "export": lambda plan, n: plan.export_of(n),
+    "evaluated on": lambda plan, n: plan.config(n, evaluation=True).eval.data or "nothing",
+    "evaluation": _evaluation,
+}

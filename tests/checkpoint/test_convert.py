@@ -1,0 +1,101 @@
+"""Hugging Face -> checkpoint -> Hugging Face, what it holds in memory on the way, and that the trainer's model reads it.
+
+Not covered here: checkpoints of other layouts (test_checkpoint.py); the program around it (test_launch.py).
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from megatron.core import dist_checkpointing
+from safetensors.torch import load_file
+
+from grpo_mcore.checkpoint import checkpoint, convert
+from grpo_mcore.config.config import InputError
+from grpo_mcore.parallel import topology
+from tests import models
+from tests.dist import ROOT, environment
+from tests.policy.test_policy import connect, make_policy
+
+
+@pytest.fixture
+def alone():
+    yield connect()
+    topology.disconnect()
+
+
+@pytest.mark.parametrize("kind", models.KINDS)
+def test_from_hf_and_to_hf_are_byte_identical(model_folders, tmp_path, alone, kind):
+    folder = Path(model_folders[kind])
+    convert.from_hf(folder, tmp_path / "megatron", alone)
+    convert.to_hf(tmp_path / "megatron", tmp_path / "hf")
+    assert (tmp_path / "hf/model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    with pytest.raises(InputError, match="has no hf/ folder"):
+        convert.to_hf(tmp_path / "hf", tmp_path / "x")
+
+
+@pytest.mark.parametrize("kind", models.KINDS)
+def test_the_trainers_model_reads_what_was_converted(model_folders, tmp_path, alone, kind):
+    convert.from_hf(model_folders[kind], tmp_path / "megatron", alone)
+    policy = make_policy(model_folders[kind], alone)
+    with torch.no_grad():
+        for p in policy.chunks[0].parameters():
+            p.zero_()
+    state = dist_checkpointing.load(checkpoint._weights(policy), tmp_path / "megatron")
+    policy.chunks[0].load_state_dict(state["model0"], strict=False)
+    original = load_file(f"{model_folders[kind]}/model.safetensors")
+    assert all(torch.equal(original[name], tensor) for name, tensor in policy.export())
+
+
+PEAK = """
+import sys, pathlib
+from grpo_mcore import entry
+if __name__ == "__mp_main__":
+    entry.die_with_parent()
+if __name__ == "__main__":
+    import torch
+    from grpo_mcore import config, convert
+    from grpo_mcore.parallel import topology
+    hf, out, direction = sys.argv[1:]
+    topo = topology.connect(config.Parallel(), device=torch.device("cpu"), timeout_s=60, seed=0)
+
+    def anonymous():
+        # Memory of one's own, without the pages of files that are mapped; its peak is not kept by Linux, so it is sampled.
+        return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) * 1024
+
+    import threading, time
+    peak, done, before = [0], threading.Event(), anonymous()
+    def sample():
+        while not done.is_set():
+            peak[0] = max(peak[0], anonymous())
+            time.sleep(0.001)
+    thread = threading.Thread(target=sample); thread.start()
+    convert.from_hf(hf, out, topo) if direction == "from_hf" else convert.to_hf(hf, out)
+    done.set(); thread.join()
+    print("PEAK", peak[0] - before)
+"""
+
+
+def test_converting_holds_the_model_once_on_the_way_in_and_one_tensor_on_the_way_out(tmp_path):
+    import transformers as tf
+
+    torch.manual_seed(0)
+    # 12 layers of 12.8 MB and two vocabulary matrices of 16.4 MB: 187 MB
+    size = dict(vocab_size=8000, hidden_size=512, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=256)
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**size, tie_word_embeddings=False))
+    model_bytes, layer_bytes = (sum(p.numel() * 4 for p in m.parameters()) for m in (model, model.model.layers[0]))
+    model.save_pretrained(tmp_path / "hf")
+    script = tmp_path / "peak.py"
+    script.write_text(PEAK)
+
+    def peak(source: str, out: str, direction: str) -> int:
+        done = subprocess.run([sys.executable, "-W", "ignore", script, tmp_path / source, tmp_path / out, direction], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return int(done.stdout.split("PEAK")[1])
+
+    largest = max(layer_bytes, 8000 * 512 * 4)
+    assert peak("hf", "megatron", "from_hf") < model_bytes + 2 * largest
+    assert peak("megatron", "again", "to_hf") < 4 * largest  # the part read, what it is read from, the bytes that are written, and a little
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "hf/model.safetensors").read_bytes()

@@ -1,0 +1,141 @@
+"""Hugging Face -> Megatron -> Hugging Face, bit for bit, on tensor and pipeline ranks; and what is refused.
+
+Not covered here: that the model computes the same (test_policy.py); the program around it (test_launch.py).
+"""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from grpo_mcore.config import config
+from grpo_mcore.config.config import InputError
+from grpo_mcore.parallel import topology
+from grpo_mcore.policy import hf_weights, model
+from tests import models
+from tests.dist import spawn
+
+
+def chunks_of(folder, topo, precision=config.Precision(params="float32")) -> tuple:
+    """(chunks with the folder's weights, its config)"""
+    hf_config = model.load_hf_config(str(folder))
+    chunks = model.build(hf_config, topology=topo, precision=precision)
+    hf_weights.load(chunks, hf_config, folder, topo)
+    return chunks, hf_config
+
+
+def save(out, chunks, hf_config, topo, side_files_from) -> None:
+    dtype = next(chunks[0].parameters()).dtype
+    hf_weights.save_folder(out, hf_weights.export(chunks, hf_config, topo), side_files_from, shapes=hf_weights.shapes(hf_config), dtype=dtype, write=topo.is_driver)
+
+
+def round_trip(folders: dict[str, str], axes: dict[str, int], out: str) -> None:
+    topo = topology.connect(config.Parallel(**axes), device=torch.device("cpu"), timeout_s=60, seed=1)
+    for kind, folder in folders.items():
+        with hf_weights.Reader(folder) as reader:
+            precision = config.Precision(params=str(reader.dtype()).removeprefix("torch."))
+        chunks, hf_config = chunks_of(folder, topo, precision)
+        save(f"{out}/{kind}", chunks, hf_config, topo, folder)
+    topology.disconnect()
+
+
+@pytest.mark.parametrize(("ranks", "axes"), [(1, {}), (4, {"tp": 2, "pp": 2}), (2, {"pp": 2, "virtual_pp": 2})], ids=str)
+def test_round_trip_is_bit_exact_in_every_family(model_folders, tmp_path, ranks, axes):
+    folders = {**model_folders, "qwen3_bf16": models.make("qwen3", tmp_path / "bf16", torch.bfloat16)}
+    if "virtual_pp" in axes:
+        folders = {"qwen2_deep": model_folders["qwen2_deep"]}  # the only one with 4 layers
+    spawn(round_trip, ranks, folders, axes, str(tmp_path))
+    for kind, folder in folders.items():
+        before, after = load_file(f"{folder}/model.safetensors"), load_file(f"{tmp_path}/{kind}/model.safetensors")
+        assert set(before) == set(after)
+        for name, tensor in before.items():
+            assert tensor.dtype == after[name].dtype and torch.equal(tensor, after[name]), (kind, name)
+        assert hf_weights.shapes(model.load_hf_config(folder)) == {name: tuple(t.shape) for name, t in before.items()}
+        assert json.load(open(f"{tmp_path}/{kind}/config.json")) == json.load(open(f"{folder}/config.json"))
+
+
+@pytest.fixture
+def alone():
+    yield topology.connect(config.Parallel(), device=torch.device("cpu"), timeout_s=60, seed=1)
+    topology.disconnect()
+
+
+def load_changed(folder: str, tmp_path, alone, change) -> None:
+    shutil.copytree(folder, tmp_path / "changed")
+    tensors = load_file(tmp_path / "changed/model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "changed/model.safetensors", metadata={"format": "pt"})
+    chunks_of(tmp_path / "changed", alone)
+
+
+def test_a_missing_tensor_is_named(model_folders, tmp_path, alone):
+    with pytest.raises(InputError, match=r"model\.layers\.1\.self_attn\.k_proj\.bias is missing"):
+        load_changed(model_folders["qwen2_tied"], tmp_path, alone, lambda t: t.pop("model.layers.1.self_attn.k_proj.bias"))
+
+
+def test_an_extra_tensor_is_named(model_folders, tmp_path, alone):
+    with pytest.raises(InputError, match=r"model\.layers\.0\.self_attn\.q_norm\.weight is one too many"):
+        load_changed(model_folders["qwen2_tied"], tmp_path, alone, lambda t: t.update({"model.layers.0.self_attn.q_norm.weight": torch.ones(16)}))
+
+
+def test_a_misshapen_tensor_is_named(model_folders, tmp_path, alone):
+    with pytest.raises(InputError, match=r"model\.layers\.0\.mlp\.down_proj\.weight"):
+        load_changed(model_folders["qwen2_tied"], tmp_path, alone, lambda t: t.update({"model.layers.0.mlp.down_proj.weight": torch.ones(64, 95)}))
+
+
+def test_a_tied_head_that_is_written_twice_is_accepted_only_if_equal(model_folders, tmp_path, alone):
+    load_changed(model_folders["qwen2_tied"], tmp_path, alone, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    shutil.rmtree(tmp_path / "changed")
+    with pytest.raises(InputError, match=r"lm_head\.weight is one too many"):
+        load_changed(model_folders["qwen2_tied"], tmp_path, alone, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
+
+
+def test_large_models_are_written_in_several_files_and_read_back(model_folders, tmp_path, alone, monkeypatch):
+    monkeypatch.setattr(hf_weights, "MAX_FILE_BYTES", 40_000)
+    folder = model_folders["qwen2_untied"]
+    chunks, hf_config = chunks_of(folder, alone)
+    save(tmp_path / "split", chunks, hf_config, alone, folder)
+    assert len(list((tmp_path / "split").glob("*.safetensors"))) > 2
+    with hf_weights.Reader(tmp_path / "split") as reader:
+        for name, tensor in load_file(f"{folder}/model.safetensors").items():
+            assert torch.equal(reader.read(name), tensor)
+
+
+def test_a_file_is_written_as_safetensors_itself_writes_it_and_what_was_not_foretold_is_refused(model_folders, tmp_path, alone):
+    folder = model_folders["llama_linear_rope"]
+    tensors = load_file(f"{folder}/model.safetensors")
+    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+
+    def write(tensors: dict) -> None:
+        hf_weights.save_folder(tmp_path / "out", iter(tensors.items()), folder, shapes=shapes, dtype=torch.float32)
+
+    write(tensors)
+    save_file(tensors, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
+    first = next(iter(tensors))
+    for wrong in ({**tensors, first: tensors[first].bfloat16()}, {**tensors, first: tensors[first][:-1]}, dict(reversed(tensors.items()))):
+        with pytest.raises(RuntimeError, match="was foretold|is foretold"):
+            write(wrong)
+    with pytest.raises(RuntimeError, match="was foretold and did not come"):
+        write(dict(list(tensors.items())[:-1]))
+
+
+@pytest.mark.parametrize("tp", [3, 4])
+def test_a_tp_that_does_not_divide_the_heads_is_refused_with_those_that_do(model_folders, tp):
+    with pytest.raises(InputError, match=r"parallel\.tp = .*must divide.*use one of 1, 2"):
+        model.check_parallel(model.load_hf_config(model_folders["qwen2_tied"]), config.Parallel(tp=tp))
+
+
+def test_unsupported_models_are_refused_by_name(model_folders, tmp_path):
+    shutil.copytree(model_folders["llama_llama3_rope"], tmp_path / "m")
+    path = tmp_path / "m/config.json"
+    config = json.loads(path.read_text())
+    for change, words in (({"model_type": "gpt2"}, "gpt2"), ({"attention_bias": True}, "attention_bias"),
+                          ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "yarn")):
+        path.write_text(json.dumps({**config, **change}))
+        with pytest.raises(InputError, match=words):
+            model.load_hf_config(str(tmp_path / "m"))
+    with pytest.raises(InputError, match="neither a folder nor a hub name"):
+        hf_weights.local_folder(str(tmp_path / "absent"))
