@@ -41,8 +41,13 @@ from grpo_mcore.report import metrics
 from grpo_mcore.report.provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
-COLUMNS = {"step_s": "step", **{f"{p}_s": p for p in ("refit", "rollout", "reward", "logprob", "update")},
-           "response_tokens_per_s": "response tok/s", "packed_tokens_per_s": "packed tok/s", "cpu_s": "CPU s"}
+COLUMNS = {
+    "step_s": "step",
+    **{f"{p}_s": p for p in ("refit", "rollout", "reward", "logprob", "update")},
+    "response_tokens_per_s": "response tok/s",
+    "packed_tokens_per_s": "packed tok/s",
+    "cpu_s": "CPU s",
+}
 RATIOS = ("response_tokens_per_s", "packed_tokens_per_s", "response_tokens_per_cpu_s", "steps_per_s")
 POLL_S, STOP_S = 0.01, 30.0
 
@@ -83,13 +88,15 @@ def watch(command: list[str], run_dir: Path, *, env: dict[str, str], timeout_s: 
     run_dir.mkdir()
     rows, output, steps, size = run_dir / "metrics.jsonl", run_dir / "output.txt", [], 0
     with output.open("w") as out:
-        process = subprocess.Popen(command, cwd=ROOT, env=os.environ | env, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | env, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT
+        )
     tree, deadline = ProcessTree(process.pid), time.monotonic() + timeout_s
     try:
         while process.poll() is None and time.monotonic() < deadline:
             if rows.is_file() and rows.stat().st_size != size:
                 clock_s, cpu_s, size = time.perf_counter(), sum(tree.cpu_s_of().values()), rows.stat().st_size
-                steps += [Step(row, clock_s, cpu_s) for row in metrics.read(run_dir)[len(steps):]]
+                steps += [Step(row, clock_s, cpu_s) for row in metrics.read(run_dir)[len(steps) :]]
             time.sleep(POLL_S)
     finally:
         ended = process.poll() is not None
@@ -115,23 +122,52 @@ def figures(before: Step, step: Step, responses_per_step: int) -> dict[str, floa
     response_tokens = step.row["rollout/response_tokens_mean"] * responses_per_step
     packed_tokens = step.row["tokens_per_s"] * sum(phases.values())
     return {
-        "step_s": step_s, "steps_per_s": 1 / step_s, **phases, "cpu_s": cpu_s,
-        "response_tokens": response_tokens, "response_tokens_per_s": response_tokens / step_s, "response_tokens_per_cpu_s": response_tokens / cpu_s,
-        "packed_tokens": packed_tokens, "packed_tokens_per_s": packed_tokens / step_s, "reward_mean": step.row["reward/mean"]}
+        "step_s": step_s,
+        "steps_per_s": 1 / step_s,
+        **phases,
+        "cpu_s": cpu_s,
+        "response_tokens": response_tokens,
+        "response_tokens_per_s": response_tokens / step_s,
+        "response_tokens_per_cpu_s": response_tokens / cpu_s,
+        "packed_tokens": packed_tokens,
+        "packed_tokens_per_s": packed_tokens / step_s,
+        "reward_mean": step.row["reward/mean"],
+    }
 
 
-def measure(program: str, recipe: str, args: argparse.Namespace, env: dict[str, str], scratch: str, *, name: str = "", more: list[str] = [], prefix: list[str] = []) -> dict:
+def measure(
+    program: str,
+    recipe: str,
+    args: argparse.Namespace,
+    env: dict[str, str],
+    scratch: str,
+    *,
+    name: str = "",
+    more: list[str] = [],
+    prefix: list[str] = [],
+) -> dict:
     """One program on one recipe, with `more` overrides: the medians of its figures, and how they came about."""
     overrides = ["eval.data=null", "checkpoint.every=0", f"num_steps={args.warmup + args.steps}", *more]
     cfg = config_file.load(ROOT / recipe, overrides)
     run_dir, load = Path(scratch) / f"{Path(recipe).stem}_{name or Path(program).stem}", os.getloadavg()[0]
     print(f"{program} --cfg {recipe}: {cfg.num_steps} steps ...", file=sys.stderr, flush=True)
-    steps = watch([*prefix, sys.executable, program, "--cfg", recipe, f"run_dir={run_dir}", *overrides], run_dir, env=env, timeout_s=args.timeout_s)
+    steps = watch(
+        [*prefix, sys.executable, program, "--cfg", recipe, f"run_dir={run_dir}", *overrides],
+        run_dir,
+        env=env,
+        timeout_s=args.timeout_s,
+    )
     if len(steps) != cfg.num_steps:
         sys.exit(f"error: {program} wrote {len(steps)} rows of metrics for {cfg.num_steps} steps")
-    samples = [figures(b, s, cfg.responses_per_step) for b, s in zip(steps[args.warmup - 1:], steps[args.warmup:])]
-    return {"program": program, "overrides": overrides, "environment": env, "load_average_before": load, "num_steps": len(samples),
-            **{name: round(statistics.median(s[name] for s in samples), 4) for name in samples[0]}}
+    samples = [figures(b, s, cfg.responses_per_step) for b, s in zip(steps[args.warmup - 1 :], steps[args.warmup :])]
+    return {
+        "program": program,
+        "overrides": overrides,
+        "environment": env,
+        "load_average_before": load,
+        "num_steps": len(samples),
+        **{name: round(statistics.median(s[name] for s in samples), 4) for name in samples[0]},
+    }
 
 
 def compare(recipe: str, args: argparse.Namespace, scratch: str) -> dict:
@@ -139,19 +175,31 @@ def compare(recipe: str, args: argparse.Namespace, scratch: str) -> dict:
     cfg = config_file.load(ROOT / recipe)
     of = {"grpo_mcore": measure("launch/train.py", recipe, args, {}, scratch)}
     if args.peer:
-        of[args.peer] = measure(f"benchmarks/{args.peer}_peer.py", recipe, args, {"OMP_NUM_THREADS": str(args.peer_threads)}, scratch)
-    batch = (f"{cfg.precision.params}, {cfg.rollout.prompts_per_step} prompts x {cfg.rollout.group_size} responses of up to "
-             f"{cfg.rollout.max_response_tokens} tokens, optimizer steps a step: {cfg.optimizer_steps_per_step}")
-    threads = (f"ours {cfg.num_threads}, engines {cfg.engine.num_engines} x {cfg.engine.num_threads}"
-               + (f", {args.peer} {args.peer_threads}" if args.peer else ""))
+        of[args.peer] = measure(
+            f"benchmarks/{args.peer}_peer.py", recipe, args, {"OMP_NUM_THREADS": str(args.peer_threads)}, scratch
+        )
+    batch = (
+        f"{cfg.precision.params}, {cfg.rollout.prompts_per_step} prompts x {cfg.rollout.group_size} responses of up to "
+        f"{cfg.rollout.max_response_tokens} tokens, optimizer steps a step: {cfg.optimizer_steps_per_step}"
+    )
+    threads = f"ours {cfg.num_threads}, engines {cfg.engine.num_engines} x {cfg.engine.num_threads}" + (
+        f", {args.peer} {args.peer_threads}" if args.peer else ""
+    )
     print(f"\n{recipe}: {batch}\nthreads: {threads}")
     print(f"{'':10}", *(f"{title:>{max(len(title), 7)}}" for title in COLUMNS.values()), sep="  ")
     for name, f in of.items():
-        print(f"{name:10}", *(f"{f'{f[key]:.2f}' if key in f else '-':>{max(len(title), 7)}}" for key, title in COLUMNS.items()), sep="  ")
+        print(
+            f"{name:10}",
+            *(f"{f'{f[key]:.2f}' if key in f else '-':>{max(len(title), 7)}}" for key, title in COLUMNS.items()),
+            sep="  ",
+        )
     out = {"recipe": recipe, "batch": batch, "threads": threads, **of}
     if args.peer:
         out["ours_over_peer"] = {name: round(of["grpo_mcore"][name] / of[args.peer][name], 3) for name in RATIOS}
-        print(f"ours / {args.peer}: " + ", ".join(f"{name} {ratio:.2f}" for name, ratio in out["ours_over_peer"].items()), flush=True)
+        print(
+            f"ours / {args.peer}: " + ", ".join(f"{name} {ratio:.2f}" for name, ratio in out["ours_over_peer"].items()),
+            flush=True,
+        )
     return out
 
 
@@ -160,28 +208,57 @@ def compare_ahead(recipe: str, args: argparse.Namespace, scratch: str) -> dict:
     trainer_core, engine_core = sorted(os.sched_getaffinity(0))[:2]
     bound = ["num_threads=1", "engine.num_engines=1", "engine.num_threads=1", f"engine.cores=[{engine_core}]"]
     of = {
-        staleness: measure("launch/train.py", recipe, args, {}, scratch, name=f"staleness_{staleness}", more=[*bound, f"rollout.max_staleness={staleness}"],
-                           prefix=["taskset", "-c", str(trainer_core)])
-        for staleness in (0, args.ahead)}
+        staleness: measure(
+            "launch/train.py",
+            recipe,
+            args,
+            {},
+            scratch,
+            name=f"staleness_{staleness}",
+            more=[*bound, f"rollout.max_staleness={staleness}"],
+            prefix=["taskset", "-c", str(trainer_core)],
+        )
+        for staleness in (0, args.ahead)
+    }
     turns, ahead = of[0], of[args.ahead]
     sides = {"rollout_s": turns["rollout_s"], "rest_s": round(turns["step_s"] - turns["rollout_s"], 4)}
-    out = {"recipe": recipe, "in_turns": turns, f"staleness_{args.ahead}": ahead, "sides_in_turns": sides,
-           "step_over_longer_side": round(ahead["step_s"] / max(sides.values()), 3), "target": "at most 1.15", "step_over_step_in_turns": round(ahead["step_s"] / turns["step_s"], 3)}
-    print(f"\n{recipe}, trainer on core {trainer_core}, engine on core {engine_core}: a step takes {turns['step_s']:.2f} s in turns (rollout {sides['rollout_s']:.2f} s, the rest {sides['rest_s']:.2f} s), "
-          f"{ahead['step_s']:.2f} s with sampling {args.ahead} ahead: {out['step_over_longer_side']:.3f} x the longer side (target: {out['target']})", flush=True)
+    out = {
+        "recipe": recipe,
+        "in_turns": turns,
+        f"staleness_{args.ahead}": ahead,
+        "sides_in_turns": sides,
+        "step_over_longer_side": round(ahead["step_s"] / max(sides.values()), 3),
+        "target": "at most 1.15",
+        "step_over_step_in_turns": round(ahead["step_s"] / turns["step_s"], 3),
+    }
+    print(
+        f"\n{recipe}, trainer on core {trainer_core}, engine on core {engine_core}: a step takes {turns['step_s']:.2f} s in turns (rollout {sides['rollout_s']:.2f} s, the rest {sides['rest_s']:.2f} s), "
+        f"{ahead['step_s']:.2f} s with sampling {args.ahead} ahead: {out['step_over_longer_side']:.3f} x the longer side (target: {out['target']})",
+        flush=True,
+    )
     return out
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipes", nargs="+", default=["configs/quickstart.yaml", "configs/smollm2.yaml"], help="paths from the repository's root")
+    parser.add_argument(
+        "--recipes",
+        nargs="+",
+        default=["configs/quickstart.yaml", "configs/smollm2.yaml"],
+        help="paths from the repository's root",
+    )
     parser.add_argument("--steps", type=int, default=8, help="steps that count (8)")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them, at least 1 (2)")
     parser.add_argument("--peer", choices=["trl"])
     parser.add_argument("--ahead", type=int, metavar="N", help="compare rollout.max_staleness 0 and N instead")
     parser.add_argument("--peer-threads", type=int, default=len(os.sched_getaffinity(0)), help="(all cores)")
     parser.add_argument("--timeout-s", type=float, default=1800.0, help="of one program on one recipe (1800)")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/end_to_end.json", help="(benchmarks/results/end_to_end.json)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=ROOT / "benchmarks/results/end_to_end.json",
+        help="(benchmarks/results/end_to_end.json)",
+    )
     args = parser.parse_args()
     if args.warmup < 1 or args.steps < 1:
         parser.error("--steps and --warmup must be 1 or more")

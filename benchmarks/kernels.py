@@ -54,10 +54,12 @@ PEERS = ("trl", "liger-kernel", "cut-cross-entropy", "verl", "quack-kernels")
 
 # Implementations: (hidden, weight, target) -> (logprob [T], entropy [T] or None). Imports are theirs: most are installed nowhere.
 
+
 def _ours(linear_logprob):
     def run(hidden, weight, target):
         logsumexp, at_target, mean = linear_logprob(hidden, weight, target, temperature=1.0)
         return at_target - logsumexp, logsumexp - mean
+
     return run
 
 
@@ -73,6 +75,7 @@ def _triton_main_grad():
         if weight.shape not in buffers:
             buffers[weight.shape] = torch.zeros_like(weight, dtype=torch.float32)
         return function(hidden, weight, target, temperature=temperature, main_grad_VD=buffers[weight.shape])
+
     return _ours(with_buffer)
 
 
@@ -88,6 +91,7 @@ def _liger():
     def run(h, w, y):
         nll, entropy = LigerFusedLinearScaledCrossEntropyFunction.apply(h, w, y, 1.0, -100, 1, True)
         return -nll, entropy
+
     return run
 
 
@@ -154,23 +158,38 @@ def truth(rows: int, vocabulary: int) -> dict[str, torch.Tensor]:
         w = weight[start : start + 4096].double()
         d_hidden -= (h[some_rows] @ w.T - logsumexp[some_rows, None]).exp() @ w
     dz = (target[:, None] == some_columns).double() - (h @ weight[some_columns].double().T - logsumexp[:, None]).exp()
-    return {"logprob": logprob, "entropy": logsumexp - ((logsumexp_KT - logsumexp).exp() * mean_KT).sum(0),
-            "d_hidden": d_hidden * upstream[some_rows, None].double(), "d_weight": (dz * upstream[:, None].double()).T @ h}
+    return {
+        "logprob": logprob,
+        "entropy": logsumexp - ((logsumexp_KT - logsumexp).exp() * mean_KT).sum(0),
+        "d_hidden": d_hidden * upstream[some_rows, None].double(),
+        "d_weight": (dz * upstream[:, None].double()).T @ h,
+    }
 
 
 def differentiate(function, hidden, weight, target, upstream):
     """(logprob, entropy or None, gradients)"""
     logprob, entropy = function(hidden, weight, target)
     loss = (upstream * logprob).sum() if logprob.dim() else logprob
-    return logprob.detach(), None if entropy is None else entropy.detach(), torch.autograd.grad(loss, (hidden, weight), allow_unused=True)
+    return (
+        logprob.detach(),
+        None if entropy is None else entropy.detach(),
+        torch.autograd.grad(loss, (hidden, weight), allow_unused=True),
+    )
 
 
-def errors(result, exact: dict[str, torch.Tensor], rows: int, vocabulary: int, target: torch.Tensor) -> dict[str, float]:
+def errors(
+    result, exact: dict[str, torch.Tensor], rows: int, vocabulary: int, target: torch.Tensor
+) -> dict[str, float]:
     logprob, entropy, (d_hidden, d_weight) = result
     if not logprob.dim():
         return {}
     out, (some_rows, some_columns) = {}, samples(rows, vocabulary, target)
-    for name, x, relative in (("logprob", logprob, False), ("entropy", entropy, False), ("d_hidden", d_hidden, True), ("d_weight", d_weight, True)):
+    for name, x, relative in (
+        ("logprob", logprob, False),
+        ("entropy", entropy, False),
+        ("d_hidden", d_hidden, True),
+        ("d_weight", d_weight, True),
+    ):
         if x is not None:
             x = x[some_rows] if name == "d_hidden" else x[some_columns] if name == "d_weight" else x
             difference = (x.double() - exact[name]).abs().max()
@@ -179,7 +198,11 @@ def errors(result, exact: dict[str, torch.Tensor], rows: int, vocabulary: int, t
 
 
 def status_bytes(key: str) -> int:
-    return next(int(line.split()[1]) << 10 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return next(
+        int(line.split()[1]) << 10
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(key)
+    )
 
 
 def peak_beyond(function) -> tuple[int, object]:
@@ -237,8 +260,11 @@ def measure(name: str, rows: int, vocabulary: int, repetitions: int, exact: Path
     both() if CUDA else differentiate(function, hidden[:32], weight[:4096], target[:32] % 4096, upstream[:32])
     extra_bytes, result = peak_beyond(both)
     gradient_bytes = sum(g.nbytes for g in result[2] if g is not None)
-    out = {"has_entropy": result[1] is not None, "extra_bytes": extra_bytes - gradient_bytes,
-           "error": errors(result, torch.load(exact), rows, vocabulary, target)}
+    out = {
+        "has_entropy": result[1] is not None,
+        "extra_bytes": extra_bytes - gradient_bytes,
+        "error": errors(result, torch.load(exact), rows, vocabulary, target),
+    }
     del result
     return out | {"forward": seconds(forward, repetitions), "forward_backward": seconds(both, repetitions)}
 
@@ -249,7 +275,10 @@ def child(*arguments: str) -> dict:
     if done.returncode:
         if arguments[arguments.index("--child") + 1] in ("truth", "peak"):
             raise RuntimeError(done.stderr)
-        return {"status": "failed", "reason": (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1][:300]}
+        return {
+            "status": "failed",
+            "reason": (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1][:300],
+        }
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -273,7 +302,12 @@ def of_rounds(rounds: list[dict], naive: list[dict], rows: int, vocabulary: int,
     bad = [r for r in rounds if r["status"] != "ok"]
     if bad:
         return bad[0]
-    out = {"status": "ok", "has_entropy": rounds[0]["has_entropy"], "extra_bytes": max(r["extra_bytes"] for r in rounds), "error": rounds[0]["error"]}
+    out = {
+        "status": "ok",
+        "has_entropy": rounds[0]["has_entropy"],
+        "extra_bytes": max(r["extra_bytes"] for r in rounds),
+        "error": rounds[0]["error"],
+    }
     for pass_, products in (("forward", 1), ("forward_backward", 3)):
         clock = statistics.median(s for r in rounds for s in r[pass_]["s"])
         out[pass_] = {"s": clock, "share_of_peak": products * 2 * rows * D * vocabulary / clock / peak}
@@ -281,7 +315,10 @@ def of_rounds(rounds: list[dict], naive: list[dict], rows: int, vocabulary: int,
         if not CUDA:
             out[pass_]["cpu_s"] = statistics.median(s for r in rounds for s in r[pass_]["cpu_s"])
         if naive and all(r["status"] == "ok" for r in naive):
-            ratios = [statistics.median(r[pass_][key]) / statistics.median(n[pass_][key]) for r, n in zip(rounds, naive, strict=True)]
+            ratios = [
+                statistics.median(r[pass_][key]) / statistics.median(n[pass_][key])
+                for r, n in zip(rounds, naive, strict=True)
+            ]
             out[pass_]["time_of_naive"] = statistics.median(ratios)
     return out
 
@@ -307,9 +344,18 @@ def search(rows: int, vocabulary: int) -> None:
     def forward():
         run(hidden, weight, target)
 
-    candidates = [kernel.Blocks(*x) for x in itertools.product((64, 128, 256), (128, 256), (64, 128), (4, 8), (2, 3, 4, 5))]
-    candidates = [b for b in candidates if 64 <= b.T * b.V / (32 * b.warps) <= 128 and (b.T + b.V) * b.D * 2 * b.stages <= 224 << 10]
-    for name, table, function in (("forward", kernel.FORWARD, forward), ("backward", kernel.BACKWARD, lambda: differentiate(run, hidden, weight, target, upstream))):
+    candidates = [
+        kernel.Blocks(*x) for x in itertools.product((64, 128, 256), (128, 256), (64, 128), (4, 8), (2, 3, 4, 5))
+    ]
+    candidates = [
+        b
+        for b in candidates
+        if 64 <= b.T * b.V / (32 * b.warps) <= 128 and (b.T + b.V) * b.D * 2 * b.stages <= 224 << 10
+    ]
+    for name, table, function in (
+        ("forward", kernel.FORWARD, forward),
+        ("backward", kernel.BACKWARD, lambda: differentiate(run, hidden, weight, target, upstream)),
+    ):
         times = {}
         for blocks in candidates:
             table[torch.bfloat16] = blocks
@@ -324,8 +370,10 @@ def search(rows: int, vocabulary: int) -> None:
 
 
 def table(results: list[dict]) -> str:
-    lines = [f"{'rows':>6} {'vocabulary':>10} {'implementation':28} | {'forward s':>10} {'of naive':>8} {'of peak':>7} | {'fwd+bwd s':>10} {'of naive':>8} {'of peak':>7} | "
-             f"{'extra MB':>9} | errors: logprob, entropy, d_hidden, d_weight"]
+    lines = [
+        f"{'rows':>6} {'vocabulary':>10} {'implementation':28} | {'forward s':>10} {'of naive':>8} {'of peak':>7} | {'fwd+bwd s':>10} {'of naive':>8} {'of peak':>7} | "
+        f"{'extra MB':>9} | errors: logprob, entropy, d_hidden, d_weight"
+    ]
     for r in results:
         line = f"{r['rows']:6} {r['vocabulary']:10} {r['implementation']:28} "
         if r["status"] != "ok":
@@ -333,7 +381,14 @@ def table(results: list[dict]) -> str:
             continue
         for p in (r["forward"], r["forward_backward"]):
             line += f"| {p['s']:10.4f} {p.get('time_of_naive', float('nan')):8.2f} {p['share_of_peak']:7.1%} "
-        lines.append(line + f"| {r['extra_bytes'] / 1e6:9.1f} | " + "  ".join(f"{r['error'][k]:.1e}" if k in r["error"] else "-" for k in ("logprob", "entropy", "d_hidden", "d_weight")))
+        lines.append(
+            line
+            + f"| {r['extra_bytes'] / 1e6:9.1f} | "
+            + "  ".join(
+                f"{r['error'][k]:.1e}" if k in r["error"] else "-"
+                for k in ("logprob", "entropy", "d_hidden", "d_weight")
+            )
+        )
     return "\n".join(lines)
 
 
@@ -341,10 +396,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default=ROWS, help=f"({ROWS})")
     parser.add_argument("--vocabulary", default=VOCABULARY, help=f"({VOCABULARY})")
-    parser.add_argument("--only", default=",".join(n for n in IMPLEMENTATIONS if CUDA or n in ("naive", "chunked")), help=f"of {', '.join(IMPLEMENTATIONS)}, with commas between them")
+    parser.add_argument(
+        "--only",
+        default=",".join(n for n in IMPLEMENTATIONS if CUDA or n in ("naive", "chunked")),
+        help=f"of {', '.join(IMPLEMENTATIONS)}, with commas between them",
+    )
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--repetitions", type=int, default=REPETITIONS, help="in each round")
-    parser.add_argument("--search", action="store_true", help="instead: block sizes, by trial, at the first of --rows and --vocabulary; needs a GPU")
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="instead: block sizes, by trial, at the first of --rows and --vocabulary; needs a GPU",
+    )
     parser.add_argument("--out", type=Path, default=ROOT / f"benchmarks/results/kernels{'_cuda' if CUDA else ''}.json")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -356,9 +419,18 @@ def main() -> None:
         search(*sizes[0])
         return
     names = args.only.split(",")
-    about, results = provenance(*PEERS) | {
-        "environment": {name: os.environ[name] for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY") if name in os.environ},
-        "rounds": args.rounds, "repetitions": args.repetitions, "definitions": __doc__.partition("Definitions:\n")[2].splitlines()}, []
+    about, results = (
+        provenance(*PEERS)
+        | {
+            "environment": {
+                name: os.environ[name] for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY") if name in os.environ
+            },
+            "rounds": args.rounds,
+            "repetitions": args.repetitions,
+            "definitions": __doc__.partition("Definitions:\n")[2].splitlines(),
+        },
+        [],
+    )
     with tempfile.TemporaryDirectory() as folder:
         peak = child("--child", "peak", "0", "0", folder)["matmul_flops_per_s"]
         for rows, vocabulary in sizes:
@@ -371,7 +443,15 @@ def main() -> None:
                     print(f"{rows} x {vocabulary} {name}: {rounds[name][-1]['status']}", file=sys.stderr, flush=True)
             for name in names:
                 result = of_rounds(rounds[name], rounds.get("naive", []), rows, vocabulary, peak)
-                results.append({"implementation": name, "rows": rows, "vocabulary": vocabulary, "load_average": os.getloadavg()[0], **result})
+                results.append(
+                    {
+                        "implementation": name,
+                        "rows": rows,
+                        "vocabulary": vocabulary,
+                        "load_average": os.getloadavg()[0],
+                        **result,
+                    }
+                )
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps({**about, "matmul_flops_per_s": peak, "results": results}, indent=1) + "\n")
     print(f"written to {args.out}\n\n{table(results)}", flush=True)

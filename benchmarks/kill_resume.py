@@ -27,8 +27,16 @@ from grpo_mcore.checkpoint import checkpoint, convert
 from grpo_mcore.report import metrics
 
 ROOT = Path(__file__).resolve().parents[1]
-OVERRIDES = ["eval.data=null", "checkpoint.every=1", "rollout.prompts_per_step=8", "rollout.group_size=4", "batch.global_batch_size=16", "engine.num_engines=1",
-             "data.max_prompt_tokens=8", "rollout.timeout_s=120"]
+OVERRIDES = [
+    "eval.data=null",
+    "checkpoint.every=1",
+    "rollout.prompts_per_step=8",
+    "rollout.group_size=4",
+    "batch.global_batch_size=16",
+    "engine.num_engines=1",
+    "data.max_prompt_tokens=8",
+    "rollout.timeout_s=120",
+]
 CLOCKS = ("time/", "tokens_per_s", "refit/seconds", "reward/seconds", "refit/gb_per_s")
 START_S, RUN_TIMEOUT_S = 180.0, 1800.0
 
@@ -36,13 +44,32 @@ START_S, RUN_TIMEOUT_S = 180.0, 1800.0
 class Run:
     def __init__(self, folder: Path, steps: int, nproc: int, overrides: list[str]):
         self.folder = folder
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)] if nproc > 1 else [sys.executable]
-        self.command = [*launcher, str(ROOT / "launch/train.py"), "--cfg", str(ROOT / "configs/quickstart.yaml"), f"run_dir={folder}", f"num_steps={steps}", *OVERRIDES, *overrides]
+        launcher = (
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
+            if nproc > 1
+            else [sys.executable]
+        )
+        self.command = [
+            *launcher,
+            str(ROOT / "launch/train.py"),
+            "--cfg",
+            str(ROOT / "configs/quickstart.yaml"),
+            f"run_dir={folder}",
+            f"num_steps={steps}",
+            *OVERRIDES,
+            *overrides,
+        ]
 
     def start(self) -> subprocess.Popen:
         with (self.folder.parent / f"{self.folder.name}.log").open("a") as log:
-            return subprocess.Popen(self.command, cwd=self.folder.parent, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-                                    env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"})
+            return subprocess.Popen(
+                self.command,
+                cwd=self.folder.parent,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
+            )
 
     def finish(self) -> None:
         process = self.start()
@@ -51,7 +78,9 @@ class Run:
         finally:
             kill(process)
         if code:
-            raise SystemExit(f"{self.folder.name} ended with {code}:\n{(self.folder.parent / f'{self.folder.name}.log').read_text()[-3000:]}")
+            raise SystemExit(
+                f"{self.folder.name} ended with {code}:\n{(self.folder.parent / f'{self.folder.name}.log').read_text()[-3000:]}"
+            )
 
     def steps(self) -> int:
         return max((row["step"] for row in metrics.read(self.folder)), default=0)
@@ -71,7 +100,12 @@ class Run:
         finally:
             kill(process)
         names = sorted(p.name for p in (self.folder / "checkpoints").glob("*"))
-        return {"seconds": round(time.monotonic() - began, 1), "steps_before": before, "steps_reached": self.steps(), "newest": names[-1] if names else None}
+        return {
+            "seconds": round(time.monotonic() - began, 1),
+            "steps_before": before,
+            "steps_reached": self.steps(),
+            "newest": names[-1] if names else None,
+        }
 
     def digest(self) -> str:
         """sha256 of the newest checkpoint's weights, exported."""
@@ -104,7 +138,9 @@ def main() -> None:
     steps, rng = args.steps or 4 * args.kills, random.Random(args.seed)
     with tempfile.TemporaryDirectory() as scratch:
         overrides = [f"model={scratch}/model", *args.overrides]
-        whole, killed = (Run(Path(scratch) / name, steps, args.nproc_per_node, overrides) for name in ("uninterrupted", "killed"))
+        whole, killed = (
+            Run(Path(scratch) / name, steps, args.nproc_per_node, overrides) for name in ("uninterrupted", "killed")
+        )
         whole.finish()
         expected = whole.digest()
         print(f"uninterrupted: {whole.steps()} steps, weights {expected[:16]}", flush=True)
@@ -115,12 +151,21 @@ def main() -> None:
         killed.finish()
         seen = killed.digest()
         result = {
-            "command": "python benchmarks/kill_resume.py " + shlex.join(sys.argv[1:]), "cpu": platform.processor() or platform.machine(), "num_cpus": os.cpu_count(),
-            "steps": steps, "kills": kills, "digest_uninterrupted": expected, "digest_killed": seen,
-            "weights_equal": seen == expected, "metrics_equal": killed.rows() == whole.rows()}
+            "command": "python benchmarks/kill_resume.py " + shlex.join(sys.argv[1:]),
+            "cpu": platform.processor() or platform.machine(),
+            "num_cpus": os.cpu_count(),
+            "steps": steps,
+            "kills": kills,
+            "digest_uninterrupted": expected,
+            "digest_killed": seen,
+            "weights_equal": seen == expected,
+            "metrics_equal": killed.rows() == whole.rows(),
+        }
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{len(kills)} kills, {steps} steps: weights {'equal' if result['weights_equal'] else 'DIFFER'}, metrics {'equal' if result['metrics_equal'] else 'DIFFER'}")
+    print(
+        f"{len(kills)} kills, {steps} steps: weights {'equal' if result['weights_equal'] else 'DIFFER'}, metrics {'equal' if result['metrics_equal'] else 'DIFFER'}"
+    )
     raise SystemExit(not (result["weights_equal"] and result["metrics_equal"]))
 
 

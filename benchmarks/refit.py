@@ -35,7 +35,9 @@ from pathlib import Path
 
 import torch
 
-warnings.filterwarnings("ignore", module=r"(megatron|torch\.distributed)\..*")  # of missing CUDA extensions, of each other's future
+warnings.filterwarnings(
+    "ignore", module=r"(megatron|torch\.distributed)\..*"
+)  # of missing CUDA extensions, of each other's future
 
 from grpo_mcore.config import config, file as config_file, rules  # noqa: E402
 from grpo_mcore.config.config import InputError  # noqa: E402
@@ -52,7 +54,8 @@ ROOT = Path(__file__).resolve().parents[1]
 MODELS, RESULTS = ROOT / "configs/benchmarks", ROOT / "benchmarks/results"
 DEFAULTS = {
     "cpu": {"model": "smollm2-135m", "kv_cache_bytes": 64 << 20, "out": RESULTS / "refit.json"},
-    "cuda": {"model": "1.5b", "kv_cache_bytes": 1 << 30, "out": RESULTS / "refit_cuda.json"}}
+    "cuda": {"model": "1.5b", "kv_cache_bytes": 1 << 30, "out": RESULTS / "refit_cuda.json"},
+}
 TARGETS = {"cpu": "refit / memcpy at most 3", "cuda": "refit under 0.2 s"}
 
 
@@ -67,7 +70,9 @@ class TimedRefit(Refit):
             return super()._settle(refs, what, timeout_s)
         finally:
             name = what.partition(" ")[0]
-            self.seconds[{"pausing": "begin", "receiving": "loading", "ending": "end"}.get(name, name)] += time.perf_counter() - start
+            self.seconds[{"pausing": "begin", "receiving": "loading", "ending": "end"}.get(name, name)] += (
+                time.perf_counter() - start
+            )
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
@@ -96,6 +101,7 @@ def fill(refit: TimedRefit, memory: SharedMemory) -> None:
 
 def load(refit: TimedRefit) -> None:
     """A refit of whatever lies in the sender's memory."""
+
     def export(into):
         for info in sum(refit._groups, []):
             yield info.name, into(info.name)
@@ -130,7 +136,9 @@ def measure(cfg: config.Config, topo: topology.Topology, args: argparse.Namespac
     cuda = topo.device.type == "cuda"
     engines = Engines(cfg, cfg.model, cuda=cuda, stop_token_ids=[]) if topo.is_driver else None
     try:
-        policy = Policy(cfg.model, topo, precision=cfg.precision, temperature=1.0, optimizer=cfg.optimizer, load_weights=False)
+        policy = Policy(
+            cfg.model, topo, precision=cfg.precision, temperature=1.0, optimizer=cfg.optimizer, load_weights=False
+        )
         if engines:
             engines.wait_until_ready()
         random.seed(1)
@@ -148,7 +156,12 @@ def measure(cfg: config.Config, topo: topology.Topology, args: argparse.Namespac
             seen = refit(repeat)
             total = time.perf_counter() - start
             if repeat >= args.warmup and topo.is_driver:
-                for name, s in {"memcpy": copy, "refit": seen["refit/seconds"].value, "with_canary": total, **refit.seconds}.items():
+                for name, s in {
+                    "memcpy": copy,
+                    "refit": seen["refit/seconds"].value,
+                    "with_canary": total,
+                    **refit.seconds,
+                }.items():
                     seconds[name].append(s)
                 errors.append(seen["refit/canary_abs_mean"].value)
         if not cuda:
@@ -166,16 +179,34 @@ def measure(cfg: config.Config, topo: topology.Topology, args: argparse.Namespac
             engines.stop()
     if not topo.is_driver:
         return {}
-    phases = {name: summary(s, size if name in ("memcpy", "refit", "with_canary", "fill", "repack") else None) for name, s in seconds.items()}
-    ratio = {f"{name}_{kind}": round(phases[name][f"{kind}_s"] / phases["memcpy"][f"{kind}_s"], 2) for name in ("refit", "with_canary") for kind in ("median", "min")}
-    return {"transport": refit._transport, "bytes": size, "buckets": len(buckets), "bucket_bytes": refit._bucket_bytes,
-            "phases": phases, "ratio_to_memcpy": ratio, "target": TARGETS[topo.device.type], "canary_abs_mean_max": max(errors)}
+    phases = {
+        name: summary(s, size if name in ("memcpy", "refit", "with_canary", "fill", "repack") else None)
+        for name, s in seconds.items()
+    }
+    ratio = {
+        f"{name}_{kind}": round(phases[name][f"{kind}_s"] / phases["memcpy"][f"{kind}_s"], 2)
+        for name in ("refit", "with_canary")
+        for kind in ("median", "min")
+    }
+    return {
+        "transport": refit._transport,
+        "bytes": size,
+        "buckets": len(buckets),
+        "bucket_bytes": refit._bucket_bytes,
+        "phases": phases,
+        "ratio_to_memcpy": ratio,
+        "target": TARGETS[topo.device.type],
+        "canary_abs_mean_max": max(errors),
+    }
 
 
 def options() -> argparse.Namespace:
     """Those of the command line, with the defaults of the device. Raises InputError."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help=f"folder with a config.json, or one of {', '.join(sorted(f.parent.name for f in MODELS.glob('*/config.json')))}")
+    parser.add_argument(
+        "--model",
+        help=f"folder with a config.json, or one of {', '.join(sorted(f.parent.name for f in MODELS.glob('*/config.json')))}",
+    )
     parser.add_argument("--engines", type=int, help="(1; GPU: one for each rank)")
     parser.add_argument("--transport", default="auto", help="auto, broadcast or shared (auto)")
     parser.add_argument("--dtype", default="bfloat16", help="of policy and engines (bfloat16)")
@@ -183,7 +214,12 @@ def options() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=20, help="refits that count (20)")
     parser.add_argument("--warmup", type=int, default=4, help="refits before them (4)")
     parser.add_argument("--out", type=Path, help="(benchmarks/results/refit.json, on CUDA refit_cuda.json)")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="of parallel.*, num_threads, engine.num_threads and device")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.sub=value",
+        help="of parallel.*, num_threads, engine.num_threads and device",
+    )
     args = parser.parse_intermixed_args()
     base = config_file.load(MODELS / "train_step.yaml", args.overrides)
     args.device = topology.pick_device(base.device)
@@ -197,11 +233,23 @@ def options() -> argparse.Namespace:
     model = str(MODELS / args.model) if (MODELS / args.model / "config.json").is_file() else args.model
     ranks = topology.world_size()
     args.cfg = dataclasses.replace(
-        base, model=model, run_dir="runs/benchmark_refit", device=args.device.type, precision=config.Precision(params=args.dtype),
-        data=dataclasses.replace(base.data, max_prompt_tokens=64), rollout=config.Rollout(prompts_per_step=ranks, group_size=2, max_response_tokens=64),
-        batch=config.Batch(global_batch_size=ranks), refit=config.Refit(transport=args.transport, bucket_bytes=args.bucket_mib and args.bucket_mib << 20),
-        engine=dataclasses.replace(base.engine, num_engines=args.engines or (ranks if args.device.type == "cuda" else 1), dtype=args.dtype,
-                                   kv_cache_bytes=args.kv_cache_bytes, max_running_responses=16))
+        base,
+        model=model,
+        run_dir="runs/benchmark_refit",
+        device=args.device.type,
+        precision=config.Precision(params=args.dtype),
+        data=dataclasses.replace(base.data, max_prompt_tokens=64),
+        rollout=config.Rollout(prompts_per_step=ranks, group_size=2, max_response_tokens=64),
+        batch=config.Batch(global_batch_size=ranks),
+        refit=config.Refit(transport=args.transport, bucket_bytes=args.bucket_mib and args.bucket_mib << 20),
+        engine=dataclasses.replace(
+            base.engine,
+            num_engines=args.engines or (ranks if args.device.type == "cuda" else 1),
+            dtype=args.dtype,
+            kv_cache_bytes=args.kv_cache_bytes,
+            max_running_responses=16,
+        ),
+    )
     rules.check(args.cfg)
     rules.check_ranks(args.cfg, ranks)
     return args
@@ -210,19 +258,31 @@ def options() -> argparse.Namespace:
 def main() -> None:
     args = options()
     about = provenance() | {
-        "model": json.loads(Path(args.cfg.model, "config.json").read_text()), "engines": args.cfg.engine.num_engines, "dtype": args.dtype,
-        "parallel": dataclasses.asdict(args.cfg.parallel), "repeats": args.repeats, "load_average_before": os.getloadavg()[0],
-        "definitions": __doc__.partition("Definitions:\n")[2].splitlines()}
-    topo = topology.connect(args.cfg.parallel, device=args.device, timeout_s=600, seed=args.cfg.seed, num_threads=args.cfg.num_threads)
+        "model": json.loads(Path(args.cfg.model, "config.json").read_text()),
+        "engines": args.cfg.engine.num_engines,
+        "dtype": args.dtype,
+        "parallel": dataclasses.asdict(args.cfg.parallel),
+        "repeats": args.repeats,
+        "load_average_before": os.getloadavg()[0],
+        "definitions": __doc__.partition("Definitions:\n")[2].splitlines(),
+    }
+    topo = topology.connect(
+        args.cfg.parallel, device=args.device, timeout_s=600, seed=args.cfg.seed, num_threads=args.cfg.num_threads
+    )
     result = measure(args.cfg, topo, args)
     if topo.is_driver:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps({**about, "load_average_after": os.getloadavg()[0], **result}, indent=1) + "\n")
-        print(f"{result['bytes'] / 1e6:.0f} MB by {result['transport']} to {about['engines']} engines, {result['buckets']} buckets\n")
+        print(
+            f"{result['bytes'] / 1e6:.0f} MB by {result['transport']} to {about['engines']} engines, {result['buckets']} buckets\n"
+        )
         for name, p in result["phases"].items():
             rate = f"{p['gb_per_s_of_median']:8.2f} GB/s" if "gb_per_s_of_median" in p else ""
             print(f"{name:12} median {p['median_s'] * 1e3:8.1f} ms, least {p['min_s'] * 1e3:8.1f} ms {rate}")
-        print(f"refit / memcpy {result['ratio_to_memcpy']} (target: {result['target']})\nwritten to {args.out}", flush=True)
+        print(
+            f"refit / memcpy {result['ratio_to_memcpy']} (target: {result['target']})\nwritten to {args.out}",
+            flush=True,
+        )
     topology.disconnect()
 
 

@@ -72,21 +72,36 @@ class Bench:
         for slot in self.engines.ready:
             for first in range(0, running, group_size):
                 self._num_requests -= 1  # names that Engines, which counts up, does not give
-                sampling = Sampling(min(group_size, running - first), self.cfg.rollout.temperature, max_tokens, self._num_requests & 0xFFFF)
+                sampling = Sampling(
+                    min(group_size, running - first),
+                    self.cfg.rollout.temperature,
+                    max_tokens,
+                    self._num_requests & 0xFFFF,
+                )
                 requests.append((slot.actor, self._num_requests, self.prompt(prompt_tokens), sampling))
         start = time.perf_counter()
-        answers = ray.get([actor.generate.remote(*request) for actor, *request in requests], timeout=self.cfg.rollout.timeout_s)
+        answers = ray.get(
+            [actor.generate.remote(*request) for actor, *request in requests], timeout=self.cfg.rollout.timeout_s
+        )
         seconds = time.perf_counter() - start
         if {len(c.token_ids) for answer in answers for c in answer} != {max_tokens}:
-            raise RuntimeError(f"a response is not {max_tokens} tokens long, but {sorted({len(c.token_ids) for answer in answers for c in answer})}")
+            raise RuntimeError(
+                f"a response is not {max_tokens} tokens long, but {sorted({len(c.token_ids) for answer in answers for c in answer})}"
+            )
         return seconds
 
     def load(self, draws: list[Draw]) -> float:
         """Seconds until all of these are sampled."""
         start = time.perf_counter()
         answers = [
-            self.engines.submit((i,), self.prompt(d.prompt_tokens), Sampling(len(d.response_tokens), self.cfg.rollout.temperature, d.response_tokens[0], i), "load")
-            for i, d in enumerate(draws)]
+            self.engines.submit(
+                (i,),
+                self.prompt(d.prompt_tokens),
+                Sampling(len(d.response_tokens), self.cfg.rollout.temperature, d.response_tokens[0], i),
+                "load",
+            )
+            for i, d in enumerate(draws)
+        ]
         for answer in answers:
             answer.result(self.cfg.rollout.timeout_s)
         return time.perf_counter() - start
@@ -102,8 +117,14 @@ def works(bench: Bench, runnings: list[int], draws: list[Draw]) -> dict[str, Cal
     """All that is timed, by name."""
     (p0, p1), (l0, l1) = sizes(bench.cfg)
     most, G = runnings[-1], bench.cfg.rollout.group_size
-    out = {f"{n} running, {length} tokens": lambda n=n, length=length: bench.alike(n, p0, length, G) for n in runnings for length in (l0, l1)}
-    out |= {f"long prompts, {length} tokens": lambda length=length: bench.alike(most, p1, length, G) for length in (l0, l1)}
+    out = {
+        f"{n} running, {length} tokens": lambda n=n, length=length: bench.alike(n, p0, length, G)
+        for n in runnings
+        for length in (l0, l1)
+    }
+    out |= {
+        f"long prompts, {length} tokens": lambda length=length: bench.alike(most, p1, length, G) for length in (l0, l1)
+    }
     out |= {f"prompts of {p}": lambda p=p: bench.alike(most, p, 1, G) for p in (p0, p1)}
     return out | {"no siblings": lambda: bench.alike(most, p1, 1, 1), "load": lambda: bench.load(draws)}
 
@@ -129,7 +150,12 @@ def profile_of(cfg: config.Config, seconds: dict[str, float], runnings: list[int
     short, long = (seconds[f"prompts of {p}"] - kv_token_s * most * p for p in (p0, p1))
     prefill_token_s = max(long - short, 0) / (tokens[1] - tokens[0])
     response_s = (short - prefill_token_s * tokens[0] - iteration_s[-1][1]) / most
-    cache = None if cfg.engine.kv_cache_bytes is None else cfg.engine.kv_cache_bytes // memory.kv_bytes_per_token(model.load_hf_config(cfg.model), memory.sharing(cfg).kv_bytes)
+    cache = (
+        None
+        if cfg.engine.kv_cache_bytes is None
+        else cfg.engine.kv_cache_bytes
+        // memory.kv_bytes_per_token(model.load_hf_config(cfg.model), memory.sharing(cfg).kv_bytes)
+    )
     return EngineProfile(iteration_s, kv_token_s, prefill_token_s, max(response_s, 0.0), block, cache)
 
 
@@ -138,8 +164,12 @@ def block_tokens(cfg: config.Config, *, cuda: bool) -> int:
 
 
 def predicted_load_s(cfg: config.Config, profile: EngineProfile, draws: list[Draw]) -> float:
-    one_step = dataclasses.replace(cfg, rollout=config.Rollout(prompts_per_step=len(draws), group_size=cfg.rollout.group_size))
-    return predict.run(one_step, Cluster(profile, TrainerProfile()), draws.__getitem__, num_steps=1, skip=0)[0].rollout_s
+    one_step = dataclasses.replace(
+        cfg, rollout=config.Rollout(prompts_per_step=len(draws), group_size=cfg.rollout.group_size)
+    )
+    return predict.run(one_step, Cluster(profile, TrainerProfile()), draws.__getitem__, num_steps=1, skip=0)[
+        0
+    ].rollout_s
 
 
 def endless(source: str | Path, folder: str | Path) -> None:
@@ -153,7 +183,11 @@ def endless(source: str | Path, folder: str | Path) -> None:
 
 def measure(cfg: config.Config, args: argparse.Namespace) -> dict:
     most = min(cfg.engine.max_running_responses, args.load)
-    runnings = sorted({min(int(n), most) for n in args.running.split(",")}) if args.running else [n for n in (1 << i for i in range(20)) if n <= most]
+    runnings = (
+        sorted({min(int(n), most) for n in args.running.split(",")})
+        if args.running
+        else [n for n in (1 << i for i in range(20)) if n <= most]
+    )
     (_, p1), (_, l1) = sizes(cfg)
     lengths = LogNormal(l1 / 4, 1.4 * l1 / 4, l1, p1, 1, seed=cfg.seed)
     G = cfg.rollout.group_size
@@ -161,7 +195,9 @@ def measure(cfg: config.Config, args: argparse.Namespace) -> dict:
     seconds: dict[str, list[float]] = {}
     cuda = topology.pick_device(cfg.device).type == "cuda"
     with tempfile.TemporaryDirectory() as run_dir:
-        engines = Engines(dataclasses.replace(cfg, run_dir=run_dir), cfg.model, cuda=cuda, stop_token_ids=[], load_weights=True)
+        engines = Engines(
+            dataclasses.replace(cfg, run_dir=run_dir), cfg.model, cuda=cuda, stop_token_ids=[], load_weights=True
+        )
         try:
             engines.wait_until_ready()
             todo = works(Bench(cfg, engines), runnings, draws)
@@ -170,7 +206,11 @@ def measure(cfg: config.Config, args: argparse.Namespace) -> dict:
                     s = work()
                     if round_ >= 0:
                         seconds.setdefault(name, []).append(s)
-                print(f"round {round_ + 1} of {args.rounds}: load average {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
+                print(
+                    f"round {round_ + 1} of {args.rounds}: load average {os.getloadavg()[0]:.1f}",
+                    file=sys.stderr,
+                    flush=True,
+                )
         finally:
             engines.stop()
     median = {name: statistics.median(s) for name, s in seconds.items()}
@@ -178,12 +218,28 @@ def measure(cfg: config.Config, args: argparse.Namespace) -> dict:
     tokens = sum(n for d in draws for n in d.response_tokens)
     predicted = predicted_load_s(cfg, profile, draws)
     return {
-        "load_average": os.getloadavg()[0], "engines": cfg.engine.num_engines, "profile": dataclasses.asdict(profile),
-        "tokens_per_s": {n: n * cfg.engine.num_engines / s for n, s in profile.iteration_s},  # of all engines, with an empty cache
-        "prefix_cache": {"siblings_s": median[f"prompts of {p1}"], "no_siblings_s": median["no siblings"], "running": runnings[-1], "prompt_tokens": p1},
-        "load": {"responses": len(draws) * G, "response_tokens": tokens, "s": median["load"], "tokens_per_s": tokens / median["load"], "simulated_s": predicted,
-                 "simulated_over_measured": predicted / median["load"]},
-        "seconds": seconds}
+        "load_average": os.getloadavg()[0],
+        "engines": cfg.engine.num_engines,
+        "profile": dataclasses.asdict(profile),
+        "tokens_per_s": {
+            n: n * cfg.engine.num_engines / s for n, s in profile.iteration_s
+        },  # of all engines, with an empty cache
+        "prefix_cache": {
+            "siblings_s": median[f"prompts of {p1}"],
+            "no_siblings_s": median["no siblings"],
+            "running": runnings[-1],
+            "prompt_tokens": p1,
+        },
+        "load": {
+            "responses": len(draws) * G,
+            "response_tokens": tokens,
+            "s": median["load"],
+            "tokens_per_s": tokens / median["load"],
+            "simulated_s": predicted,
+            "simulated_over_measured": predicted / median["load"],
+        },
+        "seconds": seconds,
+    }
 
 
 def main() -> None:
@@ -201,12 +257,22 @@ def main() -> None:
             arithmetic.make_model(made, cfg.seed)
             cfg = dataclasses.replace(cfg, model=made)
         endless(local_folder(cfg.model), folder)
-        result = provenance() | {"definitions": __doc__.partition("Definitions:\n")[2].splitlines(), "rounds": args.rounds} | measure(dataclasses.replace(cfg, model=folder), args)
+        result = (
+            provenance()
+            | {"definitions": __doc__.partition("Definitions:\n")[2].splitlines(), "rounds": args.rounds}
+            | measure(dataclasses.replace(cfg, model=folder), args)
+        )
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     for n, s in result["profile"]["iteration_s"]:
         print(f"{n:5} running: {s * 1e3:8.2f} ms an iteration, {result['tokens_per_s'][n]:9.0f} tokens/s")
-    print(json.dumps({k: v for k, v in result["profile"].items() if k != "iteration_s"} | {"prefix_cache": result["prefix_cache"], "load": result["load"]}, indent=1))
+    print(
+        json.dumps(
+            {k: v for k, v in result["profile"].items() if k != "iteration_s"}
+            | {"prefix_cache": result["prefix_cache"], "load": result["load"]},
+            indent=1,
+        )
+    )
     print(f"written to {args.out}", flush=True)
 
 

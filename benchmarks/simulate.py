@@ -68,7 +68,11 @@ class Profiled:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cfg", required=True)
-    parser.add_argument("--running", default="1,2,4,8,16,32,64,128", help="responses of one engine at once, at which it is profiled (%(default)s)")
+    parser.add_argument(
+        "--running",
+        default="1,2,4,8,16,32,64,128",
+        help="responses of one engine at once, at which it is profiled (%(default)s)",
+    )
     parser.add_argument("--run-dir", help="keeps the run there")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/simulate.json")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
@@ -76,7 +80,10 @@ def main() -> None:
     runnings = [int(n) for n in args.running.split(",")]
     with tempfile.TemporaryDirectory() as temporary:
         run_dir, folder = args.run_dir or temporary + "/run", Path(temporary) / "model"
-        cfg = config_file.load(args.cfg, [*args.overrides, f"run_dir={run_dir}", "checkpoint.every=0", "eval.data=null", "rollout.max_staleness=0"])
+        cfg = config_file.load(
+            args.cfg,
+            [*args.overrides, f"run_dir={run_dir}", "checkpoint.every=0", "eval.data=null", "rollout.max_staleness=0"],
+        )
         if cfg.warm_start is not None:
             warm_start.ensure(cfg)
         folder.mkdir()
@@ -91,12 +98,22 @@ def main() -> None:
         measured = cluster.measured_steps(run_dir)
         parts = Cluster(profile, cluster.trainer_of(measured[1:]))
         predicted = predict.run(cfg, parts, Measured(run_dir), num_steps=len(measured) - 1, skip=1)
-        summary = predict.summary(predicted, cfg.engine.num_engines, cfg.engine.max_running_responses, cfg.responses_per_step)
+        summary = predict.summary(
+            predicted, cfg.engine.num_engines, cfg.engine.max_running_responses, cfg.responses_per_step
+        )
         result = provenance() | {
             "definitions": __doc__.partition("Definitions:\n")[2].splitlines(),
-            "load_averages": profiled.load_averages, "profile": dataclasses.asdict(profile), "trainer": dataclasses.asdict(parts.trainer),
-            "predicted": {cfg.rollout.max_staleness: dataclasses.asdict(summary)}, "measured": predict.comparison(measured[1:], predicted),
-            "steps": [{"measured_rollout_s": m.rollout_s, "predicted_rollout_s": p.rollout_s} for m, p in zip(measured[1:], predicted, strict=True)], "seconds": profiled.seconds}
+            "load_averages": profiled.load_averages,
+            "profile": dataclasses.asdict(profile),
+            "trainer": dataclasses.asdict(parts.trainer),
+            "predicted": {cfg.rollout.max_staleness: dataclasses.asdict(summary)},
+            "measured": predict.comparison(measured[1:], predicted),
+            "steps": [
+                {"measured_rollout_s": m.rollout_s, "predicted_rollout_s": p.rollout_s}
+                for m, p in zip(measured[1:], predicted, strict=True)
+            ],
+            "seconds": profiled.seconds,
+        }
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(predict.table(result), f"written to {args.out}", sep="\n\n", flush=True)
 

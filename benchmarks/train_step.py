@@ -49,7 +49,9 @@ from pathlib import Path
 
 import torch
 
-warnings.filterwarnings("ignore", module=r"(megatron|torch\.distributed)\..*")  # of missing CUDA extensions, of each other's future
+warnings.filterwarnings(
+    "ignore", module=r"(megatron|torch\.distributed)\..*"
+)  # of missing CUDA extensions, of each other's future
 
 from grpo_mcore.config import config, file as config_file, rules  # noqa: E402
 from grpo_mcore.config.config import InputError  # noqa: E402
@@ -64,13 +66,33 @@ from grpo_mcore.types import GlobalBatch, Group, Prompt, Response  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 MODELS, RESULTS = ROOT / "configs/benchmarks", ROOT / "benchmarks/results"
 PHASES = ("logprob", "forward_backward", "optimizer_step")
-PRECISIONS = {"bf16": {}, "fp32": {"params": "float32"}, **{f"fp8-{recipe}": {"fp8": recipe} for recipe in ("tensorwise", "blockwise", "delayed")}}
+PRECISIONS = {
+    "bf16": {},
+    "fp32": {"params": "float32"},
+    **{f"fp8-{recipe}": {"fp8": recipe} for recipe in ("tensorwise", "blockwise", "delayed")},
+}
 DEFAULTS = {
-    "cpu": {"model": "smollm2-135m", "precision": "bf16,fp32", "sequence_tokens": "256,1024", "tokens_per_step": 1024, "steps": 2,
-            "out": RESULTS / "train_step.json"},
-    "cuda": {"model": "1.5b", "precision": "bf16,fp8-tensorwise,fp8-blockwise,fp8-delayed", "sequence_tokens": "8192,16384,24576",
-             "tokens_per_step": 98304, "steps": 3, "out": RESULTS / "train_step_cuda.json"}}
-PUBLISHED_BF16_FLOPS_PER_S = {"NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12}  # NVIDIA's data sheets: SXM, without sparsity
+    "cpu": {
+        "model": "smollm2-135m",
+        "precision": "bf16,fp32",
+        "sequence_tokens": "256,1024",
+        "tokens_per_step": 1024,
+        "steps": 2,
+        "out": RESULTS / "train_step.json",
+    },
+    "cuda": {
+        "model": "1.5b",
+        "precision": "bf16,fp8-tensorwise,fp8-blockwise,fp8-delayed",
+        "sequence_tokens": "8192,16384,24576",
+        "tokens_per_step": 98304,
+        "steps": 3,
+        "out": RESULTS / "train_step_cuda.json",
+    },
+}
+PUBLISHED_BF16_FLOPS_PER_S = {
+    "NVIDIA H100 80GB HBM3": 989.4e12,
+    "NVIDIA H200": 989.4e12,
+}  # NVIDIA's data sheets: SXM, without sparsity
 
 
 def forward_flops(hf_config, num_tokens: int, num_response_tokens: int) -> int:
@@ -78,7 +100,11 @@ def forward_flops(hf_config, num_tokens: int, num_response_tokens: int) -> int:
     d, layers, head_dim = hf_config.hidden_size, hf_config.num_hidden_layers, model.head_dim(hf_config)
     width, kv_width = hf_config.num_attention_heads * head_dim, hf_config.num_key_value_heads * head_dim
     layer = d * (2 * width + 2 * kv_width + 3 * hf_config.intermediate_size)  # q and o, k and v, gate and up and down
-    return 2 * layers * layer * num_tokens + 2 * hf_config.vocab_size * d * num_response_tokens + 2 * layers * num_tokens**2 * width
+    return (
+        2 * layers * layer * num_tokens
+        + 2 * hf_config.vocab_size * d * num_response_tokens
+        + 2 * layers * num_tokens**2 * width
+    )
 
 
 def matmul_flops_per_s(dtype: str, topo: Topology) -> float:
@@ -111,7 +137,11 @@ def release(device: torch.device) -> None:
 
 
 def status_bytes(key: str) -> int:
-    return next(int(line.split()[1]) << 10 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return next(
+        int(line.split()[1]) << 10
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(key)
+    )
 
 
 class Phases:
@@ -146,17 +176,33 @@ def synthetic_batch(cfg: config.Config, hf_config, topo: Topology) -> GlobalBatc
     def tokens(n: int) -> tuple[int, ...]:
         return tuple(rng.choices(range(hf_config.vocab_size), k=n))
 
-    groups = [Group(Prompt(p, "", "", tokens(cfg.data.max_prompt_tokens)), (Response(tokens(n), (0.0,) * n, False),)) for p in range(num_sequences)]
+    groups = [
+        Group(Prompt(p, "", "", tokens(cfg.data.max_prompt_tokens)), (Response(tokens(n), (0.0,) * n, False),))
+        for p in range(num_sequences)
+    ]
     advantages_PG = torch.randn(num_sequences, 1, generator=torch.Generator().manual_seed(cfg.seed))
     (out,) = batch.assemble(
-        groups, advantages_PG, global_batch_size=num_sequences, aggregation=cfg.loss.aggregation, max_response_tokens=n,
-        packing=model.packing(hf_config, topo, cfg.precision, max_tokens=cfg.batch.max_tokens_per_microbatch))
+        groups,
+        advantages_PG,
+        global_batch_size=num_sequences,
+        aggregation=cfg.loss.aggregation,
+        max_response_tokens=n,
+        packing=model.packing(hf_config, topo, cfg.precision, max_tokens=cfg.batch.max_tokens_per_microbatch),
+    )
     return out
 
 
 def measure(cfg: config.Config, topo: Topology, args: argparse.Namespace, phases: Phases) -> GlobalBatch:
     """Fills `phases` with the steps that count; returns the batch that they were over."""
-    policy = Policy(cfg.model, topo, precision=cfg.precision, temperature=cfg.rollout.temperature, optimizer=cfg.optimizer, kernels=cfg.kernels, load_weights=False)
+    policy = Policy(
+        cfg.model,
+        topo,
+        precision=cfg.precision,
+        temperature=cfg.rollout.temperature,
+        optimizer=cfg.optimizer,
+        kernels=cfg.kernels,
+        load_weights=False,
+    )
     b, optimizer_step = synthetic_batch(cfg, policy.hf_config, topo), policy.optimizer.step
 
     def step_as_phase():
@@ -173,7 +219,13 @@ def measure(cfg: config.Config, topo: Topology, args: argparse.Namespace, phases
         for m, logprobs_R in zip(b.microbatches, policy.logprobs(b.microbatches), strict=True):
             m.old_logprobs_R = logprobs_R
         begin("forward_backward")
-        policy.update(b, functools.partial(loss.grpo, cfg=cfg.loss, over_ranks=functools.partial(collectives.sum_over_context, topology=topo)), lr=cfg.optimizer.lr)
+        policy.update(
+            b,
+            functools.partial(
+                loss.grpo, cfg=cfg.loss, over_ranks=functools.partial(collectives.sum_over_context, topology=topo)
+            ),
+            lr=cfg.optimizer.lr,
+        )
         begin(None)
     phases.steps = phases.steps[args.warmup : -1]
     return b
@@ -181,7 +233,9 @@ def measure(cfg: config.Config, topo: Topology, args: argparse.Namespace, phases
 
 def figures(phases: Phases, b: GlobalBatch, cfg: config.Config) -> dict:
     num_sequences = cfg.batch.global_batch_size
-    forward = num_sequences * forward_flops(model.load_hf_config(cfg.model), b.num_tokens // num_sequences, cfg.rollout.max_response_tokens)
+    forward = num_sequences * forward_flops(
+        model.load_hf_config(cfg.model), b.num_tokens // num_sequences, cfg.rollout.max_response_tokens
+    )
     flops = {"logprob": forward, "forward_backward": 3 * forward, "optimizer_step": 0, "step": 4 * forward}
     peak_bytes = {p: max(collectives.gather(phases.peak_bytes[p], phases.topo)) for p in PHASES}
     peak_bytes["step"] = max(peak_bytes.values())
@@ -192,8 +246,12 @@ def figures(phases: Phases, b: GlobalBatch, cfg: config.Config) -> dict:
         of[p] = {"s": round(s, 4), "tokens_per_s": round(b.num_tokens / s, 1), "peak_memory_bytes": peak_bytes[p]}
         if flops[p]:
             of[p]["model_flops"] = flops[p]
-    return {"microbatches_per_rank": len(b.microbatches), "packed_frac": round(b.packed_frac, 4), "phases": of,
-            "s_of_steps": [{p: round(s, 4) for p, s in step.items()} for step in steps]}
+    return {
+        "microbatches_per_rank": len(b.microbatches),
+        "packed_frac": round(b.packed_frac, 4),
+        "phases": of,
+        "s_of_steps": [{p: round(s, 4) for p, s in step.items()} for step in steps],
+    }
 
 
 def add_mfu(results: list[dict], measured: dict[str, float], published_bf16: float | None) -> None:
@@ -217,7 +275,9 @@ def attempt(cfg: config.Config, topo: Topology, args: argparse.Namespace, baseli
             raise
         reason = " ".join(str(e).split())[:300]
         # Libraries below torch have words of their own, and the CPU's allocator raises a plain RuntimeError.
-        if isinstance(e, torch.OutOfMemoryError) or any(words in reason.lower() for words in ("out of memory", "can't allocate memory", "alloc_failed")):
+        if isinstance(e, torch.OutOfMemoryError) or any(
+            words in reason.lower() for words in ("out of memory", "can't allocate memory", "alloc_failed")
+        ):
             return {"status": "out of memory", "reason": reason}
         traceback.print_exc()
         return {"status": "failed", "reason": f"{type(e).__name__}: {reason}"}
@@ -226,7 +286,10 @@ def attempt(cfg: config.Config, topo: Topology, args: argparse.Namespace, baseli
 def options() -> argparse.Namespace:
     """Those of the command line, with the defaults of the device. Raises InputError."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help=f"folder with a config.json, or one of {', '.join(sorted(f.parent.name for f in MODELS.glob('*/config.json')))}")
+    parser.add_argument(
+        "--model",
+        help=f"folder with a config.json, or one of {', '.join(sorted(f.parent.name for f in MODELS.glob('*/config.json')))}",
+    )
     parser.add_argument("--precision", help=f"of {','.join(PRECISIONS)}")
     parser.add_argument("--sequence-tokens", help="lengths of a sequence, prompt and response, such as 8192,16384")
     parser.add_argument("--prompt-tokens", type=int, default=128, help="of each sequence (128)")
@@ -235,11 +298,18 @@ def options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="steps that count (CPU 2, CUDA 3)")
     parser.add_argument("--warmup", type=int, default=1, help="steps before them (1)")
     parser.add_argument("--out", type=Path, help="(benchmarks/results/train_step.json, on CUDA train_step_cuda.json)")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="of parallel.*, precision.fp8_*, num_threads and device")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.sub=value", help="of parallel.*, precision.fp8_*, num_threads and device"
+    )
     args = parser.parse_intermixed_args()
     for override in args.overrides:
         if not override.startswith(("parallel.", "precision.fp8_", "num_threads=", "device=")):
-            raise InputError("override", override, "must be of parallel.*, precision.fp8_*, num_threads or device", "set the rest by the options of --help")
+            raise InputError(
+                "override",
+                override,
+                "must be of parallel.*, precision.fp8_*, num_threads or device",
+                "set the rest by the options of --help",
+            )
     threads = max(len(os.sched_getaffinity(0)) // topology.world_size(), 1)
     args.base = config_file.load(MODELS / "train_step.yaml", [f"num_threads={threads}", *args.overrides])
     args.device = topology.pick_device(args.base.device)
@@ -248,7 +318,9 @@ def options() -> argparse.Namespace:
             setattr(args, name, value)
     args.model = str(MODELS / args.model) if (MODELS / args.model / "config.json").is_file() else args.model
     if args.steps < 1 or args.warmup < 0 or not all(n.isdecimal() for n in args.sequence_tokens.split(",")):
-        parser.error("--steps must be 1 or more, --warmup 0 or more, --sequence-tokens whole numbers with commas between them")
+        parser.error(
+            "--steps must be 1 or more, --warmup 0 or more, --sequence-tokens whole numbers with commas between them"
+        )
     return args
 
 
@@ -261,11 +333,20 @@ def case_config(precision: str, tokens: int, args: argparse.Namespace) -> config
     num_sequences = max(args.tokens_per_step // (tokens * dp), 1) * dp
     align = 2 * config.packed_alignment(args.base.parallel, precision_config)  # a multiple of it also suits every cp
     cfg = dataclasses.replace(
-        args.base, model=args.model, device=args.device.type, precision=precision_config,
+        args.base,
+        model=args.model,
+        device=args.device.type,
+        precision=precision_config,
         data=dataclasses.replace(args.base.data, max_prompt_tokens=args.prompt_tokens),
         # Enough for two such batches: the rules of groups ask for it, though one batch is all that is made.
-        rollout=config.Rollout(prompts_per_step=num_sequences, group_size=2, max_response_tokens=tokens - args.prompt_tokens),
-        batch=config.Batch(global_batch_size=num_sequences, max_tokens_per_microbatch=args.max_tokens_per_microbatch or tokens + -tokens % align))
+        rollout=config.Rollout(
+            prompts_per_step=num_sequences, group_size=2, max_response_tokens=tokens - args.prompt_tokens
+        ),
+        batch=config.Batch(
+            global_batch_size=num_sequences,
+            max_tokens_per_microbatch=args.max_tokens_per_microbatch or tokens + -tokens % align,
+        ),
+    )
     rules.check(cfg)
     rules.check_ranks(cfg, topology.world_size())
     model.check_parallel(model.load_hf_config(cfg.model), cfg.parallel, cfg.precision)
@@ -273,14 +354,20 @@ def case_config(precision: str, tokens: int, args: argparse.Namespace) -> config
 
 
 def table(results: list[dict]) -> str:
-    lines = [f"{'precision':14} {'tokens':>6} {'packed':>6} | {'logprob tok/s':>13} {'MFU':>6} {'GiB':>6} | {'fwd+bwd tok/s':>13} {'MFU':>6} {'GiB':>6} | "
-             f"{'optimizer s':>11} {'GiB':>6} | {'step tok/s':>10} {'MFU':>6}   (MFU: of the measured peak)"]
+    lines = [
+        f"{'precision':14} {'tokens':>6} {'packed':>6} | {'logprob tok/s':>13} {'MFU':>6} {'GiB':>6} | {'fwd+bwd tok/s':>13} {'MFU':>6} {'GiB':>6} | "
+        f"{'optimizer s':>11} {'GiB':>6} | {'step tok/s':>10} {'MFU':>6}   (MFU: of the measured peak)"
+    ]
     for r in results:
         line = f"{r['precision']:14} {r['sequence_tokens']:6} "
         if r["status"] == "ok":
             line += f"{r['packed_frac']:6.2f}"
             for name, p in r["phases"].items():
-                rate = f"{p['s']:11.3f}" if name == "optimizer_step" else f"{p['tokens_per_s']:{10 if name == 'step' else 13}.0f}"
+                rate = (
+                    f"{p['s']:11.3f}"
+                    if name == "optimizer_step"
+                    else f"{p['tokens_per_s']:{10 if name == 'step' else 13}.0f}"
+                )
                 mfu = "".join(f" {value:6.1%}" for key, value in p.items() if key.startswith("mfu_of_measured"))
                 line += f" | {rate}{mfu}" + (f" {p['peak_memory_bytes'] / 2**30:6.2f}" if name != "step" else "")
         lines.append(line if r["status"] == "ok" else f"{line}{r['status']}: {r['reason']}")
@@ -291,7 +378,11 @@ def main() -> None:
     args = options()
     cases: dict[tuple[str, int], config.Config] = {}
     refused: dict[tuple[str, int], InputError] = {}
-    wanted = [(precision, int(tokens)) for precision in args.precision.split(",") for tokens in args.sequence_tokens.split(",")]
+    wanted = [
+        (precision, int(tokens))
+        for precision in args.precision.split(",")
+        for tokens in args.sequence_tokens.split(",")
+    ]
     for key in wanted:
         try:
             cases[key] = case_config(*key, args)
@@ -301,9 +392,17 @@ def main() -> None:
         raise refused[wanted[0]]
     cfg = next(iter(cases.values()))
     topo = topology.connect(cfg.parallel, device=args.device, timeout_s=600, seed=cfg.seed, num_threads=cfg.num_threads)
-    about, results, measured = provenance() | {"definitions": __doc__.partition("Definitions:\n")[2].splitlines()}, [], {}
-    about |= {"model": json.loads(Path(cfg.model, "config.json").read_text()), "ranks": topo.world_size, "parallel": dataclasses.asdict(cfg.parallel),
-              "num_threads": cfg.num_threads}
+    about, results, measured = (
+        provenance() | {"definitions": __doc__.partition("Definitions:\n")[2].splitlines()},
+        [],
+        {},
+    )
+    about |= {
+        "model": json.loads(Path(cfg.model, "config.json").read_text()),
+        "ranks": topo.world_size,
+        "parallel": dataclasses.asdict(cfg.parallel),
+        "num_threads": cfg.num_threads,
+    }
     published = PUBLISHED_BF16_FLOPS_PER_S.get(about["hardware"].get("gpu"))
     matmul_flops_per_s(cfg.precision.params, topo)  # what libraries keep for themselves is no case's memory
     release(topo.device)
@@ -313,8 +412,13 @@ def main() -> None:
         if case := cases.get((precision, tokens)):
             dtype = case.precision.params
             measured[dtype] = max(measured.get(dtype, 0.0), matmul_flops_per_s(dtype, topo))
-            result |= {"dtype": dtype, "sequences": case.batch.global_batch_size, "max_tokens_per_microbatch": case.batch.max_tokens_per_microbatch,
-                       "load_average_before": os.getloadavg()[0], **attempt(case, topo, args, baseline_bytes)}
+            result |= {
+                "dtype": dtype,
+                "sequences": case.batch.global_batch_size,
+                "max_tokens_per_microbatch": case.batch.max_tokens_per_microbatch,
+                "load_average_before": os.getloadavg()[0],
+                **attempt(case, topo, args, baseline_bytes),
+            }
             release(topo.device)
         else:
             result |= {"status": "skipped", "reason": str(refused[precision, tokens])}
@@ -324,7 +428,9 @@ def main() -> None:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             add_mfu(results, measured, published and published * topo.world_size)
             peaks = {dtype: round(peak) for dtype, peak in measured.items()}
-            args.out.write_text(json.dumps({**about, "measured_matmul_flops_per_s": peaks, "results": results}, indent=1) + "\n")
+            args.out.write_text(
+                json.dumps({**about, "measured_matmul_flops_per_s": peaks, "results": results}, indent=1) + "\n"
+            )
     if topo.is_driver:
         print(f"written to {args.out}\n\n{table(results)}", flush=True)
     topology.disconnect()

@@ -38,19 +38,25 @@ class Recorder(TrainerCallback):
 
     def grade(self, *, completion_ids, answer, num_prompt_tokens, trainer_state, **_) -> list[float]:
         rollout_ended = time.perf_counter()
-        verdicts = self._grader.grade([
-            (self._tokenizer.decode(ids), gold, ids[-1] not in self._tokenizer.stop_token_ids)
-            for ids, gold in zip(completion_ids, answer, strict=True)])
+        verdicts = self._grader.grade(
+            [
+                (self._tokenizer.decode(ids), gold, ids[-1] not in self._tokenizer.stop_token_ids)
+                for ids, gold in zip(completion_ids, answer, strict=True)
+            ]
+        )
         num_response_tokens = sum(map(len, completion_ids))
         self._num_tokens += sum(num_prompt_tokens) + num_response_tokens
         if self._num_tokens != trainer_state.num_input_tokens_seen:
-            raise RuntimeError(f"TRL has seen {trainer_state.num_input_tokens_seen} tokens; the recipe's prompts and the responses are {self._num_tokens}")
+            raise RuntimeError(
+                f"TRL has seen {trainer_state.num_input_tokens_seen} tokens; the recipe's prompts and the responses are {self._num_tokens}"
+            )
         self._reward_ended = time.perf_counter()
         self._row = {
             "reward/mean": sum(v.reward for v in verdicts) / len(verdicts),
             "rollout/response_tokens_mean": num_response_tokens / len(completion_ids),
             "time/rollout_s": rollout_ended - self._began,
-            "time/reward_s": self._reward_ended - rollout_ended}
+            "time/reward_s": self._reward_ended - rollout_ended,
+        }
         return [v.reward for v in verdicts]
 
     def on_step_end(self, args, state, control, **_):
@@ -59,7 +65,10 @@ class Recorder(TrainerCallback):
             return
         now = time.perf_counter()
         rate = (self._num_tokens - self._num_tokens_before) / (now - self._began)
-        self._file.write(json.dumps({"step": step, **self._row, "time/update_s": now - self._reward_ended, "tokens_per_s": rate}) + "\n")
+        self._file.write(
+            json.dumps({"step": step, **self._row, "time/update_s": now - self._reward_ended, "tokens_per_s": rate})
+            + "\n"
+        )
         self._num_tokens_before, self._began = self._num_tokens, now
 
 
@@ -70,16 +79,40 @@ def arguments(cfg: config.Config, longest_prompt: int) -> GRPOConfig:
     loss_type = {"token_mean": "dapo", "sequence_mean": "grpo", "constant": "dr_grpo"}[cfg.loss.aggregation]
     microbatch = max(n for n in range(1, max(fitting, 1) + 1) if batch % n == 0)
     return GRPOConfig(
-        output_dir=cfg.run_dir, seed=cfg.seed, use_cpu=True, max_steps=cfg.num_steps * cfg.optimizer_steps_per_step,
-        num_generations=r.group_size, max_completion_length=r.max_response_tokens, temperature=r.temperature, top_k=0, top_p=1.0,
-        per_device_train_batch_size=microbatch, gradient_accumulation_steps=batch // microbatch,
-        steps_per_generation=cfg.responses_per_step // microbatch, shuffle_dataset=False,
-        model_init_kwargs={"dtype": cfg.precision.params}, bf16=False, gradient_checkpointing=False,
-        beta=cfg.loss.kl_coef, epsilon=cfg.loss.clip_low, epsilon_high=cfg.loss.clip_high, loss_type=loss_type,
+        output_dir=cfg.run_dir,
+        seed=cfg.seed,
+        use_cpu=True,
+        max_steps=cfg.num_steps * cfg.optimizer_steps_per_step,
+        num_generations=r.group_size,
+        max_completion_length=r.max_response_tokens,
+        temperature=r.temperature,
+        top_k=0,
+        top_p=1.0,
+        per_device_train_batch_size=microbatch,
+        gradient_accumulation_steps=batch // microbatch,
+        steps_per_generation=cfg.responses_per_step // microbatch,
+        shuffle_dataset=False,
+        model_init_kwargs={"dtype": cfg.precision.params},
+        bf16=False,
+        gradient_checkpointing=False,
+        beta=cfg.loss.kl_coef,
+        epsilon=cfg.loss.clip_low,
+        epsilon_high=cfg.loss.clip_high,
+        loss_type=loss_type,
         scale_rewards="group" if cfg.advantage.normalize_by_std else "none",
-        learning_rate=o.lr, lr_scheduler_type=o.lr_schedule, adam_beta1=o.beta1, adam_beta2=o.beta2, adam_epsilon=o.eps,
-        weight_decay=o.weight_decay, max_grad_norm=o.clip_grad,
-        save_strategy="no", eval_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True)
+        learning_rate=o.lr,
+        lr_scheduler_type=o.lr_schedule,
+        adam_beta1=o.beta1,
+        adam_beta2=o.beta2,
+        adam_epsilon=o.eps,
+        weight_decay=o.weight_decay,
+        max_grad_norm=o.clip_grad,
+        save_strategy="no",
+        eval_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
 
 
 def main() -> None:
@@ -98,8 +131,12 @@ def main() -> None:
     with Grader(**dataclasses.asdict(cfg.reward)) as grader:
         recorder = Recorder(cfg, tokenizer, grader)
         GRPOTrainer(
-            model=folder, reward_funcs=recorder.grade, args=arguments(cfg, max(len(p.token_ids) for p in drawn)),
-            train_dataset=Dataset.from_list([row(p) for p in drawn]), callbacks=[recorder]).train()
+            model=folder,
+            reward_funcs=recorder.grade,
+            args=arguments(cfg, max(len(p.token_ids) for p in drawn)),
+            train_dataset=Dataset.from_list([row(p) for p in drawn]),
+            callbacks=[recorder],
+        ).train()
 
 
 if __name__ == "__main__":

@@ -35,15 +35,20 @@ def parse(description: str, *options: str, flags: Sequence[str] = ()) -> Command
     """--cfg FILE [--dry-run] [options ...] [key.sub=value ...] of sys.argv; a flag is an option without a value. Raises InputError."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--cfg", required=True, help="YAML file, such as configs/quickstart.yaml")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration with its derived sizes, and exit")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved configuration with its derived sizes, and exit"
+    )
     for option in options:
         parser.add_argument(option)
     for flag in flags:
         parser.add_argument(flag, action="store_true")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     args = parser.parse_intermixed_args()
-    return Command(config_file.load(args.cfg, args.overrides), args.dry_run,
-                   {o.removeprefix("--"): getattr(args, o.removeprefix("--").replace("-", "_")) for o in (*options, *flags)})
+    return Command(
+        config_file.load(args.cfg, args.overrides),
+        args.dry_run,
+        {o.removeprefix("--"): getattr(args, o.removeprefix("--").replace("-", "_")) for o in (*options, *flags)},
+    )
 
 
 def stop_on_sigterm() -> None:
@@ -112,7 +117,9 @@ def run(main: Callable[[], None]) -> None:
         main()
     except config.InputError as e:
         if not driver:
-            time.sleep(60)  # the driver finds the same, and torchrun then ends this rank; if not, it is this rank's to say
+            time.sleep(
+                60
+            )  # the driver finds the same, and torchrun then ends this rank; if not, it is this rank's to say
         print(f"error: {e}", file=sys.stderr, flush=True)
         code = 2
     except KeyboardInterrupt:
@@ -130,7 +137,9 @@ def run(main: Callable[[], None]) -> None:
         from grpo_mcore.report.metrics import MismatchError
         from grpo_mcore.rollout.engines import EngineError
 
-        if isinstance(e, (AttestationError, DoesNotFit, EngineError, MismatchError, ParityError, RefitError, FloatingPointError)):
+        if isinstance(
+            e, (AttestationError, DoesNotFit, EngineError, MismatchError, ParityError, RefitError, FloatingPointError)
+        ):
             print(f"error: {e}", file=sys.stderr, flush=True)  # it says all that the traceback would
         else:
             traceback.print_exc()

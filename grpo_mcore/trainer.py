@@ -90,7 +90,10 @@ def train(run: Run) -> None:
             mismatch = score(run, batches)
         with time_of("update"):
             lr = learning_rate(cfg.optimizer, step, cfg.num_steps)
-            updates = [run.policy.update(b, functools.partial(loss.grpo, cfg=cfg.loss, over_ranks=over_ranks), lr=lr) for b in batches]
+            updates = [
+                run.policy.update(b, functools.partial(loss.grpo, cfg=cfg.loss, over_ranks=over_ranks), lr=lr)
+                for b in batches
+            ]
         run.progress = checkpoint.Progress(step + 1, work.cursor, run.seconds())
         write_step(run, work, refit_metrics, [mismatch, *updates], batches, lr)
         run.last_step = last_step(cfg, step + 1, run.topology)
@@ -170,9 +173,16 @@ def assemble(run: Run, groups: list[Group], advantages_PG: torch.Tensor) -> list
     """One GlobalBatch per optimizer step: this rank's part."""
     cfg = run.cfg
     return batch.assemble(
-        groups, advantages_PG, global_batch_size=cfg.batch.global_batch_size, aggregation=cfg.loss.aggregation, max_response_tokens=cfg.rollout.max_response_tokens,
+        groups,
+        advantages_PG,
+        global_batch_size=cfg.batch.global_batch_size,
+        aggregation=cfg.loss.aggregation,
+        max_response_tokens=cfg.rollout.max_response_tokens,
         skip_truncated=cfg.loss.skip_truncated,
-        packing=model.packing(run.policy.hf_config, run.topology, cfg.precision, max_tokens=cfg.batch.max_tokens_per_microbatch))
+        packing=model.packing(
+            run.policy.hf_config, run.topology, cfg.precision, max_tokens=cfg.batch.max_tokens_per_microbatch
+        ),
+    )
 
 
 def score(run: Run, batches: list[GlobalBatch]) -> dict[str, metrics.Metric]:
@@ -182,9 +192,18 @@ def score(run: Run, batches: list[GlobalBatch]) -> dict[str, metrics.Metric]:
         for m, logprobs_R in zip(b.microbatches, run.policy.logprobs(b.microbatches), strict=True):
             m.old_logprobs_R = logprobs_R
             if logprobs_R is not None:  # the last pipeline stage
-                parts.append(metrics.mismatch(m.rollout_logprobs_R, logprobs_R, m.position_ids_T[m.position_R], cap=run.cfg.loss.importance_cap))
+                parts.append(
+                    metrics.mismatch(
+                        m.rollout_logprobs_R,
+                        logprobs_R,
+                        m.position_ids_T[m.position_R],
+                        cap=run.cfg.loss.importance_cap,
+                    )
+                )
                 if run.cfg.loss.importance_level != "none":
-                    m.importance_R, beyond_R = loss.importance(m, run.cfg.loss, functools.partial(collectives.sum_over_context, topology=run.topology))
+                    m.importance_R, beyond_R = loss.importance(
+                        m, run.cfg.loss, functools.partial(collectives.sum_over_context, topology=run.topology)
+                    )
                     parts.append(metrics.importance(m.importance_R, beyond_R))
         if run.reference is not None:
             for m, logprobs_R in zip(b.microbatches, run.reference.logprobs(b.microbatches), strict=True):
@@ -198,10 +217,14 @@ def evaluate_and_write(run: Run, step: int) -> None:
     run.writer.say(f"evaluation after {step} steps: {result}")
 
 
-def write_step(run: Run, work: Step, refit_metrics: dict, parts: list[dict], batches: list[GlobalBatch], lr: float) -> None:
+def write_step(
+    run: Run, work: Step, refit_metrics: dict, parts: list[dict], batches: list[GlobalBatch], lr: float
+) -> None:
     """One row of metrics, of all ranks, and the step's rollouts. Collective. Raises MismatchError on all ranks."""
     mine = metrics.merge(parts) if run.topology.reports else {}
-    merged = metrics.merge([refit_metrics, work.metrics if run.topology.is_driver else {}, *collectives.gather(mine, run.topology)])
+    merged = metrics.merge(
+        [refit_metrics, work.metrics if run.topology.is_driver else {}, *collectives.gather(mine, run.topology)]
+    )
     metrics.check_mismatch(merged, run.cfg.mismatch, speaks=run.topology.is_driver)
     if run.writer is None:
         return
@@ -214,7 +237,8 @@ def write_step(run: Run, work: Step, refit_metrics: dict, parts: list[dict], bat
         "update/packed_frac": sum(b.packed_frac for b in batches) / len(batches),
         "update/imbalance": max(b.imbalance for b in batches),
         **times,
-        "tokens_per_s": sum(b.num_tokens for b in batches) / sum(s for name, s in times.items() if name not in ("time/eval_s", "time/checkpoint_s")),
+        "tokens_per_s": sum(b.num_tokens for b in batches)
+        / sum(s for name, s in times.items() if name not in ("time/eval_s", "time/checkpoint_s")),
     }
     run.writer.write(run.progress.step, row)
     run.writer.write_rollouts(run.progress.step, rollout_rows(run, work))
@@ -228,17 +252,37 @@ def rollout_rows(run: Run, work: Step) -> Iterator[dict]:
         for sample, response in enumerate(group.responses):
             verdict = next(verdicts)
             row = {
-                "position": position, "prompt_id": group.prompt.id, "sample": sample, "prompt_tokens": len(group.prompt.token_ids), "response_tokens": len(response.token_ids),
-                "truncated": response.truncated, "versions": response.versions, "reward": verdict.reward, "status": verdict.status, "answer": verdict.answer, "detail": verdict.detail}
+                "position": position,
+                "prompt_id": group.prompt.id,
+                "sample": sample,
+                "prompt_tokens": len(group.prompt.token_ids),
+                "response_tokens": len(response.token_ids),
+                "truncated": response.truncated,
+                "versions": response.versions,
+                "reward": verdict.reward,
+                "status": verdict.status,
+                "answer": verdict.answer,
+                "detail": verdict.detail,
+            }
             if verdict.other is not None:
-                row["other_verifier"] = {"reward": verdict.other.reward, "status": verdict.other.status, "answer": verdict.other.answer, "detail": verdict.other.detail}
+                row["other_verifier"] = {
+                    "reward": verdict.other.reward,
+                    "status": verdict.other.status,
+                    "answer": verdict.other.answer,
+                    "detail": verdict.other.detail,
+                }
             if index < run.cfg.rollout.keep_texts:
-                row |= {"problem": group.prompt.problem, "gold": group.prompt.answer, "response": run.tokenizer.decode(response.token_ids)}
+                row |= {
+                    "problem": group.prompt.problem,
+                    "gold": group.prompt.answer,
+                    "response": run.tokenizer.decode(response.token_ids),
+                }
             yield row
 
 
 def sample_metrics(groups: list[Group], verdicts: list[Verdict]) -> dict[str, float]:
     """Of a step's groups and their verdicts, in order; masked ones only count as such."""
+
     def mean(values: list) -> float:
         return sum(values) / len(values) if values else 0.0
 
@@ -266,8 +310,14 @@ def open_run(cfg: config.Config) -> Iterator[Run]:
     model.check_parallel(hf_config, cfg.parallel, cfg.precision)
     check_lengths(cfg, hf_config)
     tokenizer = prompts.Tokenizer(local)
-    train_prompts, too_long = prompts.load(cfg.data.train, cfg.data, tokenizer, "data.train", overlong=cfg.data.overlong_prompts)
-    eval_prompts = prompts.load(cfg.eval.data, cfg.data, tokenizer, "eval.data")[0][: cfg.eval.max_prompts] if cfg.eval.data else []
+    train_prompts, too_long = prompts.load(
+        cfg.data.train, cfg.data, tokenizer, "data.train", overlong=cfg.data.overlong_prompts
+    )
+    eval_prompts = (
+        prompts.load(cfg.eval.data, cfg.data, tokenizer, "eval.data")[0][: cfg.eval.max_prompts]
+        if cfg.eval.data
+        else []
+    )
     device = topology.pick_device(cfg.device)
     rules.check_device(cfg, device.type)
     driver = topology.rank() == 0
@@ -276,16 +326,35 @@ def open_run(cfg: config.Config) -> Iterator[Run]:
         if driver:
             prepare_run_dir(cfg)
             what = "masked" if cfg.data.overlong_prompts == "mask" else "left out"
-            print(f"{len(train_prompts)} prompts ({too_long} over-long {what}), {len(eval_prompts)} for evaluation; starting {cfg.engine.num_engines} engines", flush=True)
+            print(
+                f"{len(train_prompts)} prompts ({too_long} over-long {what}), {len(eval_prompts)} for evaluation; starting {cfg.engine.num_engines} engines",
+                flush=True,
+            )
             engines = Engines(cfg, local, cuda=device.type == "cuda", stop_token_ids=tokenizer.stop_token_ids)
             stack.callback(engines.stop)
             entry.stop_on_sigterm()
             grader = stack.enter_context(Grader(**dataclasses.asdict(cfg.reward)))
         topo = topology.connect(
-            cfg.parallel, device=device, timeout_s=cfg.collective_timeout_s + cfg.rollout.timeout_s,
-            seed=cfg.seed, num_threads=cfg.num_threads, deterministic=cfg.deterministic)
-        policy = Policy(local, topo, precision=cfg.precision, temperature=cfg.rollout.temperature, optimizer=cfg.optimizer, kernels=cfg.kernels)
-        reference = FrozenPolicy(local, topo, precision=cfg.precision, temperature=cfg.rollout.temperature, kernels=cfg.kernels) if cfg.loss.kl_coef > 0 else None
+            cfg.parallel,
+            device=device,
+            timeout_s=cfg.collective_timeout_s + cfg.rollout.timeout_s,
+            seed=cfg.seed,
+            num_threads=cfg.num_threads,
+            deterministic=cfg.deterministic,
+        )
+        policy = Policy(
+            local,
+            topo,
+            precision=cfg.precision,
+            temperature=cfg.rollout.temperature,
+            optimizer=cfg.optimizer,
+            kernels=cfg.kernels,
+        )
+        reference = (
+            FrozenPolicy(local, topo, precision=cfg.precision, temperature=cfg.rollout.temperature, kernels=cfg.kernels)
+            if cfg.loss.kl_coef > 0
+            else None
+        )
         checkpoints = checkpoint.Checkpoints(cfg.run_dir, policy, cfg.checkpoint)
         progress = checkpoints.restore()
         timer = metrics.Timer()
@@ -296,24 +365,46 @@ def open_run(cfg: config.Config) -> Iterator[Run]:
             stack.callback(writer.close)
             timer = metrics.Timer(writer.phase)
             engines.wait_until_ready()
-            stream = prompts.Stream(train_prompts, cfg.seed if cfg.data.shuffle_seed is None else cfg.data.shuffle_seed, skip=cfg.data.skip_prompts)
+            stream = prompts.Stream(
+                train_prompts,
+                cfg.seed if cfg.data.shuffle_seed is None else cfg.data.shuffle_seed,
+                skip=cfg.data.skip_prompts,
+            )
             rollout = Rollout(engines, stream, tokenizer, grader, cfg, cursor=progress.cursor)
             stack.callback(rollout.close)
         preemption = entry.Preemption()
         preemption.listen(driver)
         canary = [p.token_ids[:CANARY_TOKENS] for p in train_prompts[:NUM_CANARIES]]
         yield Run(
-            cfg, topo, tokenizer, eval_prompts, policy, reference, progress, Refit(policy, engines, cfg, topo, canary), checkpoints, preemption, timer,
-            engines, rollout, grader, writer, progress.seconds, last_step(cfg, progress.step, topo))
+            cfg,
+            topo,
+            tokenizer,
+            eval_prompts,
+            policy,
+            reference,
+            progress,
+            Refit(policy, engines, cfg, topo, canary),
+            checkpoints,
+            preemption,
+            timer,
+            engines,
+            rollout,
+            grader,
+            writer,
+            progress.seconds,
+            last_step(cfg, progress.step, topo),
+        )
         topology.disconnect()
 
 
 def check_lengths(cfg: config.Config, hf_config) -> None:
     if cfg.longest_tokens > hf_config.max_position_embeddings:
         raise config.InputError(
-            "rollout.max_response_tokens", cfg.rollout.max_response_tokens,
+            "rollout.max_response_tokens",
+            cfg.rollout.max_response_tokens,
             f"with data.max_prompt_tokens = {cfg.data.max_prompt_tokens} makes {cfg.longest_tokens} tokens; the model was made for {hf_config.max_position_embeddings}",
-            "shorten one of them")
+            "shorten one of them",
+        )
 
 
 def prepare_run_dir(cfg: config.Config) -> None:
@@ -324,7 +415,9 @@ def prepare_run_dir(cfg: config.Config) -> None:
         with (Path(cfg.run_dir) / "provenance.jsonl").open("a") as f:
             f.write(json.dumps(provenance()) + "\n")
     except OSError as e:
-        raise config.InputError("run_dir", cfg.run_dir, f"cannot be written ({e.strerror})", "name another folder") from e
+        raise config.InputError(
+            "run_dir", cfg.run_dir, f"cannot be written ({e.strerror})", "name another folder"
+        ) from e
 
 
 def summarize(run: Run) -> None:
@@ -356,8 +449,10 @@ def main(cfg: config.Config) -> None:
     why = stop.reason(cfg.stop, metrics.read(cfg.run_dir), step)
     if done and summary.is_file() and (step >= cfg.num_steps or why):
         if topology.rank() == 0:
-            print(f"{cfg.run_dir} is finished: step {step} of {cfg.num_steps}{f' ({why})' if why else ''}. "
-                  f"Remove the folder, name another run_dir, or {'change the stop rule' if why else 'raise num_steps'}.")
+            print(
+                f"{cfg.run_dir} is finished: step {step} of {cfg.num_steps}{f' ({why})' if why else ''}. "
+                f"Remove the folder, name another run_dir, or {'change the stop rule' if why else 'raise num_steps'}."
+            )
             show_summary(json.loads(summary.read_text()))
         return
     make_model(cfg)

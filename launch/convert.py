@@ -16,10 +16,14 @@ if __name__ == "__main__":
 
         parser = argparse.ArgumentParser(description=__doc__)
         commands = parser.add_subparsers(dest="command", required=True)
-        to_megatron = commands.add_parser("to-megatron", help="Hugging Face folder, hub name or .gguf -> Megatron checkpoint")
+        to_megatron = commands.add_parser(
+            "to-megatron", help="Hugging Face folder, hub name or .gguf -> Megatron checkpoint"
+        )
         to_megatron.add_argument("--hf", required=True)
         to_megatron.add_argument("--out", required=True)
-        to_hf = commands.add_parser("to-hf", help="Megatron checkpoint, such as RUN/checkpoints/step_000010 -> Hugging Face folder")
+        to_hf = commands.add_parser(
+            "to-hf", help="Megatron checkpoint, such as RUN/checkpoints/step_000010 -> Hugging Face folder"
+        )
         to_hf.add_argument("--checkpoint", required=True)
         to_hf.add_argument("--out", required=True)
         prove = commands.add_parser("prove", help="is the Hugging Face folder what the policy of the checkpoint was?")

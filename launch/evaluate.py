@@ -22,10 +22,20 @@ if __name__ == "__main__":
         from grpo_mcore.evaluate import evaluate
 
         if len(sets) > 1 and options["compare"]:
-            raise config.InputError("--compare", options["compare"], f"is of one data set, and --data names {len(sets)}", "compare them one by one")
+            raise config.InputError(
+                "--compare",
+                options["compare"],
+                f"is of one data set, and --data names {len(sets)}",
+                "compare them one by one",
+            )
         results = {
-            data: evaluate.evaluate_model(dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, data=data)), options["model"], compare_with=options["compare"])
-            for data in sets}
+            data: evaluate.evaluate_model(
+                dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, data=data)),
+                options["model"],
+                compare_with=options["compare"],
+            )
+            for data in sets
+        }
         if options["out"]:
             Path(options["out"]).write_text(json.dumps(results if len(sets) > 1 else results[sets[0]], indent=1) + "\n")
 

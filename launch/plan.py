@@ -21,7 +21,10 @@ if __name__ == "__main__":
         from grpo_mcore.plan import memory, time as plan_time
 
         cfg, options = command.config, command.options
-        machine, hf_config = memory.machine_of(options["gpu"], options["num-gpus"]), memory.hf_config_of(cfg, options["model-config"])
+        machine, hf_config = (
+            memory.machine_of(options["gpu"], options["num-gpus"]),
+            memory.hf_config_of(cfg, options["model-config"]),
+        )
         memory.check(cfg, hf_config, machine)
         prompt_tokens = float(options["prompt-tokens"] or min(192, cfg.data.max_prompt_tokens))
         response_tokens = float(options["response-tokens"] or cfg.response_tokens(int(prompt_tokens)) / 2)
@@ -34,7 +37,9 @@ if __name__ == "__main__":
 
         names = {f.name: f.name.replace("_", "-") for f in dataclasses.fields(predict.Question)}
         command = entry.parse(__doc__, *(f"--{option}" for option in names.values()), "--out")
-        result = predict.answer(command.config, predict.Question(**{name: command.options[option] for name, option in names.items()}))
+        result = predict.answer(
+            command.config, predict.Question(**{name: command.options[option] for name, option in names.items()})
+        )
         print(predict.table(result))
         if command.options["out"]:
             predict.write(result, command.options["out"])

@@ -15,9 +15,18 @@ if __name__ == "__main__":
         parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("runs", nargs="+", metavar="RUN")
         parser.add_argument("--out", help="folder of the page")
-        parser.add_argument("--steps", type=int, default=report.Bounds.steps, help="steps whose rollouts are shown, evenly chosen (%(default)s)")
-        parser.add_argument("--chars", type=int, default=report.Bounds.chars, help="characters shown of a response (%(default)s)")
-        parser.add_argument("--mib", type=float, default=report.Bounds.mib, help="size of all rollouts shown (%(default)s)")
+        parser.add_argument(
+            "--steps",
+            type=int,
+            default=report.Bounds.steps,
+            help="steps whose rollouts are shown, evenly chosen (%(default)s)",
+        )
+        parser.add_argument(
+            "--chars", type=int, default=report.Bounds.chars, help="characters shown of a response (%(default)s)"
+        )
+        parser.add_argument(
+            "--mib", type=float, default=report.Bounds.mib, help="size of all rollouts shown (%(default)s)"
+        )
         args = parser.parse_args()
         page = report.write(args.runs, args.out, report.Bounds(args.steps, args.chars, args.mib))
         print(f"wrote {page} ({page.stat().st_size / 2**20:.1f} MiB)")

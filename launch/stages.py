@@ -18,12 +18,26 @@ if __name__ == "__main__":
         split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
         parser = argparse.ArgumentParser(description=__doc__)
         parser.add_argument("--cfg", required=True, help="YAML file of stages, such as configs/quickstart_stages.yaml")
-        parser.add_argument("--nproc-per-node", type=int, help="ranks of the training (1; with --dry-run, as few as all stages can have)")
+        parser.add_argument(
+            "--nproc-per-node",
+            type=int,
+            help="ranks of the training (1; with --dry-run, as few as all stages can have)",
+        )
         parser.add_argument("--dry-run", action="store_true", help="print the plan of all stages, and exit")
-        parser.add_argument("--redo-from", type=int, metavar="STAGE", help="do this stage, counted from 1, and those after it again; what they left is moved aside")
+        parser.add_argument(
+            "--redo-from",
+            type=int,
+            metavar="STAGE",
+            help="do this stage, counted from 1, and those after it again; what they left is moved aside",
+        )
         args = parser.parse_args(sys.argv[1:split])
         if "RANK" in os.environ:
-            raise InputError("RANK", os.environ["RANK"], "says that torchrun has started this program, which starts torchrun itself", "run it alone, with --nproc-per-node N")
+            raise InputError(
+                "RANK",
+                os.environ["RANK"],
+                "says that torchrun has started this program, which starts torchrun itself",
+                "run it alone, with --nproc-per-node N",
+            )
 
         from grpo_mcore.stages import actions, stages
 

@@ -19,10 +19,19 @@ if __name__ == "__main__":
         command = entry.parse(__doc__, flags=("--fit",))
         cfg = command.config
         # Outside torchrun a dry run shows one replica, whatever its size.
-        ranks = cfg.parallel.ranks_per_replica if command.dry_run and "WORLD_SIZE" not in os.environ else topology.world_size()
+        ranks = (
+            cfg.parallel.ranks_per_replica
+            if command.dry_run and "WORLD_SIZE" not in os.environ
+            else topology.world_size()
+        )
         rules.check_ranks(cfg, ranks)
         if topology.rank() == 0:
-            print(f"{config_file.describe(cfg, ranks)}\n{recipe.describe(cfg)}" if command.dry_run else recipe.summary(cfg), flush=True)
+            print(
+                f"{config_file.describe(cfg, ranks)}\n{recipe.describe(cfg)}"
+                if command.dry_run
+                else recipe.summary(cfg),
+                flush=True,
+            )
         if command.dry_run:
             return
         from grpo_mcore import trainer

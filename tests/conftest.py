@@ -49,11 +49,18 @@ eval: {{data: "arithmetic:two_digit_sums/heldout", every: 2, max_prompts: 8, sam
 checkpoint: {{every: 1}}
 """
 
+
 @pytest.fixture(scope="session")
 def taught(tmp_path_factory) -> Path:
     """A model that is right now and then: without it rewards are all 0, and with them every gradient."""
     folder = tmp_path_factory.mktemp("taught")
     path = folder / "cfg.yaml"
     path.write_text(CONFIG.format(model=folder / "model", run_dir=folder / "run"))
-    subprocess.run([sys.executable, "-m", "grpo_mcore.policy.warm_start", str(path)], cwd=folder, env=environment(), check=True, timeout=300)
+    subprocess.run(
+        [sys.executable, "-m", "grpo_mcore.policy.warm_start", str(path)],
+        cwd=folder,
+        env=environment(),
+        check=True,
+        timeout=300,
+    )
     return folder / "model"

@@ -14,7 +14,11 @@ ROOT = Path(__file__).parent.parent
 
 def environment(**extra: str) -> dict[str, str]:
     """Of a child process: one thread that does not spin, and none of an outer torchrun's variables."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    }
     return {**kept, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT), **extra}
 
 
@@ -29,8 +33,18 @@ def spawn(function: Callable, ranks: int, *args, timeout_s: float = 240) -> list
         logs = [Path(scratch) / f"log{rank}" for rank in range(ranks)]
         processes = [
             subprocess.Popen(
-                [sys.executable, "-m", "tests.dist", str(call), f"{scratch}/result{rank}"], cwd=ROOT, stdout=log.open("w"), stderr=subprocess.STDOUT,
-                env=environment(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=port))
+                [sys.executable, "-m", "tests.dist", str(call), f"{scratch}/result{rank}"],
+                cwd=ROOT,
+                stdout=log.open("w"),
+                stderr=subprocess.STDOUT,
+                env=environment(
+                    RANK=str(rank),
+                    WORLD_SIZE=str(ranks),
+                    LOCAL_RANK=str(rank),
+                    MASTER_ADDR="127.0.0.1",
+                    MASTER_PORT=port,
+                ),
+            )
             for rank, log in enumerate(logs)
         ]
         end = time.monotonic() + timeout_s
@@ -44,7 +58,13 @@ def spawn(function: Callable, ranks: int, *args, timeout_s: float = 240) -> list
                 p.kill()
                 p.wait()
         if any(codes):
-            raise AssertionError("\n".join(f"rank {r} ended with {c}:\n{log.read_text()[-3000:]}" for r, (c, log) in enumerate(zip(codes, logs, strict=True)) if c != 0))
+            raise AssertionError(
+                "\n".join(
+                    f"rank {r} ended with {c}:\n{log.read_text()[-3000:]}"
+                    for r, (c, log) in enumerate(zip(codes, logs, strict=True))
+                    if c != 0
+                )
+            )
         return [pickle.loads(Path(f"{scratch}/result{rank}").read_bytes()) for rank in range(ranks)]
 
 

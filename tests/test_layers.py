@@ -17,8 +17,45 @@ PACKAGE = "grpo_mcore"
 LEVELS = [
     ["config", "config_file", "rules", "run_folder", "types", "provenance"],
     ["kernels", "parallel"],
-    ["prompts", "arithmetic", "math_answer", "boxed_answer", "verifiers", "grading_process", "reward", "shaping", "scores", "advantage", "batch", "logprob", "loss", "recipe", "dispatch", "admission", "stop"],
-    ["model", "hf_weights", "policy", "engine", "placement", "engines", "refit", "weight_transfer", "senders", "live_weights", "receiver", "checkpoint", "stored", "convert", "parity", "metrics", "plan", "plan_time"],
+    [
+        "prompts",
+        "arithmetic",
+        "math_answer",
+        "boxed_answer",
+        "verifiers",
+        "grading_process",
+        "reward",
+        "shaping",
+        "scores",
+        "advantage",
+        "batch",
+        "logprob",
+        "loss",
+        "recipe",
+        "dispatch",
+        "admission",
+        "stop",
+    ],
+    [
+        "model",
+        "hf_weights",
+        "policy",
+        "engine",
+        "placement",
+        "engines",
+        "refit",
+        "weight_transfer",
+        "senders",
+        "live_weights",
+        "receiver",
+        "checkpoint",
+        "stored",
+        "convert",
+        "parity",
+        "metrics",
+        "plan",
+        "plan_time",
+    ],
     ["rollout", "evaluate", "warm_start", "curves", "cluster", "simulated_engine", "simulate", "predict", "report"],
     ["trainer", "entry", "lineage", "stages", "stage_actions"],
     ["fit"],
@@ -27,7 +64,15 @@ LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 # Library -> the modules that may import it.
 LIBRARIES = {
-    "torch.distributed": {"parallel", "weight_transfer", "senders", "live_weights", "receiver", "checkpoint", "stored"},  # the last two: its checkpoint format
+    "torch.distributed": {
+        "parallel",
+        "weight_transfer",
+        "senders",
+        "live_weights",
+        "receiver",
+        "checkpoint",
+        "stored",
+    },  # the last two: its checkpoint format
     "triton": {"kernels"},
     "vllm": {"engine", "senders", "live_weights", "receiver"},
     "ray": {"engines", "placement"},
@@ -70,7 +115,11 @@ def imports(source: str, module: str) -> set[str]:
             found |= {f"{origin}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed":
             found.add("torch.distributed")
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__") and node.args:
+        elif (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__")
+            and node.args
+        ):
             name = node.args[0].values[0] if isinstance(node.args[0], ast.JoinedStr) else node.args[0]
             if isinstance(name, ast.Constant):
                 found.add(str(name.value).rstrip("."))
@@ -100,7 +149,7 @@ def own_imports(module: str) -> set[str]:
 
 
 def test_the_scanner_sees_imports_wherever_they_hide():
-    source = '''
+    source = """
 import vllm.engine
 from grpo_mcore import config, loss as l
 from .topology import connect
@@ -112,10 +161,19 @@ def f():
     importlib.import_module(f"ray.{name}")
 if __name__ == "__main__":
     import triton
-'''
+"""
     assert imports(source, "grpo_mcore.parallel.vocab") == {
-        "vllm.engine", "grpo_mcore.config.config", "grpo_mcore.loss.loss", "grpo_mcore.parallel.topology.connect", "grpo_mcore.loss.batch",
-        "transformers.AutoConfig", "torch.distributed", "megatron.core", "ray", "triton"}
+        "vllm.engine",
+        "grpo_mcore.config.config",
+        "grpo_mcore.loss.loss",
+        "grpo_mcore.parallel.topology.connect",
+        "grpo_mcore.loss.batch",
+        "transformers.AutoConfig",
+        "torch.distributed",
+        "megatron.core",
+        "ray",
+        "triton",
+    }
 
 
 def test_every_module_has_a_level():
@@ -126,7 +184,9 @@ def test_every_module_has_a_level():
 def test_a_module_imports_only_from_its_own_level_and_below(module):
     mine = LEVEL[part_of(module)]
     above = {part for part in own_imports(module) if LEVEL[part] > mine}
-    assert not above, f"{module} (level {mine}) imports {', '.join(f'{part} (level {LEVEL[part]})' for part in sorted(above))}"
+    assert not above, (
+        f"{module} (level {mine}) imports {', '.join(f'{part} (level {LEVEL[part]})' for part in sorted(above))}"
+    )
 
 
 def test_kernels_and_parallel_are_blind_to_each_other():
@@ -167,8 +227,10 @@ def test_a_library_is_imported_only_where_it_is_at_home(library):
 @pytest.mark.parametrize("part", PURE)
 def test_the_mathematics_needs_next_to_nothing(part):
     foreign = {
-        name for name in IMPORTS[f"{PACKAGE}.{part}"]
-        if name.split(".")[0] not in sys.stdlib_module_names and not any(is_within(name, allowed) for allowed in PURE[part])
+        name
+        for name in IMPORTS[f"{PACKAGE}.{part}"]
+        if name.split(".")[0] not in sys.stdlib_module_names
+        and not any(is_within(name, allowed) for allowed in PURE[part])
     }
     assert not foreign
 

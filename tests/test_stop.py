@@ -12,21 +12,27 @@ from grpo_mcore.stop import reason
 def rows(rewards: list[float], truncated: float | list[float] = 0.0) -> list[dict]:
     """Of steps 1, 2, ..."""
     fracs = truncated if isinstance(truncated, list) else [truncated] * len(rewards)
-    return [{"step": i, "reward/mean": r, "rollout/truncated_frac": t} for i, (r, t) in enumerate(zip(rewards, fracs, strict=True), 1)]
+    return [
+        {"step": i, "reward/mean": r, "rollout/truncated_frac": t}
+        for i, (r, t) in enumerate(zip(rewards, fracs, strict=True), 1)
+    ]
 
 
 def test_without_a_rule_nothing_ends_a_run():
     assert reason(Stop(), rows([0.5] * 100, 1.0), 100) is None
 
 
-@pytest.mark.parametrize("rewards, min_gain, ends", [
-    ([0.0, 0.2, 0.2, 0.4], 0.1, False),  # means of 2: 0.1 and 0.3, a gain of 0.2
-    ([0.0, 0.2, 0.1, 0.2], 0.1, True),  # 0.1 and 0.15: 0.05
-    ([0.0, 0.5, 0.25, 0.75], 0.25, True),  # 0.25 and 0.5: exactly the least gain
-    ([0.9, 0.9, 0.1, 0.1], 0.0, True),  # a loss
-    ([9.0, 0.0, 0.2, 0.2, 0.4], 0.1, False),  # what was before the two windows does not count
-    ([0.5, 0.5, 0.5], 0.1, False),  # too few
-])
+@pytest.mark.parametrize(
+    "rewards, min_gain, ends",
+    [
+        ([0.0, 0.2, 0.2, 0.4], 0.1, False),  # means of 2: 0.1 and 0.3, a gain of 0.2
+        ([0.0, 0.2, 0.1, 0.2], 0.1, True),  # 0.1 and 0.15: 0.05
+        ([0.0, 0.5, 0.25, 0.75], 0.25, True),  # 0.25 and 0.5: exactly the least gain
+        ([0.9, 0.9, 0.1, 0.1], 0.0, True),  # a loss
+        ([9.0, 0.0, 0.2, 0.2, 0.4], 0.1, False),  # what was before the two windows does not count
+        ([0.5, 0.5, 0.5], 0.1, False),  # too few
+    ],
+)
 def test_a_plateau_is_a_mean_that_gained_too_little(rewards, min_gain, ends):
     why = reason(Stop(plateau_window=2, plateau_min_gain=min_gain), rows(rewards), len(rewards))
     assert (why is not None) == ends
@@ -34,10 +40,14 @@ def test_a_plateau_is_a_mean_that_gained_too_little(rewards, min_gain, ends):
         assert why == "reward/mean went from 0.1 to 0.15, means of 2 values, and stop.plateau_min_gain is 0.1"
 
 
-@pytest.mark.parametrize("truncated, ends", [([0.1, 0.3, 0.4], True), ([0.9, 0.2, 0.4], False), ([0.3], False), ([0.3, 0.25], False)])
+@pytest.mark.parametrize(
+    "truncated, ends", [([0.1, 0.3, 0.4], True), ([0.9, 0.2, 0.4], False), ([0.3], False), ([0.3, 0.25], False)]
+)
 def test_truncation_ends_a_run_if_all_of_the_last_steps_are_above(truncated, ends):
     why = reason(Stop(truncated_above=0.25, truncated_steps=2), rows([0.0] * len(truncated), truncated), len(truncated))
-    assert why == ("rollout/truncated_frac was 0.3 or more in 2 steps, and stop.truncated_above is 0.25" if ends else None)
+    assert why == (
+        "rollout/truncated_frac was 0.3 or more in 2 steps, and stop.truncated_above is 0.25" if ends else None
+    )
 
 
 def test_nothing_is_looked_for_before_after_steps():
@@ -51,4 +61,7 @@ def test_a_run_that_is_taken_up_again_is_judged_as_it_was():
     seen = [{"step": 0, "eval/mean@4": 0.2}, *rows([0.1, 0.1])]
     late = [{"step": 2, "eval/mean@4": 0.1}, {"step": 3, "reward/mean": 0.1, "rollout/truncated_frac": 0.0}]
     assert reason(rule, seen, 2) is None and reason(rule, [*seen, *late], 2) is None
-    assert reason(rule, [*seen, *late], 3) == "eval/mean@4 went from 0.2 to 0.1, means of 1 values, and stop.plateau_min_gain is 0"
+    assert (
+        reason(rule, [*seen, *late], 3)
+        == "eval/mean@4 went from 0.2 to 0.1, means of 1 values, and stop.plateau_min_gain is 0"
+    )

@@ -44,13 +44,25 @@ def cfg(tmp_path, taught) -> Path:
 
 
 def command(cfg: Path, *overrides: str, ranks: int = 0) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else [sys.executable]
+    launcher = (
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        if ranks
+        else [sys.executable]
+    )
     return [*launcher, str(ROOT / "launch/train.py"), "--cfg", str(cfg), *overrides]
 
 
 def train(cfg: Path, *overrides: str, ranks: int = 0, code: int = 0, timeout_s: float = 240) -> str:
     """Runs to the end; standard output and error together."""
-    done = subprocess.run(command(cfg, *overrides, ranks=ranks), cwd=cfg.parent, env=environment(), text=True, timeout=timeout_s, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    done = subprocess.run(
+        command(cfg, *overrides, ranks=ranks),
+        cwd=cfg.parent,
+        env=environment(),
+        text=True,
+        timeout=timeout_s,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     assert done.returncode == code, done.stdout[-4000:]
     return done.stdout
 
@@ -82,9 +94,19 @@ def wait_until(condition, timeout_s: float, what) -> None:
 def start_and_stop(cfg: Path, marker: str, when, how: int, *overrides: str, ranks: int = 0) -> tuple[int, str]:
     """Starts a run, sends it the signal `how` once `when()` holds; its exit code and output."""
     log = cfg.parent / f"{marker}.log"
-    process = subprocess.Popen(command(cfg, "num_steps=400", *overrides, ranks=ranks), cwd=cfg.parent, env=environment(TEST_MARKER=marker), stdout=log.open("w"), stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        command(cfg, "num_steps=400", *overrides, ranks=ranks),
+        cwd=cfg.parent,
+        env=environment(TEST_MARKER=marker),
+        stdout=log.open("w"),
+        stderr=subprocess.STDOUT,
+    )
     try:
-        wait_until(lambda: when() or process.poll() is not None, 180, lambda: f"the run to get going; {log.read_text()[-2000:]}")
+        wait_until(
+            lambda: when() or process.poll() is not None,
+            180,
+            lambda: f"the run to get going; {log.read_text()[-2000:]}",
+        )
         process.send_signal(how)
         process.wait(60)
     finally:
@@ -104,7 +126,12 @@ def test_killed_and_resumed_equals_uninterrupted_and_two_layouts_agree(cfg, tmp_
     whole, killed = tmp_path / "run", tmp_path / "killed"
     out = train(cfg)
     assert "held-out accuracy" in out and (whole / "curves.png").stat().st_size > 5000
-    assert json.loads((whole / "summary.json").read_text()).keys() == {"eval_before", "eval_after", "seconds", "curve_png"}
+    assert json.loads((whole / "summary.json").read_text()).keys() == {
+        "eval_before",
+        "eval_after",
+        "seconds",
+        "curve_png",
+    }
     expected = rows(whole)
     assert [r["step"] for r in expected] == [0, 1, 2, 2, 3, 4, 4]
 
@@ -127,13 +154,35 @@ def test_killed_and_resumed_equals_uninterrupted_and_two_layouts_agree(cfg, tmp_
 
     # The first step's metrics in other layouts are the same, up to the order of float32 sums. One optimizer step a step: the first
     # step of Adam moves every weight by lr, to either side where its gradient is 0 up to rounding, and what comes after it shows that.
-    layouts = {"one": (0, []), "dp2": (2, []), "tp2": (2, ["parallel.tp=2", "parallel.sequence_parallel=true"]), "pp2": (2, ["parallel.pp=2"]), "cp2": (2, ["parallel.cp=2"])}
+    layouts = {
+        "one": (0, []),
+        "dp2": (2, []),
+        "tp2": (2, ["parallel.tp=2", "parallel.sequence_parallel=true"]),
+        "pp2": (2, ["parallel.pp=2"]),
+        "cp2": (2, ["parallel.cp=2"]),
+    }
     for name, (ranks, overrides) in layouts.items():
-        train(cfg, f"run_dir={tmp_path / name}", "num_steps=1", "eval.data=null", "checkpoint.every=0", "batch.global_batch_size=16", *overrides, ranks=ranks)
+        train(
+            cfg,
+            f"run_dir={tmp_path / name}",
+            "num_steps=1",
+            "eval.data=null",
+            "checkpoint.every=0",
+            "batch.global_batch_size=16",
+            *overrides,
+            ranks=ranks,
+        )
         (row,) = rows(tmp_path / name)
         first = row if name == "one" else first
         for key, value in first.items():
-            if key not in ("update/microbatches", "update/packed_frac", "update/imbalance", "mismatch/logprob_abs_max", "mismatch/logprob_abs_mean", "mismatch/k3"):
+            if key not in (
+                "update/microbatches",
+                "update/packed_frac",
+                "update/imbalance",
+                "mismatch/logprob_abs_max",
+                "mismatch/logprob_abs_mean",
+                "mismatch/k3",
+            ):
                 assert row[key] == pytest.approx(value, rel=2e-4, abs=2e-6), (name, key)
 
 
@@ -141,10 +190,18 @@ def test_killed_and_resumed_equals_uninterrupted_and_two_layouts_agree(cfg, tmp_
 def test_an_engine_that_is_killed_is_replaced_and_the_run_is_the_same(cfg, tmp_path):
     train(cfg, f"run_dir={tmp_path / 'undisturbed'}")
     log = cfg.parent / "disturbed.log"
-    process = subprocess.Popen(command(cfg), cwd=cfg.parent, env=environment(TEST_MARKER="disturbed"), stdout=log.open("w"), stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        command(cfg),
+        cwd=cfg.parent,
+        env=environment(TEST_MARKER="disturbed"),
+        stdout=log.open("w"),
+        stderr=subprocess.STDOUT,
+    )
     try:
         wait_until(lambda: steps_done(tmp_path / "run") >= 1 or process.poll() is not None, 180, log.read_text)
-        (engine,) = [int(p.split()[0]) for p in processes_with("TEST_MARKER=disturbed") if "ray::Engine" in p]  # the only one
+        (engine,) = [
+            int(p.split()[0]) for p in processes_with("TEST_MARKER=disturbed") if "ray::Engine" in p
+        ]  # the only one
         os.kill(engine, signal.SIGKILL)
         assert process.wait(200) == 0, log.read_text()[-3000:]
     finally:
@@ -152,7 +209,9 @@ def test_an_engine_that_is_killed_is_replaced_and_the_run_is_the_same(cfg, tmp_p
     assert "engine 0 failed" in log.read_text() and "a replacement is started" in log.read_text()
     seen = rows(tmp_path / "run")
     assert max(row.pop("rollout/engine_failures", 0) for row in seen) == 1
-    assert seen == [{k: v for k, v in row.items() if k != "rollout/engine_failures"} for row in rows(tmp_path / "undisturbed")]
+    assert seen == [
+        {k: v for k, v in row.items() if k != "rollout/engine_failures"} for row in rows(tmp_path / "undisturbed")
+    ]
 
 
 @pytest.mark.slow
@@ -166,7 +225,9 @@ def test_ctrl_c_is_clean_leaves_no_process_and_says_how_to_go_on(cfg, tmp_path):
 @pytest.mark.slow
 def test_sigterm_saves_the_last_completed_step_and_another_layout_goes_on_from_it(cfg, tmp_path):
     never = ["checkpoint.every=0", "parallel.pp=2"]  # no checkpoint but the one that SIGTERM makes
-    _, out = start_and_stop(cfg, "preempted", lambda: steps_done(tmp_path / "run") >= 2, signal.SIGTERM, *never, ranks=2)
+    _, out = start_and_stop(
+        cfg, "preempted", lambda: steps_done(tmp_path / "run") >= 2, signal.SIGTERM, *never, ranks=2
+    )
     (saved,) = checkpoint.published(tmp_path / "run")
     step = checkpoint.progress_of(saved).step
     assert step >= 2 and f"stopped by SIGTERM: step {step} is saved; the same command goes on from there" in out
@@ -175,8 +236,16 @@ def test_sigterm_saves_the_last_completed_step_and_another_layout_goes_on_from_i
     assert f"going on from step {step}" in out
     assert [r["step"] for r in rows(tmp_path / "run") if "reward/mean" in r] == list(range(1, step + 2))
     starts = run_folder.read_provenance(tmp_path / "run")
-    assert [f"parallel.{axis}=2" in start["command"].split() for start in starts for axis in ("pp", "tp")] == [True, False, False, True]
-    assert all(start["command"].startswith("torchrun --nproc-per-node 2 launch/train.py ") and "torch" in start["versions"] for start in starts)
+    assert [f"parallel.{axis}=2" in start["command"].split() for start in starts for axis in ("pp", "tp")] == [
+        True,
+        False,
+        False,
+        True,
+    ]
+    assert all(
+        start["command"].startswith("torchrun --nproc-per-node 2 launch/train.py ") and "torch" in start["versions"]
+        for start in starts
+    )
 
 
 def test_metrics_of_a_steps_samples_leave_masked_groups_out():
@@ -184,10 +253,21 @@ def test_metrics_of_a_steps_samples_leave_masked_groups_out():
         return Group(Prompt(0, "", "", (1,), masked), tuple(Response((2,) * n, (-1.0,) * n, n > 8, 0) for n in lengths))
 
     right, wrong = (Verdict(float(s is Status.CORRECT), s, "1", "") for s in (Status.CORRECT, Status.WRONG))
-    seen = trainer.sample_metrics([group(3, 9), group(99, 99, masked=True), group(5, 5)], [right, wrong, right, right, wrong, wrong])
+    seen = trainer.sample_metrics(
+        [group(3, 9), group(99, 99, masked=True), group(5, 5)], [right, wrong, right, right, wrong, wrong]
+    )
     # Of 4 responses 1 is right, 1 is longer than 8, together 22 tokens; of 2 groups 1 is mixed.
-    assert (seen["reward/mean"], seen["reward/mixed_groups_frac"], seen["reward/correct"], seen["reward/wrong"]) == (0.25, 0.5, 1.0, 3.0)
-    assert (seen["rollout/response_tokens_mean"], seen["rollout/response_tokens_max"], seen["rollout/truncated_frac"]) == (5.5, 9.0, 0.25)
+    assert (seen["reward/mean"], seen["reward/mixed_groups_frac"], seen["reward/correct"], seen["reward/wrong"]) == (
+        0.25,
+        0.5,
+        1.0,
+        3.0,
+    )
+    assert (
+        seen["rollout/response_tokens_mean"],
+        seen["rollout/response_tokens_max"],
+        seen["rollout/truncated_frac"],
+    ) == (5.5, 9.0, 0.25)
     assert seen["rollout/masked_prompts_frac"] == pytest.approx(1 / 3)
     assert trainer.sample_metrics([group(99, 99, masked=True)], [right, right])["reward/mean"] == 0.0
 
@@ -198,10 +278,16 @@ BAD_INPUT = {
     "a tp that does not divide the ranks": (["parallel.tp=3"], "must divide the number of ranks"),
     "a missing model": (["model=nowhere/model"], "neither a folder nor a hub name"),
     "a missing data file": (["data.train=nowhere.jsonl"], "there is no such file"),
-    "a missing data file, before the warm start": (["data.train=nowhere.jsonl", "model=not_made_yet", "warm_start.task=two_digit_sums"], "there is no such file"),
+    "a missing data file, before the warm start": (
+        ["data.train=nowhere.jsonl", "model=not_made_yet", "warm_start.task=two_digit_sums"],
+        "there is no such file",
+    ),
     "a model that another warm start made": (["warm_start.task=two_digit_sums"], "was not made by this warm_start"),
     "a row without an answer": (["data.train=rows.jsonl"], "line 2"),
-    "sequences longer than the model's": (["rollout.max_response_tokens=600", "batch.max_tokens_per_microbatch=2048"], "the model was made for"),
+    "sequences longer than the model's": (
+        ["rollout.max_response_tokens=600", "batch.max_tokens_per_microbatch=2048"],
+        "the model was made for",
+    ),
     "a run_dir that cannot be made": (["run_dir=cfg.yaml/run"], "cannot be written"),
 }
 
@@ -226,6 +312,11 @@ def test_bad_input_under_torchrun_is_said_by_the_driver(untaught):
 
 def test_dry_run_prints_derived_sizes_with_units_and_starts_nothing(untaught, tmp_path):
     out = train(untaught, "--dry-run", timeout_s=60)
-    for words in ("16 responses (4 prompts x 4)", "8 responses (over all ranks)", "2 optimizer steps", "tp 1 x cp 1 x pp 1 x dp 1 = 1 ranks"):
+    for words in (
+        "16 responses (4 prompts x 4)",
+        "8 responses (over all ranks)",
+        "2 optimizer steps",
+        "tp 1 x cp 1 x pp 1 x dp 1 = 1 ranks",
+    ):
         assert words in out
     assert not (tmp_path / "run").exists()

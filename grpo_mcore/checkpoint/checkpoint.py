@@ -58,7 +58,10 @@ def folder_of(run_dir: str | Path, step: int) -> Path:
 
 def published(run_dir: str | Path) -> list[Path]:
     """The checkpoints of a run, newest first."""
-    return sorted((p for p in (Path(run_dir) / "checkpoints").glob("step_*") if p.suffix == "" and (p / ATTEST).is_file()), reverse=True)
+    return sorted(
+        (p for p in (Path(run_dir) / "checkpoints").glob("step_*") if p.suffix == "" and (p / ATTEST).is_file()),
+        reverse=True,
+    )
 
 
 def progress_of(folder: Path) -> Progress:
@@ -99,11 +102,18 @@ class Checkpoints:
             if self._topology.is_driver:
                 print(f"checkpoint {folder} is passed over: {problem}", flush=True)
         if found:
-            raise InputError("run_dir", str(self._run_dir), "has checkpoints, and each of them is damaged (named above)", "remove its checkpoints/ to start anew, or name another run_dir")
+            raise InputError(
+                "run_dir",
+                str(self._run_dir),
+                "has checkpoints, and each of them is damaged (named above)",
+                "remove its checkpoints/ to start anew, or name another run_dir",
+            )
         if start := self._cfg.start_from:
             problem = self._problem_with(Path(start)) if (Path(start) / ATTEST).is_file() else "there is no checkpoint"
             if problem:
-                raise InputError("checkpoint.start_from", start, problem, "name a folder like RUN/checkpoints/step_000010")
+                raise InputError(
+                    "checkpoint.start_from", start, problem, "name a folder like RUN/checkpoints/step_000010"
+                )
             self._load(Path(start))
         return Progress()
 
@@ -116,8 +126,14 @@ class Checkpoints:
         policy = self._policy
         policy.finish_param_gather()
         weights = _weights(policy)
-        state = {**weights, "optimizer": policy.optimizer.sharded_state_dict(weights, metadata=METADATA), "rng": _generators(self._topology)}
-        self._writing = Writing(folder_of(self._run_dir, progress.step), state, weights, progress, self._topology, hf_folder=policy.folder)
+        state = {
+            **weights,
+            "optimizer": policy.optimizer.sharded_state_dict(weights, metadata=METADATA),
+            "rng": _generators(self._topology),
+        }
+        self._writing = Writing(
+            folder_of(self._run_dir, progress.step), state, weights, progress, self._topology, hf_folder=policy.folder
+        )
         self.newest_step = progress.step
         if not self._cfg.asynchronous:
             self.wait()
@@ -139,7 +155,10 @@ class Checkpoints:
     def _load(self, folder: Path) -> None:
         policy = self._policy
         weights = _weights(policy)
-        state = {**weights, "optimizer": policy.optimizer.sharded_state_dict(weights, is_loading=True, metadata=METADATA)}
+        state = {
+            **weights,
+            "optimizer": policy.optimizer.sharded_state_dict(weights, is_loading=True, metadata=METADATA),
+        }
         same_layout = json.loads((folder / RUN).read_text())["layout"] == _layout(self._topology)
         if same_layout:  # another one has other generators, and keeps those it was seeded with
             state["rng"] = _generators(self._topology)
@@ -178,9 +197,17 @@ class Checkpoints:
 class Writing:
     """One checkpoint on its way: begun here, written in the background, attested and published by `publish`. Collective."""
 
-    def __init__(self, folder: Path, state: dict, weights: dict, progress: Progress, topology: Topology, *, hf_folder: str | Path):
+    def __init__(
+        self, folder: Path, state: dict, weights: dict, progress: Progress, topology: Topology, *, hf_folder: str | Path
+    ):
         """`state` is all that is saved, `weights` the part of it that is attested. Raises InputError on all ranks."""
-        self._folder, self._partial, self._progress, self._topology, self._hf_folder = folder, folder.with_suffix(".partial"), progress, topology, hf_folder
+        self._folder, self._partial, self._progress, self._topology, self._hf_folder = (
+            folder,
+            folder.with_suffix(".partial"),
+            progress,
+            topology,
+            hf_folder,
+        )
         self._live = {part: digest(tensor.data) for part, tensor in _parts(weights)}
         self._queue = AsyncCallsQueue(persistent=False)
         problem = None
@@ -199,7 +226,11 @@ class Writing:
         problem = None
         try:
             self._queue.maybe_finalize_async_calls(blocking=False)
-        except (OSError, RuntimeError, CheckpointException) as e:  # the last is a BaseException; each is raised on every rank
+        except (
+            OSError,
+            RuntimeError,
+            CheckpointException,
+        ) as e:  # the last is a BaseException; each is raised on every rank
             problem = _last_line(e)
             self._queue = AsyncCallsQueue(persistent=False)
         self._raise(problem)
@@ -217,17 +248,30 @@ class Writing:
         """Reads the weights back, compares them with what they were in the model, and gives the folder its name."""
         stored = Stored(self._partial)
         read = {part: digest(stored.read(*part)) for part in self._live}
-        live, read = ({k: v for one in collectives.gather(mine, self._topology) for k, v in one.items()} for mine in (self._live, read))
+        live, read = (
+            {k: v for one in collectives.gather(mine, self._topology) for k, v in one.items()}
+            for mine in (self._live, read)
+        )
         wrong = [part for part in live if live[part] != read[part]]
         if wrong:
             before = next(iter(published(self._folder.parent.parent)), None)
             stale = before is not None and json.loads((before / ATTEST).read_text())["weights"] == _named(read)
-            what = f"holds the weights of {before}, although the policy has moved since" if stale else (
-                f"differs from the policy in {wrong[0][0]} at {wrong[0][1]}" + (f" and {len(wrong) - 1} more parts" if len(wrong) > 1 else ""))
-            raise AttestationError(f"checkpoint {self._folder} is not published: what was written {what}; it stays as {self._partial}")
+            what = (
+                f"holds the weights of {before}, although the policy has moved since"
+                if stale
+                else (
+                    f"differs from the policy in {wrong[0][0]} at {wrong[0][1]}"
+                    + (f" and {len(wrong) - 1} more parts" if len(wrong) > 1 else "")
+                )
+            )
+            raise AttestationError(
+                f"checkpoint {self._folder} is not published: what was written {what}; it stays as {self._partial}"
+            )
         if self._topology.is_driver:
             hf_weights.copy_side_files(self._hf_folder, self._partial / HF)
-            (self._partial / RUN).write_text(json.dumps({**dataclasses.asdict(self._progress), "layout": _layout(self._topology)}))
+            (self._partial / RUN).write_text(
+                json.dumps({**dataclasses.asdict(self._progress), "layout": _layout(self._topology)})
+            )
         files = _file_digests(self._partial, self._topology)
         if self._topology.is_driver:
             (self._partial / ATTEST).write_text(json.dumps({"weights": _named(live), "files": files}, indent=1))
@@ -240,23 +284,43 @@ class Writing:
         if problems:
             if self._topology.is_driver:
                 shutil.rmtree(self._partial, ignore_errors=True)
-            raise InputError("checkpoint", str(self._folder), problems[0], "make room, and run the same command: it goes on from the last checkpoint")
+            raise InputError(
+                "checkpoint",
+                str(self._folder),
+                problems[0],
+                "make room, and run the same command: it goes on from the last checkpoint",
+            )
 
 
 def _weights(policy: Policy) -> dict:
     """Sharded, by chunk. Transformer Engine's extra state is kept where it is state: the scales of delayed FP8."""
     keep = policy.precision.fp8 == "delayed"
     return {
-        f"model{index}": {name: x for name, x in chunk.sharded_state_dict(metadata=METADATA).items() if keep or not name.endswith("_extra_state")}
-        for index, chunk in enumerate(policy.chunks)}
+        f"model{index}": {
+            name: x
+            for name, x in chunk.sharded_state_dict(metadata=METADATA).items()
+            if keep or not name.endswith("_extra_state")
+        }
+        for index, chunk in enumerate(policy.chunks)
+    }
 
 
 def _generators(topology: Topology) -> ShardedObject:
     """The random generators of this rank, one place for each rank of every axis."""
     cuda = torch.cuda.get_rng_state() if topology.device.type == "cuda" else None
-    states = {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": cuda, "tensor_parallel": get_cuda_rng_tracker().get_states()}
+    states = {
+        "python": random.getstate(),
+        "torch": torch.get_rng_state(),
+        "cuda": cuda,
+        "tensor_parallel": get_cuda_rng_tracker().get_states(),
+    }
     replicas = topology.dp * topology.cp
-    return ShardedObject("rng", states, (topology.pp, topology.tp, replicas), (topology.pp_rank, topology.tp_rank, topology.dp_rank * topology.cp + topology.cp_rank))
+    return ShardedObject(
+        "rng",
+        states,
+        (topology.pp, topology.tp, replicas),
+        (topology.pp_rank, topology.tp_rank, topology.dp_rank * topology.cp + topology.cp_rank),
+    )
 
 
 def _set_generators(states: dict) -> None:
@@ -287,7 +351,10 @@ def _parts(state) -> Iterator[tuple[tuple, ShardedTensor]]:
     """((key, offset, shape), tensor) of the parts that this rank, and no other, writes."""
     for tensor in _sharded_tensors(state):
         if is_main_replica(tensor.replica_id):
-            yield (tensor.key, tuple(tensor.global_offset), (*[1] * tensor.prepend_axis_num, *tensor.local_shape)), tensor
+            yield (
+                (tensor.key, tuple(tensor.global_offset), (*[1] * tensor.prepend_axis_num, *tensor.local_shape)),
+                tensor,
+            )
 
 
 def _named(digests: dict[tuple, str]) -> dict[str, str]:
@@ -296,7 +363,9 @@ def _named(digests: dict[tuple, str]) -> dict[str, str]:
 
 def _file_digests(folder: Path, topology: Topology) -> dict[str, str]:
     """Of every file but attest.json; the ranks share the work."""
-    names = collectives.broadcast(sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != ATTEST), topology)
+    names = collectives.broadcast(
+        sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != ATTEST), topology
+    )
     mine = {name: file_digest(folder / name) for name in names[topology.rank :: topology.world_size]}
     return {name: value for part in collectives.gather(mine, topology) for name, value in part.items()}
 
@@ -304,12 +373,18 @@ def _file_digests(folder: Path, topology: Topology) -> dict[str, str]:
 def _no_room(partial: Path, state: dict) -> str | None:
     """Before anything is written, since Megatron's writer processes report a full disk late and obscurely."""
     needed, free = num_bytes(state), shutil.disk_usage(partial).free
-    return f"needs {needed / 1e6:.1f} MB, and the disk has {free / 1e6:.1f} MB free" if free < 1.05 * needed + 1e6 else None
+    return (
+        f"needs {needed / 1e6:.1f} MB, and the disk has {free / 1e6:.1f} MB free"
+        if free < 1.05 * needed + 1e6
+        else None
+    )
 
 
 def num_bytes(state) -> int:
     """Size of the whole tensors, over all ranks, of a sharded state."""
-    sizes = {(t.key, t.global_shape): t.dtype.itemsize * torch.Size(t.global_shape).numel() for t in _sharded_tensors(state)}
+    sizes = {
+        (t.key, t.global_shape): t.dtype.itemsize * torch.Size(t.global_shape).numel() for t in _sharded_tensors(state)
+    }
     return sum(sizes.values())
 
 

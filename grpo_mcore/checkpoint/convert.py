@@ -25,7 +25,12 @@ def from_hf(hf_folder: str | Path, folder: str | Path, topology: Topology, *, ti
     with hf_weights.Reader(hf_folder) as reader:
         reader.dtype()
         reader.check_names({name for row in rows for name in row.hf}, tied=hf_config.tie_word_embeddings)
-        state = {"model0": {row.megatron: _to_store(row, [reader.read(name, shape) for name, shape in row.hf.items()], hf_config) for row in rows}}
+        state = {
+            "model0": {
+                row.megatron: _to_store(row, [reader.read(name, shape) for name, shape in row.hf.items()], hf_config)
+                for row in rows
+            }
+        }
         writing = Writing(Path(folder), state, state, Progress(), topology, hf_folder=hf_folder)
         writing.wait(timeout_s)
         writing.publish()
@@ -35,7 +40,9 @@ def to_hf(folder: str | Path, hf_folder: str | Path) -> None:
     """The weights of a checkpoint as a Hugging Face folder, in the checkpoint's dtype; holds one tensor at a time. Raises InputError."""
     side = Path(folder) / HF
     if not side.is_dir():
-        raise InputError("checkpoint", str(folder), f"has no {HF}/ folder", "name a folder like RUN/checkpoints/step_000010")
+        raise InputError(
+            "checkpoint", str(folder), f"has no {HF}/ folder", "name a folder like RUN/checkpoints/step_000010"
+        )
     hf_config = model.load_hf_config(str(side))
     stored = Stored(folder)
     rows = hf_weights.table(hf_config, transformer_engine=True)

@@ -46,10 +46,22 @@ def prove(checkpoint: str | Path, hf_folder: str | Path, out: str | Path | None 
     ours = policy_logprobs(hf_folder, sequences)
     error = (ours - theirs).abs().max().item()
     if not error <= TOLERANCE:
-        raise ParityError(f"{hf_folder}: log-probs of the same tokens by transformers and by the trainer differ by {error:.3g}, where {TOLERANCE:g} is allowed")
-    proof = {"checkpoint": str(checkpoint), "hf": str(hf_folder), "equal_parts": num_parts, "tokens": len(ours), "logprob_abs_max_error": error,
-             "mean_logprob": theirs.mean().item(), "digest": folder_digest(hf_folder)}
-    print(f"{hf_folder} is the policy of {checkpoint}: {num_parts} parts of the weights have its digests, and the log-probs of {len(ours)} tokens agree to {error:.1g}", flush=True)
+        raise ParityError(
+            f"{hf_folder}: log-probs of the same tokens by transformers and by the trainer differ by {error:.3g}, where {TOLERANCE:g} is allowed"
+        )
+    proof = {
+        "checkpoint": str(checkpoint),
+        "hf": str(hf_folder),
+        "equal_parts": num_parts,
+        "tokens": len(ours),
+        "logprob_abs_max_error": error,
+        "mean_logprob": theirs.mean().item(),
+        "digest": folder_digest(hf_folder),
+    }
+    print(
+        f"{hf_folder} is the policy of {checkpoint}: {num_parts} parts of the weights have its digests, and the log-probs of {len(ours)} tokens agree to {error:.1g}",
+        flush=True,
+    )
     if out:
         Path(out).write_text(json.dumps(proof, indent=1) + "\n")
     return proof
@@ -60,7 +72,9 @@ def compare_weights(checkpoint: str | Path, hf_folder: str | Path) -> int:
     Holds one Megatron parameter. Raises InputError, ParityError."""
     attested = Path(checkpoint) / ATTEST
     if not attested.is_file():
-        raise InputError("--checkpoint", str(checkpoint), f"has no {ATTEST}", "name a folder like RUN/checkpoints/step_000010")
+        raise InputError(
+            "--checkpoint", str(checkpoint), f"has no {ATTEST}", "name a folder like RUN/checkpoints/step_000010"
+        )
     parts = _attested(json.loads(attested.read_text())["weights"])
     num_parts = sum(map(len, parts.values()))
     hf_config = model.load_hf_config(str(hf_folder))
@@ -74,10 +88,14 @@ def compare_weights(checkpoint: str | Path, hf_folder: str | Path) -> int:
             for offset, shape, expected in parts.pop((key, layer), ()):
                 part = _cut(whole, offset, shape)
                 if digest(part) != expected:
-                    raise ParityError(f"{hf_folder}: {', '.join(row.hf)} is not what the policy held when {checkpoint} was saved (its part at {offset})")
+                    raise ParityError(
+                        f"{hf_folder}: {', '.join(row.hf)} is not what the policy held when {checkpoint} was saved (its part at {offset})"
+                    )
                 covered += max(min(len(whole) - offset[0], shape[0]), 0) * part[0].numel()
             if covered != whole.numel():
-                raise ParityError(f"{checkpoint} attests {covered} of the {whole.numel()} elements of {', '.join(row.hf)}")
+                raise ParityError(
+                    f"{checkpoint} attests {covered} of the {whole.numel()} elements of {', '.join(row.hf)}"
+                )
     if parts:
         raise ParityError(f"{hf_folder} lacks what {checkpoint} holds: {', '.join(sorted(key for key, _ in parts))}")
     return num_parts
@@ -104,7 +122,9 @@ def _cut(whole: torch.Tensor, offset: tuple[int, ...], shape: tuple[int, ...]) -
 def fixed_sequences(vocab_size: int) -> list[tuple[int, ...]]:
     """Random tokens, the same for the same vocabulary."""
     rng = random.Random("parity")
-    return [tuple(rng.randrange(vocab_size) for _ in range(PROMPT_TOKENS + RESPONSE_TOKENS)) for _ in range(NUM_SEQUENCES)]
+    return [
+        tuple(rng.randrange(vocab_size) for _ in range(PROMPT_TOKENS + RESPONSE_TOKENS)) for _ in range(NUM_SEQUENCES)
+    ]
 
 
 @torch.no_grad()
@@ -123,7 +143,13 @@ def policy_logprobs(folder: str | Path, sequences: list[tuple[int, ...]]) -> tor
     topo = topology.connect(config.Parallel(), device=torch.device("cpu"), timeout_s=600, seed=0)
     policy = FrozenPolicy(str(folder), topo, precision=config.Precision(params="float32"), temperature=1.0)
     samples = [
-        batch.Sample(Prompt(i, "", "", s[:PROMPT_TOKENS]), Response(s[PROMPT_TOKENS:], (0.0,) * RESPONSE_TOKENS, truncated=False), 0.0) for i, s in enumerate(sequences)]
+        batch.Sample(
+            Prompt(i, "", "", s[:PROMPT_TOKENS]),
+            Response(s[PROMPT_TOKENS:], (0.0,) * RESPONSE_TOKENS, truncated=False),
+            0.0,
+        )
+        for i, s in enumerate(sequences)
+    ]
     (logprobs_R,) = policy.logprobs([batch.microbatch(samples, [1.0] * len(samples))])
     topology.disconnect()
     return logprobs_R

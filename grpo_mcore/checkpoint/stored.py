@@ -41,7 +41,9 @@ class _OnePart(DefaultLoadPlanner):
 
     def create_local_plan(self) -> LoadPlan:
         part = ChunkStorageMetadata(self._offset, self.state_dict[self._key].size())
-        return LoadPlan(create_read_items_for_chunk_list(self._key, self.metadata.state_dict_metadata[self._key], [part]))
+        return LoadPlan(
+            create_read_items_for_chunk_list(self._key, self.metadata.state_dict_metadata[self._key], [part])
+        )
 
     def lookup_tensor(self, index) -> torch.Tensor:
         return self.state_dict[self._key]
@@ -49,7 +51,9 @@ class _OnePart(DefaultLoadPlanner):
 
 def digest(tensor: torch.Tensor) -> str:
     """Of the tensor's bytes, wherever it is."""
-    return hashlib.blake2b(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), digest_size=16).hexdigest()
+    return hashlib.blake2b(
+        tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), digest_size=16
+    ).hexdigest()
 
 
 def file_digest(path: Path) -> str:

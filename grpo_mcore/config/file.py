@@ -57,7 +57,9 @@ def _read(path: Path, heirs: tuple[Path, ...]) -> dict:
     """The mapping of a YAML file over what it inherits. `heirs`: the files that led here."""
     name, seen = ("inherit", f"{path} (in {heirs[-1]})") if heirs else ("--cfg", str(path))
     if not path.is_file():
-        raise InputError(name, seen, "there is no such file", "give the path of a YAML file, such as configs/quickstart.yaml")
+        raise InputError(
+            name, seen, "there is no such file", "give the path of a YAML file, such as configs/quickstart.yaml"
+        )
     if path.resolve() in map(Path.resolve, heirs):
         raise InputError(name, seen, "inherits itself, by way of others or at once", "break the circle")
     try:
@@ -76,7 +78,10 @@ def _read(path: Path, heirs: tuple[Path, ...]) -> dict:
 
 def _over(below: dict, above: dict) -> dict:
     """`above` over `below`, section by section."""
-    merged = {key: _over(below[key], value) if isinstance(below.get(key), dict) and isinstance(value, dict) else value for key, value in above.items()}
+    merged = {
+        key: _over(below[key], value) if isinstance(below.get(key), dict) and isinstance(value, dict) else value
+        for key, value in above.items()
+    }
     return {**below, **merged}
 
 
@@ -88,7 +93,9 @@ def _section(tree: dict, dotted: str) -> dict:
             node[key] = {}
         node = node[key]
         if not isinstance(node, dict):
-            raise InputError("override", dotted, f"{key!r} is a value, not a section", "name a key of the configuration")
+            raise InputError(
+                "override", dotted, f"{key!r} is a value, not a section", "name a key of the configuration"
+            )
     return node
 
 
@@ -127,11 +134,18 @@ def _coerce(hint, value, name: str):
                 raise InputError(name, value, "must be a list of sections", f"write `- key: value` below `{name}:`")
             return tuple(_build(item, v, f"{name}[{i}].") for i, v in enumerate(value))
         if not isinstance(value, (list, tuple)) or not all(type(v) is item for v in value):
-            raise InputError(name, value, f"must be {'a list of names' if item is str else 'a list of whole numbers'}", f"write it as {'[one, two]' if item is str else '[0, 1]'}")
+            raise InputError(
+                name,
+                value,
+                f"must be {'a list of names' if item is str else 'a list of whole numbers'}",
+                f"write it as {'[one, two]' if item is str else '[0, 1]'}",
+            )
         return tuple(value)
     if typing.get_origin(kind) is Literal:
         if value not in typing.get_args(kind):
-            raise InputError(name, value, f"must be one of {', '.join(map(str, typing.get_args(kind)))}", "choose one of them")
+            raise InputError(
+                name, value, f"must be one of {', '.join(map(str, typing.get_args(kind)))}", "choose one of them"
+            )
         return value
     wrong = InputError(name, value, f"must be of type {kind.__name__}", f"write a value of type {kind.__name__}")
     if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):

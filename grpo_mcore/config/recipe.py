@@ -16,8 +16,7 @@ from grpo_mcore.config.config import EXPONENT_LIMIT, Config, InputError, Stop
 STAGES = ("8k", "16k", "24k")
 SAMPLE_PROMPT_TOKENS = 192  # of the prompt after which the limit of a response is compared
 
-GUIDE_PROMPT = (
-    "Think step-by-step to solve the following problem. Output your answer inside of \\\\boxed{} tags.:\n{problem}\n\nLet's think step-by-step")
+GUIDE_PROMPT = "Think step-by-step to solve the following problem. Output your answer inside of \\\\boxed{} tags.:\n{problem}\n\nLet's think step-by-step"
 ORIGINAL_PROMPT = "{problem} Let's think step by step and output the final answer within \\boxed{}."
 
 
@@ -48,6 +47,7 @@ class Row:
 
 def key(dotted: str) -> Callable[[Config], object]:
     """The value of a configuration's key."""
+
     def of(config: Config) -> object:
         value = config
         for name in dotted.split("."):
@@ -76,12 +76,29 @@ def training_precision(c: Config) -> str:
 
 
 ROWS = (
-    Row("model", "", key("model"), Each("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", None, None), Each("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", None, None)),
-    Row("training set", "", key("data.train"), "agentica-org/DeepScaleR-Preview-Dataset", "agentica-org/DeepScaleR-Preview-Dataset"),
+    Row(
+        "model",
+        "",
+        key("model"),
+        Each("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", None, None),
+        Each("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", None, None),
+    ),
+    Row(
+        "training set",
+        "",
+        key("data.train"),
+        "agentica-org/DeepScaleR-Preview-Dataset",
+        "agentica-org/DeepScaleR-Preview-Dataset",
+    ),
     Row("prompts per step", "prompts", key("rollout.prompts_per_step"), 128, 128),
     Row("responses per prompt", "responses", key("rollout.group_size"), 8, Each(8, 16, 16)),
-    Row("optimizer steps", "", optimizer_steps, "16 optimizer steps per step of 64 responses",
-        Each("2 optimizer steps per step of 512 responses", *["2 optimizer steps per step of 1024 responses"] * 2)),
+    Row(
+        "optimizer steps",
+        "",
+        optimizer_steps,
+        "16 optimizer steps per step of 64 responses",
+        Each("2 optimizer steps per step of 512 responses", *["2 optimizer steps per step of 1024 responses"] * 2),
+    ),
     Row("passes over a batch", "", fixed(1), 1, 1),
     Row("steps", "RL steps", key("num_steps"), Each(240, 290, 50), Each(1040, 480, 230)),
     Row("ended early", "by a stop rule", lambda c: c.stop != Stop(), False, False),
@@ -98,8 +115,20 @@ ROWS = (
     Row("KL estimator", "", key("loss.kl_estimator"), "k3", "k3"),
     Row("KL clamp, input", "+-", fixed(EXPONENT_LIMIT), 20.0, None),
     Row("KL clamp, output", "+-", key("loss.kl_limit"), 10.0, 10.0),
-    Row("reference policy", "", fixed("the stage's initial weights"), "the stage's initial weights", "the stage's initial weights"),
-    Row("ratio clip, low and high", "", lambda c: (c.loss.clip_low, c.loss.clip_high), Each((0.2, 0.2), (0.2, 0.28), (0.2, 0.28)), (0.2, 0.2)),
+    Row(
+        "reference policy",
+        "",
+        fixed("the stage's initial weights"),
+        "the stage's initial weights",
+        "the stage's initial weights",
+    ),
+    Row(
+        "ratio clip, low and high",
+        "",
+        lambda c: (c.loss.clip_low, c.loss.clip_high),
+        Each((0.2, 0.2), (0.2, 0.28), (0.2, 0.28)),
+        (0.2, 0.2),
+    ),
     Row("policy loss", "", key("loss.policy_loss"), "ppo_clip", "ppo_clip"),
     Row("correction for what sampled", "", key("loss.importance_level"), "none", "none"),
     Row("entropy bonus", "", key("loss.entropy_coef"), 0.0, 0.001),
@@ -108,17 +137,37 @@ ROWS = (
     Row("advantage where the std is 0", "", fixed("not normalised"), "not normalised", None),
     # The original's sum of microbatches' means depends on how tokens fall into microbatches: it is not built.
     Row("loss aggregation", "", key("loss.aggregation"), "token_mean", "token_mean of each microbatch, summed"),
-    Row("longest prompt", "tokens", key("data.max_prompt_tokens"), Each(8191, 16383, 24575), 1024),  # guide: what leaves room for a token
+    Row(
+        "longest prompt", "tokens", key("data.max_prompt_tokens"), Each(8191, 16383, 24575), 1024
+    ),  # guide: what leaves room for a token
     Row("over-long prompts", "", key("data.overlong_prompts"), "mask", "filter"),
-    Row("longest sequence", "tokens", lambda c: c.longest_train_tokens, Each(8192, 16384, 24576), Each(9216, 17408, 25600)),
-    Row("longest response", f"tokens after {SAMPLE_PROMPT_TOKENS}", lambda c: c.response_tokens(SAMPLE_PROMPT_TOKENS), Each(8000, 16192, 24384), Each(8192, 16384, 24576)),
+    Row(
+        "longest sequence",
+        "tokens",
+        lambda c: c.longest_train_tokens,
+        Each(8192, 16384, 24576),
+        Each(9216, 17408, 25600),
+    ),
+    Row(
+        "longest response",
+        f"tokens after {SAMPLE_PROMPT_TOKENS}",
+        lambda c: c.response_tokens(SAMPLE_PROMPT_TOKENS),
+        Each(8000, 16192, 24384),
+        Each(8192, 16384, 24576),
+    ),
     Row("truncated responses left out", "", key("loss.skip_truncated"), False, False),
     Row("overlong penalty", "over the last tokens", key("shaping.overlong_buffer_tokens"), 0, 0),
     Row("groups replaced", "without variance", key("rollout.dynamic_sampling"), False, False),
     Row("staleness", "steps", key("rollout.max_staleness"), 0, 0),
     Row("temperature", "", key("rollout.temperature"), 1.0, 0.6),
     Row("top_p", "", fixed(1.0), 1.0, 1.0),
-    Row("old log-probs", "", fixed("recomputed by the trainer"), "recomputed by the trainer", "recomputed by the trainer"),
+    Row(
+        "old log-probs",
+        "",
+        fixed("recomputed by the trainer"),
+        "recomputed by the trainer",
+        "recomputed by the trainer",
+    ),
     Row("logits divided by temperature", "", fixed(True), None, True),
     Row("user prompt", "", key("data.prompt_template"), GUIDE_PROMPT, ORIGINAL_PROMPT),
     Row("chat template", "", key("data.chat_template"), True, True),
@@ -131,10 +180,21 @@ ROWS = (
     Row("validation every", "steps", key("eval.every"), 10, Each(20, 10, 10)),
     Row("validation temperature", "", key("eval.temperature"), 1.0, 0.6),
     Row("validation top_p", "", key("eval.top_p"), 1.0, 1.0),
-    Row("longest validation response", f"tokens after {SAMPLE_PROMPT_TOKENS}", lambda c: c.response_tokens(SAMPLE_PROMPT_TOKENS, evaluation=True),
-        Each(8000, 16192, 24384), Each(8192, 16384, 24576)),
+    Row(
+        "longest validation response",
+        f"tokens after {SAMPLE_PROMPT_TOKENS}",
+        lambda c: c.response_tokens(SAMPLE_PROMPT_TOKENS, evaluation=True),
+        Each(8000, 16192, 24384),
+        Each(8192, 16384, 24576),
+    ),
     Row("checkpoint every", "steps", key("checkpoint.every"), 10, Each(20, 10, 10)),
-    Row("best checkpoints kept", "by validation accuracy", lambda c: c.checkpoint.keep_best if c.checkpoint.best_metric.startswith("eval/mean@") else 0, 10, None),
+    Row(
+        "best checkpoints kept",
+        "by validation accuracy",
+        lambda c: c.checkpoint.keep_best if c.checkpoint.best_metric.startswith("eval/mean@") else 0,
+        10,
+        None,
+    ),
     Row("tensor parallel", "ranks", key("parallel.tp"), Each(1, 2, 2), None),
     Row("seed", "", key("seed"), 42, None),
 )
@@ -145,10 +205,14 @@ def deviations(config: Config) -> list[str]:
     known = [row.quantity for row in ROWS]
     for name in config.recipe_deviations:
         if name not in known:
-            raise InputError("recipe_deviations", name, "is no quantity of the recipe", f"name one of: {', '.join(known)}")
+            raise InputError(
+                "recipe_deviations", name, "is no quantity of the recipe", f"name one of: {', '.join(known)}"
+            )
     if config.recipe is None:
         return []
-    return [row.quantity for row in ROWS if (value := row.published(config.recipe)) is not None and row.of(config) != value]
+    return [
+        row.quantity for row in ROWS if (value := row.published(config.recipe)) is not None and row.of(config) != value
+    ]
 
 
 def describe(config: Config) -> str:
@@ -159,19 +223,34 @@ def describe(config: Config) -> str:
     stage = config.recipe.partition("/")[2]
     table = [("", "quantity", "this run", f"guide {stage}", f"original {stage}")]
     for row in ROWS:
-        mark = "" if row.quantity not in found else "declared" if row.quantity in config.recipe_deviations else "DEVIATES"
+        mark = (
+            "" if row.quantity not in found else "declared" if row.quantity in config.recipe_deviations else "DEVIATES"
+        )
         name = f"{row.quantity} ({row.unit})" if row.unit else row.quantity
-        table.append((mark, name, *map(text, (row.of(config), row.published(f"guide/{stage}"), row.published(f"original/{stage}")))))
+        table.append(
+            (
+                mark,
+                name,
+                *map(text, (row.of(config), row.published(f"guide/{stage}"), row.published(f"original/{stage}"))),
+            )
+        )
     widths = [max(map(len, column)) for column in zip(*table)]
-    return "\n".join([
-        f"# recipe {config.recipe}; DEVIATES: from it; declared: by recipe_deviations; -: not said",
-        *("# " + "  ".join(f"{cell:{width}}" for cell, width in zip(line, widths)).rstrip() for line in table)])
+    return "\n".join(
+        [
+            f"# recipe {config.recipe}; DEVIATES: from it; declared: by recipe_deviations; -: not said",
+            *("# " + "  ".join(f"{cell:{width}}" for cell, width in zip(line, widths)).rstrip() for line in table),
+        ]
+    )
 
 
 def summary(config: Config) -> str:
     """What a run says before it starts."""
     undeclared = [name for name in deviations(config) if name not in config.recipe_deviations]
-    follows = f"; recipe {config.recipe}" + (f", deviating in {', '.join(undeclared)}" if undeclared else "") if config.recipe else ""
+    follows = (
+        f"; recipe {config.recipe}" + (f", deviating in {', '.join(undeclared)}" if undeclared else "")
+        if config.recipe
+        else ""
+    )
     return optimizer_steps(config) + follows
 
 

@@ -25,7 +25,9 @@ def _two_digit_sums() -> list[tuple[int, str, int]]:
 
 
 def _one_digit() -> list[tuple[int, str, int]]:
-    return [(a, "+", b) for a in range(1, 11) for b in range(1, 11)] + [(a, "*", b) for a in range(1, 10) for b in range(1, 10)]
+    return [(a, "+", b) for a in range(1, 11) for b in range(1, 11)] + [
+        (a, "*", b) for a in range(1, 10) for b in range(1, 10)
+    ]
 
 
 # problems, their format, held-out share
@@ -39,7 +41,12 @@ def rows(source: str) -> list[tuple[str, str]]:
     """
     task, _, split = source.partition("/")
     if task not in TASKS or split not in ("train", "heldout"):
-        raise InputError("data", f"arithmetic:{source}", f"must be arithmetic:TASK/train or /heldout with TASK one of {', '.join(TASKS)}", "name one of these")
+        raise InputError(
+            "data",
+            f"arithmetic:{source}",
+            f"must be arithmetic:TASK/train or /heldout with TASK one of {', '.join(TASKS)}",
+            "name one of these",
+        )
     make, form, held_out_frac = TASKS[task]
     problems = make()
     rng = random.Random(0)
@@ -74,11 +81,24 @@ def make_model(folder: str | Path, seed: int) -> None:
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens(["<pad>", "<eos>"])
     tokenizer.add_tokens(["<think>", "</think>", "\\boxed{"])
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", clean_up_tokenization_spaces=False).save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", clean_up_tokenization_spaces=False
+    ).save_pretrained(folder)
     logging.disable_progress_bar()
     torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=len(vocabulary), hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=vocabulary["<eos>"], pad_token_id=vocabulary["<pad>"]))
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(vocabulary),
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=vocabulary["<eos>"],
+            pad_token_id=vocabulary["<pad>"],
+        )
+    )
     model.save_pretrained(folder)

@@ -36,9 +36,14 @@ class Tokenizer:
         if not data.chat_template:
             return tuple(self._tokenizer(text).input_ids)
         if self._tokenizer.chat_template is None:
-            raise InputError("data.chat_template", True, "the model's tokenizer has no chat template", "set data.chat_template=false")
-        return tuple(self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True)["input_ids"])
+            raise InputError(
+                "data.chat_template", True, "the model's tokenizer has no chat template", "set data.chat_template=false"
+            )
+        return tuple(
+            self._tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True
+            )["input_ids"]
+        )
 
     def encode_plain(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer(text, add_special_tokens=False).input_ids)
@@ -63,11 +68,24 @@ def read_rows(source: str, data: config.Data, name: str) -> list[tuple[str, str]
     if suffix in (".jsonl", ".json"):
         # Not splitlines: it also cuts at U+2028, which JSON leaves bare within strings.
         lines = enumerate(Path(source).read_text().split("\n"), 1)
-        return [_row(_parse(line, name, f"{source}, line {i}"), data, name, f"{source}, line {i}") for i, line in lines if line.strip()]
+        return [
+            _row(_parse(line, name, f"{source}, line {i}"), data, name, f"{source}, line {i}")
+            for i, line in lines
+            if line.strip()
+        ]
     try:
-        table = load_dataset("parquet", data_files=source, split="train") if suffix == ".parquet" else load_dataset(hub_name, split=split)
+        table = (
+            load_dataset("parquet", data_files=source, split="train")
+            if suffix == ".parquet"
+            else load_dataset(hub_name, split=split)
+        )
     except (DatasetNotFoundError, ConnectionError, OSError) as e:
-        raise InputError(name, source, "is neither a .jsonl or .parquet file nor a data set that can be reached", "check the path, or download it first") from e
+        raise InputError(
+            name,
+            source,
+            "is neither a .jsonl or .parquet file nor a data set that can be reached",
+            "check the path, or download it first",
+        ) from e
     return [_row(row, data, name, f"{source}, row {i}") for i, row in enumerate(table)]
 
 
@@ -85,11 +103,18 @@ def _row(row: dict, data: config.Data, name: str, where: str) -> tuple[str, str]
         if str(row[key] if row[key] is not None else "").strip() == "":
             raise InputError(f"{name}: {where}", row, f"its {key!r} is empty", "mend or remove the row")
     if len(str(row[data.answer_key])) > MAX_GOLD_CHARS:
-        raise InputError(f"{name}: {where}", str(row[data.answer_key])[:80], f"its {data.answer_key!r} has more than {MAX_GOLD_CHARS} characters", "check data.answer_key, or remove the row")
+        raise InputError(
+            f"{name}: {where}",
+            str(row[data.answer_key])[:80],
+            f"its {data.answer_key!r} has more than {MAX_GOLD_CHARS} characters",
+            "check data.answer_key, or remove the row",
+        )
     return str(row[data.problem_key]), str(row[data.answer_key])
 
 
-def load(source: str, data: config.Data, tokenizer: Tokenizer, name: str, *, overlong: str = "filter") -> tuple[list[Prompt], int]:
+def load(
+    source: str, data: config.Data, tokenizer: Tokenizer, name: str, *, overlong: str = "filter"
+) -> tuple[list[Prompt], int]:
     """(prompts in the data set's order, number of over-long ones: left out, or with overlong="mask" cut and masked). Raises InputError."""
     prompts, too_long = [], 0
     for i, (problem, answer) in enumerate(read_rows(source, data, name)):
@@ -99,7 +124,12 @@ def load(source: str, data: config.Data, tokenizer: Tokenizer, name: str, *, ove
         if not masked or overlong == "mask":
             prompts.append(Prompt(i, problem, answer, token_ids[: data.max_prompt_tokens], masked))
     if all(p.masked for p in prompts):
-        raise InputError(name, source, f"holds no prompt of at most {data.max_prompt_tokens} tokens", "raise data.max_prompt_tokens, or check the file")
+        raise InputError(
+            name,
+            source,
+            f"holds no prompt of at most {data.max_prompt_tokens} tokens",
+            "raise data.max_prompt_tokens, or check the file",
+        )
     return prompts, too_long
 
 

@@ -36,9 +36,16 @@ class Result:
         out = []
         for g in groups:
             mine = [next(it) for _ in g.responses]
-            out.append(scores.Problem(
-                g.prompt.id, g.prompt.answer, tuple(v.reward for v in mine), tuple(v.answer and VERIFIERS[verifier].normalise(v.answer) for v in mine),
-                tuple(len(r.token_ids) for r in g.responses), tuple(r.truncated for r in g.responses)))
+            out.append(
+                scores.Problem(
+                    g.prompt.id,
+                    g.prompt.answer,
+                    tuple(v.reward for v in mine),
+                    tuple(v.answer and VERIFIERS[verifier].normalise(v.answer) for v in mine),
+                    tuple(len(r.token_ids) for r in g.responses),
+                    tuple(r.truncated for r in g.responses),
+                )
+            )
         return cls(tuple(out))
 
     @property
@@ -51,32 +58,64 @@ class Result:
 
     def metrics(self) -> dict[str, float]:
         seen = scores.estimates(self.problems)
-        return {**{f"eval/{name}": seen[name].value for name in (f"mean@{self.k}", f"pass@{self.k}", f"maj@{self.k}")},
-                "eval/standard_error": seen[f"mean@{self.k}"].standard_error, "eval/truncated_frac": self.truncated_frac}
+        return {
+            **{f"eval/{name}": seen[name].value for name in (f"mean@{self.k}", f"pass@{self.k}", f"maj@{self.k}")},
+            "eval/standard_error": seen[f"mean@{self.k}"].standard_error,
+            "eval/truncated_frac": self.truncated_frac,
+        }
 
     def __str__(self) -> str:
         seen = scores.estimates(self.problems)
-        return (f"mean@{self.k} {seen[f'mean@{self.k}']}, pass@{self.k} {seen[f'pass@{self.k}'].value:.3f}, maj@{self.k} {seen[f'maj@{self.k}'].value:.3f} "
-                f"({len(self.problems)} problems, {self.truncated_frac:.1%} truncated)")
+        return (
+            f"mean@{self.k} {seen[f'mean@{self.k}']}, pass@{self.k} {seen[f'pass@{self.k}'].value:.3f}, maj@{self.k} {seen[f'maj@{self.k}'].value:.3f} "
+            f"({len(self.problems)} problems, {self.truncated_frac:.1%} truncated)"
+        )
 
 
-def evaluate(engines: Engines, eval_prompts: Sequence[Prompt], tokenizer: prompts.Tokenizer, grader: Grader, cfg: config.Config, *, version: int) -> Result:
+def evaluate(
+    engines: Engines,
+    eval_prompts: Sequence[Prompt],
+    tokenizer: prompts.Tokenizer,
+    grader: Grader,
+    cfg: config.Config,
+    *,
+    version: int,
+) -> Result:
     """k samples of every prompt with the weights the engines hold. The same samples for the same weights and seed."""
     groups = sample(
-        engines, eval_prompts, group_size=cfg.eval.samples_per_prompt, temperature=cfg.eval.temperature, top_p=cfg.eval.top_p,
-        max_tokens=lambda prompt_tokens: cfg.response_tokens(prompt_tokens, evaluation=True), seed=cfg.seed, version=version, timeout_s=cfg.rollout.timeout_s)
+        engines,
+        eval_prompts,
+        group_size=cfg.eval.samples_per_prompt,
+        temperature=cfg.eval.temperature,
+        top_p=cfg.eval.top_p,
+        max_tokens=lambda prompt_tokens: cfg.response_tokens(prompt_tokens, evaluation=True),
+        seed=cfg.seed,
+        version=version,
+        timeout_s=cfg.rollout.timeout_s,
+    )
     _, verdicts = grade(groups, tokenizer, grader)
     return Result.of(groups, verdicts, cfg.reward.verifier)
 
 
-def protocol(cfg: config.Config, eval_prompts: Sequence[Prompt], num_left_out: int, tokenizer: prompts.Tokenizer) -> dict:
+def protocol(
+    cfg: config.Config, eval_prompts: Sequence[Prompt], num_left_out: int, tokenizer: prompts.Tokenizer
+) -> dict:
     """All that the numbers depend on beside the model: two evaluations can be compared if theirs are equal."""
     content = json.dumps([(p.id, p.problem, p.answer) for p in eval_prompts])
     return {
-        **{k: v for k, v in dataclasses.asdict(cfg.eval).items() if k != "every"}, "max_response_tokens": cfg.response_tokens(0, evaluation=True), "max_total_tokens": None if cfg.eval.max_response_tokens else cfg.rollout.max_total_tokens, "seed": cfg.seed, "engine_dtype": cfg.engine.dtype,
-        "num_problems": len(eval_prompts), "problems_sha256": hashlib.sha256(content.encode()).hexdigest(), "over_long_left_out": num_left_out,
-        "max_prompt_tokens": cfg.data.max_prompt_tokens, "prompt_template": cfg.data.prompt_template, "chat_template": cfg.data.chat_template,
-        "first_prompt": tokenizer.decode(eval_prompts[0].token_ids), "grader": dataclasses.asdict(cfg.reward),
+        **{k: v for k, v in dataclasses.asdict(cfg.eval).items() if k != "every"},
+        "max_response_tokens": cfg.response_tokens(0, evaluation=True),
+        "max_total_tokens": None if cfg.eval.max_response_tokens else cfg.rollout.max_total_tokens,
+        "seed": cfg.seed,
+        "engine_dtype": cfg.engine.dtype,
+        "num_problems": len(eval_prompts),
+        "problems_sha256": hashlib.sha256(content.encode()).hexdigest(),
+        "over_long_left_out": num_left_out,
+        "max_prompt_tokens": cfg.data.max_prompt_tokens,
+        "prompt_template": cfg.data.prompt_template,
+        "chat_template": cfg.data.chat_template,
+        "first_prompt": tokenizer.decode(eval_prompts[0].token_ids),
+        "grader": dataclasses.asdict(cfg.reward),
         "versions": versions(),
     }
 
@@ -85,21 +124,35 @@ def read_problems(path: str) -> tuple[list[scores.Problem], dict]:
     """(problems, protocol) of what evaluate_model returned earlier, in a JSON file. Raises InputError."""
     try:
         earlier = json.loads(Path(path).read_text())
-        return [scores.Problem(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}) for row in earlier["problems"]], earlier["protocol"]
+        return [
+            scores.Problem(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
+            for row in earlier["problems"]
+        ], earlier["protocol"]
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise config.InputError("--compare", path, f"is not what launch/evaluate.py --out wrote ({type(e).__name__})", "name such a file") from e
+        raise config.InputError(
+            "--compare", path, f"is not what launch/evaluate.py --out wrote ({type(e).__name__})", "name such a file"
+        ) from e
 
 
 def check_paired(eval_prompts: Sequence[Prompt], problems: Sequence[scores.Problem]) -> None:
     """Raises InputError if an earlier evaluation's problems are others than those to be evaluated now."""
     if {(p.id, p.answer) for p in eval_prompts} != {(p.id, p.answer) for p in problems}:
-        raise config.InputError("--compare", f"{len(problems)} problems", f"are not the {len(eval_prompts)} that are evaluated now", "evaluate both on the same eval.data and eval.max_prompts")
+        raise config.InputError(
+            "--compare",
+            f"{len(problems)} problems",
+            f"are not the {len(eval_prompts)} that are evaluated now",
+            "evaluate both on the same eval.data and eval.max_prompts",
+        )
 
 
 def compare(result: Result, card: dict, problems: Sequence[scores.Problem], other: dict) -> dict:
     """The paired comparison with an earlier evaluation, and in which of its terms the protocols (`card`, `other`) differ."""
     paired = scores.compare(result.problems, problems)
-    return {**dataclasses.asdict(paired), "protocols_differ_in": sorted(k for k in card.keys() | other.keys() if card.get(k) != other.get(k)), "text": str(paired)}
+    return {
+        **dataclasses.asdict(paired),
+        "protocols_differ_in": sorted(k for k in card.keys() | other.keys() if card.get(k) != other.get(k)),
+        "text": str(paired),
+    }
 
 
 def evaluate_model(cfg: config.Config, source: str | None, *, compare_with: str | None = None) -> dict:
@@ -134,9 +187,17 @@ def evaluate_model(cfg: config.Config, source: str | None, *, compare_with: str 
         finally:
             engines.stop()
     print(f"{source}: {result}", flush=True)
-    out = {"model": source, **result.metrics(), "num_problems": len(result.problems),
-           "estimates": {name: dataclasses.asdict(e) for name, e in scores.estimates(result.problems).items()}, "protocol": card}
+    out = {
+        "model": source,
+        **result.metrics(),
+        "num_problems": len(result.problems),
+        "estimates": {name: dataclasses.asdict(e) for name, e in scores.estimates(result.problems).items()},
+        "protocol": card,
+    }
     if earlier:
         out["comparison"] = {"with": compare_with, **compare(result, card, *earlier)}
-        print(f"minus {compare_with}: {out['comparison']['text']}; protocols differ in: {', '.join(out['comparison']['protocols_differ_in']) or 'nothing'}", flush=True)
+        print(
+            f"minus {compare_with}: {out['comparison']['text']}; protocols differ in: {', '.join(out['comparison']['protocols_differ_in']) or 'nothing'}",
+            flush=True,
+        )
     return {**out, "problems": [dataclasses.asdict(p) for p in result.problems]}

@@ -43,7 +43,17 @@ BACKWARD = {torch.bfloat16: Blocks(128, 128, 64, 4, 3), torch.float32: Blocks(64
 
 
 @triton.jit
-def _logits2(hidden, weight, row, column, scale, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr):
+def _logits2(
+    hidden,
+    weight,
+    row,
+    column,
+    scale,
+    D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """hidden @ weight.T * scale of one block, float32; 0 where the descriptors end."""
     z = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
     for d in range(0, D, BLOCK_D):
@@ -56,8 +66,18 @@ def _logits2(hidden, weight, row, column, scale, D: tl.constexpr, BLOCK_T: tl.co
 
 @triton.jit
 def _forward(
-    hidden, weight, target_T, partials, T, V, scale, blocks_per_split,
-    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    hidden,
+    weight,
+    target_T,
+    partials,
+    T,
+    V,
+    scale,
+    blocks_per_split,
+    D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     """partials [3, splits, T] of program (row block, split): logsumexp2, target2, mean2."""
     row = tl.program_id(0) * BLOCK_T
@@ -89,8 +109,19 @@ def _forward(
 
 @triton.jit
 def _dz(
-    hidden, weight, dz, target_T, of_row, T, first_row, first_column, scale,
-    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    hidden,
+    weight,
+    dz,
+    target_T,
+    of_row,
+    T,
+    first_row,
+    first_column,
+    scale,
+    D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     """One block of dz. of_row [4, T]: see logprob.of_row. Descriptors begin at first_row and first_column."""
     row, column = tl.program_id(0) * BLOCK_T, tl.program_id(1) * BLOCK_V
@@ -155,15 +186,30 @@ def _partials2(hidden_TD, weight_VD, target_T, temperature: float):
         zero = hidden_TD.new_zeros(T, dtype=torch.float32)
         return zero - float("inf"), zero, zero
     row_blocks, column_blocks = triton.cdiv(T, blocks.T), triton.cdiv(V, blocks.V)
-    blocks_per_split = triton.cdiv(column_blocks, num_splits(row_blocks, column_blocks, _programs_at_once(hidden_TD.device, blocks)))
+    blocks_per_split = triton.cdiv(
+        column_blocks, num_splits(row_blocks, column_blocks, _programs_at_once(hidden_TD.device, blocks))
+    )
     splits = triton.cdiv(column_blocks, blocks_per_split)
     partials = hidden_TD.new_empty(3, splits, T, dtype=torch.float32)
     _forward[row_blocks, splits](
-        _descriptor(hidden_TD, blocks.T, blocks.D), _descriptor(weight_VD, blocks.V, blocks.D), target_T, partials, T, V, LOG2_E / temperature,
-        blocks_per_split, D, *blocks[:3], num_warps=blocks.warps, num_stages=blocks.stages)
+        _descriptor(hidden_TD, blocks.T, blocks.D),
+        _descriptor(weight_VD, blocks.V, blocks.D),
+        target_T,
+        partials,
+        T,
+        V,
+        LOG2_E / temperature,
+        blocks_per_split,
+        D,
+        *blocks[:3],
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
+    )
     logsumexp2_KT, target2_KT, mean2_KT = partials
     top = logsumexp2_KT.amax(0)
-    share_KT = (logsumexp2_KT - top).exp2()  # divided by their own sum below: the logsumexp's rounding would be that of a large number
+    share_KT = (
+        logsumexp2_KT - top
+    ).exp2()  # divided by their own sum below: the logsumexp's rounding would be that of a large number
     total = share_KT.sum(0)
     return top + total.log2(), target2_KT.sum(0), (share_KT * mean2_KT).sum(0) / total
 
@@ -171,8 +217,19 @@ def _partials2(hidden_TD, weight_VD, target_T, temperature: float):
 def _launch_dz(hidden, weight, dz, target_T, rows_4T, start: tuple[int, int], temperature: float) -> None:
     blocks = BACKWARD[hidden.dtype]
     _dz[triton.cdiv(dz.shape[0], blocks.T), triton.cdiv(dz.shape[1], blocks.V)](
-        _descriptor(hidden, blocks.T, blocks.D), _descriptor(weight, blocks.V, blocks.D), _descriptor(dz, blocks.T, blocks.V), target_T, rows_4T,
-        len(target_T), *start, LOG2_E / temperature, hidden.shape[1], *blocks[:3], num_warps=blocks.warps, num_stages=blocks.stages)
+        _descriptor(hidden, blocks.T, blocks.D),
+        _descriptor(weight, blocks.V, blocks.D),
+        _descriptor(dz, blocks.T, blocks.V),
+        target_T,
+        rows_4T,
+        len(target_T),
+        *start,
+        LOG2_E / temperature,
+        hidden.shape[1],
+        *blocks[:3],
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
+    )
 
 
 def _add_product(sum_MN: torch.Tensor, a_MK: torch.Tensor, b_KN: torch.Tensor) -> None:
@@ -191,11 +248,14 @@ def _descriptor(x: torch.Tensor, *block: int) -> TensorDescriptor:
 
 
 def _programs_at_once(device: torch.device, blocks: Blocks) -> int:
-    return (torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1) * max(8 // blocks.warps, 1)
+    return (torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1) * max(
+        8 // blocks.warps, 1
+    )
 
 
 def num_splits(row_blocks: int, column_blocks: int, programs_at_once: int) -> int:
     """Of the vocabulary, so that the programs end together: the fewest of the least (waves of programs x blocks of one)."""
+
     def duration(splits: int) -> int:
         return triton.cdiv(row_blocks * splits, programs_at_once) * triton.cdiv(column_blocks, splits)
 
@@ -210,14 +270,23 @@ def rectangle(T: int, D: int, itemsize: int, *, fused: bool) -> tuple[int, int]:
 
 
 def linear_logprob(
-    hidden_TD: torch.Tensor, weight_VD: torch.Tensor, target_T: torch.Tensor, *, temperature: float, main_grad_VD: torch.Tensor | None = None
+    hidden_TD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    target_T: torch.Tensor,
+    *,
+    temperature: float,
+    main_grad_VD: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(logsumexp_T, target_T, mean_logit_T), float32; what they are, and main_grad_VD, see reference.linear_logprob.
 
     hidden and weight: both bfloat16 or both float32, D a multiple of 16 bytes. ValueError for others.
     """
     if hidden_TD.dtype not in FORWARD or weight_VD.dtype != hidden_TD.dtype:
-        raise ValueError(f"linear_logprob: hidden {hidden_TD.dtype} and weight {weight_VD.dtype} must both be bfloat16 or both float32")
+        raise ValueError(
+            f"linear_logprob: hidden {hidden_TD.dtype} and weight {weight_VD.dtype} must both be bfloat16 or both float32"
+        )
     if hidden_TD.shape[1] * hidden_TD.element_size() % 16:
-        raise ValueError(f"linear_logprob: D = {hidden_TD.shape[1]} of {hidden_TD.dtype} must be a multiple of 16 bytes: take impl = reference")
+        raise ValueError(
+            f"linear_logprob: D = {hidden_TD.shape[1]} of {hidden_TD.dtype} must be a multiple of 16 bytes: take impl = reference"
+        )
     return LinearLogprob.apply(hidden_TD, weight_VD, target_T, temperature, main_grad_VD)

@@ -61,7 +61,9 @@ class Logprob(torch.autograd.Function):
         (T, V), target_T = logits_TV.shape, target_T.contiguous()
         outputs = logits_TV.new_empty(3, T, dtype=torch.float32)
         if T:
-            _forward[T,](logits_TV, logits_TV.stride(0), target_T, outputs, T, V, LOG2_E / temperature, BLOCK_V, num_warps=WARPS)
+            _forward[T,](
+                logits_TV, logits_TV.stride(0), target_T, outputs, T, V, LOG2_E / temperature, BLOCK_V, num_warps=WARPS
+            )
         logsumexp2, target2, mean2 = outputs
         ctx.save_for_backward(logits_TV, target_T, logsumexp2, mean2)
         ctx.temperature, ctx.in_place = temperature, in_place
@@ -75,9 +77,22 @@ class Logprob(torch.autograd.Function):
         d_logits = logits_TV.detach() if ctx.in_place else torch.empty_like(logits_TV)
         if T:
             _backward[T, triton.cdiv(V, BLOCK_V)](
-                logits_TV, logits_TV.stride(0), d_logits, d_logits.stride(0), target_T, rows, T, V, LOG2_E / temperature, BLOCK_V, num_warps=WARPS)
+                logits_TV,
+                logits_TV.stride(0),
+                d_logits,
+                d_logits.stride(0),
+                target_T,
+                rows,
+                T,
+                V,
+                LOG2_E / temperature,
+                BLOCK_V,
+                num_warps=WARPS,
+            )
         if ctx.in_place:
-            torch.autograd.graph.increment_version(logits_TV)  # whoever saved the logits too, a second backward included, is told
+            torch.autograd.graph.increment_version(
+                logits_TV
+            )  # whoever saved the logits too, a second backward included, is told
         return d_logits, None, None, None
 
 
@@ -91,5 +106,7 @@ def logprob(
     raises RuntimeError if it sees that one does). ValueError for logits without contiguous rows or of another dtype.
     """
     if logits_TV.dtype not in (torch.bfloat16, torch.float32) or logits_TV.stride(1) != 1:
-        raise ValueError(f"logprob: logits of {logits_TV.dtype} with strides {logits_TV.stride()} must be bfloat16 or float32 with contiguous rows")
+        raise ValueError(
+            f"logprob: logits of {logits_TV.dtype} with strides {logits_TV.stride()} must be bfloat16 or float32 with contiguous rows"
+        )
     return Logprob.apply(logits_TV, target_T, temperature, in_place)

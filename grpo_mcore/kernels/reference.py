@@ -55,7 +55,9 @@ class LinearLogprob(torch.autograd.Function):
             dz.scatter_add_(1, column[:, None], torch.where(inside, g_target / ctx.temperature, 0.0)[:, None])
             dz = chunks.product(columns).copy_(dz)
             d_hidden += dz @ weight_VD[columns]
-            dz_T = dz.T.contiguous()  # a copy and a plain product take less than oneDNN's product of a transposed matrix
+            dz_T = (
+                dz.T.contiguous()
+            )  # a copy and a plain product take less than oneDNN's product of a transposed matrix
             if d_weight is None:
                 ctx.main_grad_VD[columns] += dz_T @ hidden_TD
             else:
@@ -98,8 +100,13 @@ class _Chunks:
 
 
 def linear_logprob(
-    hidden_TD: torch.Tensor, weight_VD: torch.Tensor, target_T: torch.Tensor, *, temperature: float,
-    main_grad_VD: torch.Tensor | None = None, chunk_V: int = 2048,
+    hidden_TD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    target_T: torch.Tensor,
+    *,
+    temperature: float,
+    main_grad_VD: torch.Tensor | None = None,
+    chunk_V: int = 2048,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(logsumexp_T, target_T, mean_logit_T), float32, differentiable, of z = hidden @ weight.T / temperature of this shard:
     log sum exp z; z at the target (0 where the target, counted from this shard's first row, lies outside it); and the mean of z

@@ -117,14 +117,18 @@ def assemble(
         for response, advantage in zip(group.responses, row, strict=True)
     ]
     if len(samples) % global_batch_size or global_batch_size % packing.dp:
-        raise ValueError(f"{len(samples)} samples, global_batch_size {global_batch_size}, {packing.dp} data ranks: each must divide the one before")
+        raise ValueError(
+            f"{len(samples)} samples, global_batch_size {global_batch_size}, {packing.dp} data ranks: each must divide the one before"
+        )
     return [
         _global_batch(samples[i : i + global_batch_size], aggregation, max_response_tokens, packing, skip_truncated)
         for i in range(0, len(samples), global_batch_size)
     ]
 
 
-def _global_batch(samples: Sequence[Sample], aggregation: str, max_response_tokens: int, packing: Packing, skip_truncated: bool) -> GlobalBatch:
+def _global_batch(
+    samples: Sequence[Sample], aggregation: str, max_response_tokens: int, packing: Packing, skip_truncated: bool
+) -> GlobalBatch:
     counted = [s for s in samples if not s.prompt.masked]
     with_loss = [s for s in counted if not (skip_truncated and s.response.truncated)]
     num_loss_tokens = sum(len(s.response.token_ids) for s in with_loss)
@@ -143,13 +147,19 @@ def _global_batch(samples: Sequence[Sample], aggregation: str, max_response_toke
     else:
         plan = pack([s.num_tokens for s in samples], [_cost([s], packing.cost) for s in samples], packing)
     # [rank][block]
-    packed = [[block for b in bins for block in blocks([samples[i] for i in b], share_prompts=packing.share_prompts)] for bins in plan]
+    packed = [
+        [block for b in bins for block in blocks([samples[i] for i in b], share_prompts=packing.share_prompts)]
+        for bins in plan
+    ]
     costs = [sum(_cost(block, packing.cost) for block in part) for part in packed]
     return GlobalBatch(
-        microbatches=[microbatch([samples[i] for i in b], [weight(samples[i]) for i in b], packing) for b in plan[packing.dp_rank]],
+        microbatches=[
+            microbatch([samples[i] for i in b], [weight(samples[i]) for i in b], packing) for b in plan[packing.dp_rank]
+        ],
         num_loss_tokens=num_loss_tokens,
         num_tokens=sum(s.num_tokens for s in samples),
-        packed_frac=sum(_num_tokens(block) for part in packed for block in part) / (packing.dp * len(plan[0]) * packing.cp * packing.max_tokens),
+        packed_frac=sum(_num_tokens(block) for part in packed for block in part)
+        / (packing.dp * len(plan[0]) * packing.cp * packing.max_tokens),
         imbalance=max(costs) / fmean(costs) - 1,
     )
 
@@ -193,7 +203,10 @@ def pack_in_order(samples: Sequence[Sample], packing: Packing) -> list[list[list
             nearest = bisect(halfway, running[-1] * k / parts)
             cuts.append(min(max(nearest, cuts[-1] + 1), n - (parts - k)))  # leaves a sample at least to each part
         bins = [list(range(*ends)) for ends in pairwise([*cuts, n])]
-        if all(sum(_num_tokens(block) for block in blocks([samples[i] for i in b], share_prompts=True)) <= packing.capacity for b in bins):
+        if all(
+            sum(_num_tokens(block) for block in blocks([samples[i] for i in b], share_prompts=True)) <= packing.capacity
+            for b in bins
+        ):
             return [bins[r * num_bins : (r + 1) * num_bins] for r in range(packing.dp)]
     raise _unpackable(n, packing)
 
@@ -203,19 +216,27 @@ def _nums_microbatches(num_sequences: int, longest: int, num_tokens: int, packin
     if _round_up(longest, packing.block_multiple) > packing.capacity:
         raise ValueError(
             f"a sequence of {longest} tokens does not fit max_tokens_per_microbatch = {packing.max_tokens}"
-            f" on {packing.cp} context ranks: padded to a multiple of {packing.multiple}, at most {packing.capacity} do")
+            f" on {packing.cp} context ranks: padded to a multiple of {packing.multiple}, at most {packing.capacity} do"
+        )
     step = packing.microbatch_multiple
     most = num_sequences // packing.dp // step * step
     if not most or packing.one_sequence and most * packing.dp != num_sequences:
         raise ValueError(
             f"{num_sequences} sequences{', one a microbatch,' if packing.one_sequence else ''} do not make equal numbers of microbatches"
-            f" on {packing.dp} data ranks, a multiple of {step} on each")
+            f" on {packing.dp} data ranks, a multiple of {step} on each"
+        )
     fewest = most if packing.one_sequence else _round_up(-(-num_tokens // (packing.dp * packing.capacity)), step)
     return range(fewest, most + 1, step)
 
 
 def _spread(
-    indices: Sequence[int], tokens: Sequence[int], costs: Sequence[float], num_bins: int, *, max_tokens: float, min_items: int
+    indices: Sequence[int],
+    tokens: Sequence[int],
+    costs: Sequence[float],
+    num_bins: int,
+    *,
+    max_tokens: float,
+    min_items: int,
 ) -> list[list[int]] | None:
     """Dearest first, each to the cheapest bin that has room, at least min_items to each; indices ascending within a bin.
     None if one finds no room.
@@ -224,7 +245,11 @@ def _spread(
     load, held = [0.0] * num_bins, [0] * num_bins
     missing = num_bins * min_items
     for left, i in zip(range(len(indices), 0, -1), sorted(indices, key=lambda i: (-costs[i], i))):
-        room = [b for b in range(num_bins) if held[b] + tokens[i] <= max_tokens and (missing < left or len(bins[b]) < min_items)]
+        room = [
+            b
+            for b in range(num_bins)
+            if held[b] + tokens[i] <= max_tokens and (missing < left or len(bins[b]) < min_items)
+        ]
         if not room:
             return None
         b = min(room, key=load.__getitem__)
@@ -238,7 +263,8 @@ def _spread(
 def _unpackable(num_sequences: int, packing: Packing) -> ValueError:
     return ValueError(
         f"no plan found for {num_sequences} sequences on {packing.dp} data ranks in microbatches of at most {packing.max_tokens} tokens,"
-        f" as many on each rank, a multiple of {packing.microbatch_multiple}: raise max_tokens_per_microbatch")
+        f" as many on each rank, a multiple of {packing.microbatch_multiple}: raise max_tokens_per_microbatch"
+    )
 
 
 def _round_up(n: int, multiple: int) -> int:
@@ -301,7 +327,9 @@ def microbatch(samples: Sequence[Sample], weights: Sequence[float], packing: Pac
     for index, (s, weight) in enumerate(zip(samples, weights, strict=True)):
         length = len(s.response.token_ids)
         if len(s.response.rollout_logprobs) != length:
-            raise ValueError(f"a response to prompt {s.prompt.id} has {length} tokens, but {len(s.response.rollout_logprobs)} rollout log-probs")
+            raise ValueError(
+                f"a response to prompt {s.prompt.id} has {length} tokens, but {len(s.response.rollout_logprobs)} rollout log-probs"
+            )
         if s.prompt.masked:
             continue
         targets += s.response.token_ids

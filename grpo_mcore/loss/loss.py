@@ -40,7 +40,11 @@ def alone(sums_S: torch.Tensor) -> torch.Tensor:
 
 
 def grpo(
-    current_logprobs_R: torch.Tensor, entropy_R: torch.Tensor, batch: Microbatch, cfg: config.Loss, over_ranks: OverRanks = alone
+    current_logprobs_R: torch.Tensor,
+    entropy_R: torch.Tensor,
+    batch: Microbatch,
+    cfg: config.Loss,
+    over_ranks: OverRanks = alone,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """(loss, per-token statistics [R] without gradient) of one microbatch; loss = sum(weight_R * loss_R)."""
     loss_R, stats = policy_loss(current_logprobs_R, batch, cfg, over_ranks)
@@ -57,16 +61,23 @@ def grpo(
     return (batch.weight_R * loss_R).sum(), stats
 
 
-def policy_loss(current_logprobs_R: torch.Tensor, batch: Microbatch, cfg: config.Loss, over_ranks: OverRanks) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def policy_loss(
+    current_logprobs_R: torch.Tensor, batch: Microbatch, cfg: config.Loss, over_ranks: OverRanks
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """(loss_R of cfg.policy_loss, its statistics)."""
     log_ratio, advantage = current_logprobs_R - batch.old_logprobs_R, batch.advantage_R
     if cfg.policy_loss == "gspo":
-        log_ratio, length = sequence_sum(torch.stack([log_ratio, torch.ones_like(log_ratio)], -1), batch, over_ranks).unbind(-1)
+        log_ratio, length = sequence_sum(
+            torch.stack([log_ratio, torch.ones_like(log_ratio)], -1), batch, over_ranks
+        ).unbind(-1)
         log_ratio = (log_ratio / length).to(current_logprobs_R.dtype)
     ratio = log_ratio.clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT).exp()
     clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
     if cfg.policy_loss == "cispo":
-        return -clipped.detach() * advantage * current_logprobs_R, {"ratio": ratio.detach(), "clip_frac": (clipped != ratio).float()}
+        return -clipped.detach() * advantage * current_logprobs_R, {
+            "ratio": ratio.detach(),
+            "clip_frac": (clipped != ratio).float(),
+        }
     unclipped_loss, clipped_loss = -ratio * advantage, -clipped * advantage
     loss_R = torch.maximum(unclipped_loss, clipped_loss)
     stats = {"ratio": ratio.detach(), "clip_frac": (clipped_loss > unclipped_loss).float()}
@@ -92,11 +103,15 @@ def importance(batch: Microbatch, cfg: config.Loss, over_ranks: OverRanks = alon
 
 def sequence_sum(values_R: torch.Tensor, batch: Microbatch, over_ranks: OverRanks) -> torch.Tensor:
     """For each token the sum over its response's tokens of `values_R` [R, ...]; float64, so that no order of the tokens shows."""
-    sums_S = values_R.new_zeros(batch.num_sequences, *values_R.shape[1:], dtype=torch.float64).index_add(0, batch.sequence_R, values_R.double())
+    sums_S = values_R.new_zeros(batch.num_sequences, *values_R.shape[1:], dtype=torch.float64).index_add(
+        0, batch.sequence_R, values_R.double()
+    )
     return over_ranks(sums_S)[batch.sequence_R]
 
 
-def supervised(current_logprobs_R: torch.Tensor, entropy_R: torch.Tensor, batch: Microbatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def supervised(
+    current_logprobs_R: torch.Tensor, entropy_R: torch.Tensor, batch: Microbatch
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Negative log-likelihood of the responses, with the same weights."""
     return -(batch.weight_R * current_logprobs_R).sum(), {}
 

@@ -29,7 +29,10 @@ def indices(cu_seqlens: torch.Tensor, rank: int, size: int) -> torch.Tensor:
         chunk, rest = divmod(end - start, 2 * size)
         if rest:
             raise ValueError(f"a block of {end - start} tokens: must be a multiple of 2 * cp = {2 * size}")
-        parts += [torch.arange(start + k * chunk, start + (k + 1) * chunk, device=cu_seqlens.device) for k in (rank, 2 * size - 1 - rank)]
+        parts += [
+            torch.arange(start + k * chunk, start + (k + 1) * chunk, device=cu_seqlens.device)
+            for k in (rank, 2 * size - 1 - rank)
+        ]
     return torch.cat(parts)
 
 
@@ -57,11 +60,15 @@ def merge(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
     """
     index_R, order = torch.cat([index for index, _ in parts]).sort()
     if not torch.equal(index_R, torch.arange(len(index_R), device=index_R.device)):
-        raise ValueError(f"{len(index_R)} response tokens of {len(parts)} parts, each index from 0 on must come once: {index_R.tolist()}")
+        raise ValueError(
+            f"{len(index_R)} response tokens of {len(parts)} parts, each index from 0 on must come once: {index_R.tolist()}"
+        )
     return torch.cat([values for _, values in parts])[order]
 
 
-def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, group, scale: float) -> torch.Tensor:
+def attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, group, scale: float
+) -> torch.Tensor:
     """Causal attention of this rank's queries over each whole block: [T/size, heads, head_dim], zigzag, like the inputs.
 
     Keys and values are gathered from the group; their gradients are summed over it and scattered.
@@ -81,6 +88,8 @@ def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_se
             k, v = whole[start : start + seen].chunk(2, -1)
             mask = torch.ones(chunk, seen, dtype=torch.bool, device=q.device).tril_(index * chunk)
             q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-            out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)[0].transpose(0, 1))
+            out.append(
+                F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)[0].transpose(0, 1)
+            )
             mine += chunk
     return torch.cat(out)

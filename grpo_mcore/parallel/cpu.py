@@ -65,9 +65,22 @@ class Adam(torch.optim.Optimizer):
                 if not self.state[p]:
                     self.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
             adamw(
-                parameters, [p.grad for p in parameters], [self.state[p]["exp_avg"] for p in parameters], [self.state[p]["exp_avg_sq"] for p in parameters],
-                [], [torch.tensor(float(group["step"] - 1)) for _ in parameters], fused=True, amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1],
-                lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False, decoupled_weight_decay=self.decoupled)
+                parameters,
+                [p.grad for p in parameters],
+                [self.state[p]["exp_avg"] for p in parameters],
+                [self.state[p]["exp_avg_sq"] for p in parameters],
+                [],
+                [torch.tensor(float(group["step"] - 1)) for _ in parameters],
+                fused=True,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+                decoupled_weight_decay=self.decoupled,
+            )
 
 
 @functools.cache
@@ -102,6 +115,9 @@ def install() -> None:
 
     torch.Tensor.type = type_as_cuda
 
-    optimizer, sharded = importlib.import_module("megatron.core.optimizer"), importlib.import_module("megatron.core.optimizer.distrib_optimizer")
+    optimizer, sharded = (
+        importlib.import_module("megatron.core.optimizer"),
+        importlib.import_module("megatron.core.optimizer.distrib_optimizer"),
+    )
     optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = Adam, False
     sharded.Adam, sharded.HAVE_APEX_OR_TE, sharded.USING_TE_OPTIMIZER = Adam, True, True

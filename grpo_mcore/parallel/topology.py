@@ -87,14 +87,26 @@ def pick_device(device: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def connect(parallel: Parallel, *, device: torch.device, timeout_s: float, seed: int, num_threads: int = 1, deterministic: bool = False) -> Topology:
+def connect(
+    parallel: Parallel,
+    *,
+    device: torch.device,
+    timeout_s: float,
+    seed: int,
+    num_threads: int = 1,
+    deterministic: bool = False,
+) -> Topology:
     """Joins torchrun's ranks (or makes a world of one), builds Megatron's process groups and seeds its generators.
 
     `num_threads` are this rank's CPU threads. `timeout_s` bounds every collective: a rank that waits longer fails, and torchrun ends the others.
     """
     torch.set_num_threads(num_threads)
     if deterministic:  # of cuBLAS, Transformer Engine's attention, NCCL and torch's own kernels, in this order
-        os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0", "NCCL_ALGO": "Ring"}
+        os.environ |= {
+            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+            "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+            "NCCL_ALGO": "Ring",
+        }
         torch.use_deterministic_algorithms(True)
     cpu.install()
     from megatron.core import parallel_state

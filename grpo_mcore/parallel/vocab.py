@@ -40,7 +40,9 @@ class _Gather(torch.autograd.Function):
         return grad[ctx.rank], None
 
 
-def rows(hidden_TD: torch.Tensor, position_R: torch.Tensor, group: dist.ProcessGroup | None, *, sequence_parallel: bool) -> torch.Tensor:
+def rows(
+    hidden_TD: torch.Tensor, position_R: torch.Tensor, group: dist.ProcessGroup | None, *, sequence_parallel: bool
+) -> torch.Tensor:
     """hidden_RD of the given positions, as every rank's head may read them. group None: the vocabulary is not split.
 
     With sequence_parallel, hidden_TD is this rank's T/tp tokens: gathered here, and in the backward summed and scattered.
@@ -70,6 +72,8 @@ def combine(
         return target_R - logsumexp_R, logsumexp_R - mean_logit_R
     logsumexp_KR = _Gather.apply(logsumexp_R, group)
     logsumexp = torch.logsumexp(logsumexp_KR, 0)
-    share_KR = logsumexp_KR.softmax(0)  # sums to 1, where exp(logsumexp_KR - logsumexp) has the rounding of two large numbers
+    share_KR = logsumexp_KR.softmax(
+        0
+    )  # sums to 1, where exp(logsumexp_KR - logsumexp) has the rounding of two large numbers
     mean_logit = (share_KR * _Gather.apply(mean_logit_R, group)).sum(0)
     return _Gather.apply(target_R, group).sum(0) - logsumexp, logsumexp - mean_logit

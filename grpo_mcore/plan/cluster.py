@@ -23,7 +23,9 @@ from grpo_mcore.report import metrics
 class EngineProfile:
     """Seconds of one engine."""
 
-    iteration_s: tuple[tuple[int, float], ...]  # (running responses, seconds in which each gains a token), ascending; linear between, and beyond by the last slope
+    iteration_s: tuple[
+        tuple[int, float], ...
+    ]  # (running responses, seconds in which each gains a token), ascending; linear between, and beyond by the last slope
     kv_token_s: float = 0.0  # an iteration's more, per token in the cache
     prefill_token_s: float = 0.0  # per prompt token computed
     response_s: float = 0.0  # per response that starts
@@ -41,7 +43,9 @@ class EngineProfile:
 
     def decode_s(self, iterations: int, running: int, kv_tokens: int) -> float:
         """That many iterations, of which each leaves `running` tokens more in the cache."""
-        return iterations * self.base_s(running) + self.kv_token_s * (iterations * kv_tokens + running * (iterations * (iterations - 1) // 2))
+        return iterations * self.base_s(running) + self.kv_token_s * (
+            iterations * kv_tokens + running * (iterations * (iterations - 1) // 2)
+        )
 
     def iterations_within(self, seconds: float, running: int, kv_tokens: int) -> int:
         """How many are over after `seconds`: the inverse of decode_s, which is quadratic in the iterations."""
@@ -66,7 +70,9 @@ class TrainerProfile:
     refit_s: float = 0.0
 
     def seconds(self, sequence_tokens: Sequence[int]) -> float:
-        return self.step_s + self.token_s * sum(sequence_tokens) + self.token_pair_s * sum(n * n for n in sequence_tokens)
+        return (
+            self.step_s + self.token_s * sum(sequence_tokens) + self.token_pair_s * sum(n * n for n in sequence_tokens)
+        )
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,7 @@ class Draw:
 
 # Lengths: position in the stream -> Draw.
 
+
 class Measured:
     """The groups of a run in their order, over and over."""
 
@@ -107,9 +114,20 @@ class Measured:
                 row = json.loads(line)
                 groups.setdefault(row["position"], []).append(row)
         if not groups:
-            raise InputError("--like", str(run_dir), "has no rollouts/step_*.jsonl", "name the folder of a run that has trained at least one step")
+            raise InputError(
+                "--like",
+                str(run_dir),
+                "has no rollouts/step_*.jsonl",
+                "name the folder of a run that has trained at least one step",
+            )
         self.draws = [
-            Draw(rows[0]["prompt_tokens"], tuple(r["response_tokens"] for r in rows), len({r["reward"] for r in rows}) > 1) for _, rows in sorted(groups.items())]
+            Draw(
+                rows[0]["prompt_tokens"],
+                tuple(r["response_tokens"] for r in rows),
+                len({r["reward"] for r in rows}) > 1,
+            )
+            for _, rows in sorted(groups.items())
+        ]
 
     def __call__(self, position: int) -> Draw:
         return self.draws[position % len(self.draws)]
@@ -131,19 +149,35 @@ class LogNormal:
         rng = random.Random(f"{self.seed}/{position}")
         sigma = math.sqrt(2 * math.log(self.mean_tokens / self.median_tokens))
         lengths = (rng.lognormvariate(math.log(self.median_tokens), sigma) for _ in range(self.group_size))
-        return Draw(self.prompt_tokens, tuple(min(max(round(n), 1), self.max_tokens) for n in lengths), rng.random() >= self.flat_frac)
+        return Draw(
+            self.prompt_tokens,
+            tuple(min(max(round(n), 1), self.max_tokens) for n in lengths),
+            rng.random() >= self.flat_frac,
+        )
 
 
 # Measured seconds.
+
 
 def engine_from(path: str | Path, *, kv_cache_tokens: int | None = None) -> EngineProfile:
     """The profile that benchmarks/rollout.py wrote. Raises InputError."""
     try:
         p = json.loads(Path(path).read_text())["profile"]
-        return EngineProfile(tuple((int(n), s) for n, s in p["iteration_s"]), p["kv_token_s"], p["prefill_token_s"], p["response_s"], p["block_tokens"],
-                             p["kv_cache_tokens"] if kv_cache_tokens is None else kv_cache_tokens)
+        return EngineProfile(
+            tuple((int(n), s) for n, s in p["iteration_s"]),
+            p["kv_token_s"],
+            p["prefill_token_s"],
+            p["response_s"],
+            p["block_tokens"],
+            p["kv_cache_tokens"] if kv_cache_tokens is None else kv_cache_tokens,
+        )
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise InputError("--profile", str(path), f"is no profile ({type(e).__name__}: {e})", "name a file that benchmarks/rollout.py wrote") from e
+        raise InputError(
+            "--profile",
+            str(path),
+            f"is no profile ({type(e).__name__}: {e})",
+            "name a file that benchmarks/rollout.py wrote",
+        ) from e
 
 
 @dataclass(frozen=True)
@@ -170,9 +204,21 @@ def measured_steps(run_dir: str | Path) -> list[MeasuredStep]:
         responses = [json.loads(line) for line in path.read_text().splitlines()]
         seconds = {name: s for name, s in row.items() if name.startswith("time/") and name != "time/eval_s"}
         refit_s, rollout_s = seconds.pop("time/refit_s"), seconds.pop("time/rollout_s")
-        out.append(MeasuredStep(refit_s, rollout_s, sum(seconds.values()), sum(r["prompt_tokens"] + r["response_tokens"] for r in responses)))
+        out.append(
+            MeasuredStep(
+                refit_s,
+                rollout_s,
+                sum(seconds.values()),
+                sum(r["prompt_tokens"] + r["response_tokens"] for r in responses),
+            )
+        )
     if not out:
-        raise InputError("--like", str(run_dir), "has no step with its seconds (metrics.jsonl) and its responses (rollouts)", "name the folder of a run that has trained at least one step")
+        raise InputError(
+            "--like",
+            str(run_dir),
+            "has no step with its seconds (metrics.jsonl) and its responses (rollouts)",
+            "name the folder of a run that has trained at least one step",
+        )
     return out
 
 
@@ -183,7 +229,10 @@ def counted(steps: Sequence[MeasuredStep]) -> Sequence[MeasuredStep]:
 
 def trainer_of(steps: Sequence[MeasuredStep]) -> TrainerProfile:
     """Seconds per token, and the mean refit."""
-    return TrainerProfile(token_s=sum(s.train_s for s in steps) / sum(s.tokens for s in steps), refit_s=statistics.mean(s.refit_s for s in steps))
+    return TrainerProfile(
+        token_s=sum(s.train_s for s in steps) / sum(s.tokens for s in steps),
+        refit_s=statistics.mean(s.refit_s for s in steps),
+    )
 
 
 # Estimates, with memory.py's GPUs and time.py's assumptions.
@@ -195,16 +244,28 @@ BLOCK_TOKENS = 16  # vLLM's on a GPU
 def estimated(cfg: Config, hf_config, machine: Machine, a: Assumptions) -> Cluster:
     """Raises InputError for what the GPUs or the model do not allow."""
     gpu, engines, numbers = machine.gpu, memory.sharing(cfg), memory.num_parameters(hf_config)
-    kv_bytes, cache = memory.kv_bytes_per_token(hf_config, engines.kv_bytes), memory.of(cfg, hf_config, machine).phases["rollout"]["engine: KV cache"]
-    bytes_per_s, token_s = a.decode_bandwidth_frac * gpu.hbm_bytes_per_s, 2 * numbers / engines.tp / (a.decode_mfu * gpu.bf16_flops_per_s)
+    kv_bytes, cache = (
+        memory.kv_bytes_per_token(hf_config, engines.kv_bytes),
+        memory.of(cfg, hf_config, machine).phases["rollout"]["engine: KV cache"],
+    )
+    bytes_per_s, token_s = (
+        a.decode_bandwidth_frac * gpu.hbm_bytes_per_s,
+        2 * numbers / engines.tp / (a.decode_mfu * gpu.bf16_flops_per_s),
+    )
     weights_s = memory.engine_weight_bytes(cfg, hf_config) / bytes_per_s
     engine = EngineProfile(
-        tuple((n, a.decode_fixed_s + max(weights_s, n * token_s)) for n in RUNNING), kv_token_s=kv_bytes / engines.tp / bytes_per_s, prefill_token_s=token_s,
-        block_tokens=BLOCK_TOKENS if cfg.engine.prefix_caching else 0, kv_cache_tokens=int(cache * engines.tp / kv_bytes))
+        tuple((n, a.decode_fixed_s + max(weights_s, n * token_s)) for n in RUNNING),
+        kv_token_s=kv_bytes / engines.tp / bytes_per_s,
+        prefill_token_s=token_s,
+        block_tokens=BLOCK_TOKENS if cfg.engine.prefix_caching else 0,
+        kv_cache_tokens=int(cache * engines.tp / kv_bytes),
+    )
     seconds = plan_time.times(cfg, hf_config, machine, a)
     tokens = a.prompt_tokens + a.response_tokens
     # As the assumed step's, by the FLOPs of a sequence; every token a response token.
     linear, (_, pairs) = sum(plan_time.forward_flops(hf_config, 1, 1)), plan_time.forward_flops(hf_config, 1, 0)
     linear -= pairs
     per_flop = (seconds["logprob"] + seconds["update"]) / cfg.responses_per_step / (linear * tokens + pairs * tokens**2)
-    return Cluster(engine, TrainerProfile(token_s=linear * per_flop, token_pair_s=pairs * per_flop, refit_s=seconds["refit"]))
+    return Cluster(
+        engine, TrainerProfile(token_s=linear * per_flop, token_pair_s=pairs * per_flop, refit_s=seconds["refit"])
+    )

@@ -46,7 +46,9 @@ class Phases:
     def __call__(self, name: str) -> Iterator[None]:
         """Raises entry.DoesNotFit if this rank's GPU has too little memory."""
         start, gpu = time.perf_counter(), self._device if self._device.type == "cuda" else None
-        torch.cuda.reset_peak_memory_stats(gpu) if gpu else Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
+        torch.cuda.reset_peak_memory_stats(gpu) if gpu else Path("/proc/self/clear_refs").write_text(
+            "5"
+        )  # proc(5): resets VmHWM
         try:
             yield
         except torch.OutOfMemoryError as e:
@@ -54,11 +56,18 @@ class Phases:
         if gpu:
             torch.cuda.synchronize(gpu)
             free, total = torch.cuda.mem_get_info(gpu)
-            peak = {"allocated": torch.cuda.max_memory_allocated(gpu), "reserved": torch.cuda.max_memory_reserved(gpu), "in use": total - free}
+            peak = {
+                "allocated": torch.cuda.max_memory_allocated(gpu),
+                "reserved": torch.cuda.max_memory_reserved(gpu),
+                "in use": total - free,
+            }
         else:
             peak = {"resident": 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])}
         before = self.measured.get(name, {})
-        self.measured[name] = {"seconds": before.get("seconds", 0.0) + time.perf_counter() - start, **{what: max(n, before.get(what, 0)) for what, n in peak.items()}}
+        self.measured[name] = {
+            "seconds": before.get("seconds", 0.0) + time.perf_counter() - start,
+            **{what: max(n, before.get(what, 0)) for what, n in peak.items()},
+        }
 
 
 def machine_here(cfg: config.Config) -> memory.Machine | None:
@@ -67,8 +76,14 @@ def machine_here(cfg: config.Config) -> memory.Machine | None:
         return None
     gpu, shared = torch.cuda.get_device_properties(0), memory.sharing(cfg)
     num_gpus = topology.world_size() + (0 if shared.colocated else cfg.engine.num_engines * shared.tp)
-    return next((memory.Machine(name, num_gpus) for name, known in memory.GPUS.items()
-                 if name.split("-")[0].upper() in gpu.name and abs(gpu.total_memory / known.memory_bytes - 1) < 0.1), None)
+    return next(
+        (
+            memory.Machine(name, num_gpus)
+            for name, known in memory.GPUS.items()
+            if name.split("-")[0].upper() in gpu.name and abs(gpu.total_memory / known.memory_bytes - 1) < 0.1
+        ),
+        None,
+    )
 
 
 def explain(cfg: config.Config, phase: str, error: Exception, machine: memory.Machine | None) -> str:
@@ -86,32 +101,63 @@ def synthetic_groups(cfg: config.Config, vocab_size: int) -> list[Group]:
     """Enough for a global batch, the same on every rank."""
     rng, (prompt, response), G = random.Random(cfg.seed), greatest(cfg), cfg.rollout.group_size
     tokens = lambda n: tuple(rng.choices(range(vocab_size), k=n))  # noqa: E731
-    return [Group(Prompt(i, "", "", tokens(prompt)), tuple(Response(tokens(response), (-math.log(vocab_size),) * response, False) for _ in range(G)))
-            for i in range(math.lcm(G, cfg.batch.global_batch_size) // G)]
+    return [
+        Group(
+            Prompt(i, "", "", tokens(prompt)),
+            tuple(Response(tokens(response), (-math.log(vocab_size),) * response, False) for _ in range(G)),
+        )
+        for i in range(math.lcm(G, cfg.batch.global_batch_size) // G)
+    ]
 
 
 def learn(run: trainer.Run, phases: Phases) -> None:
     cfg, groups, rng = run.cfg, synthetic_groups(run.cfg, run.policy.hf_config.vocab_size), random.Random(run.cfg.seed)
-    rewards_PG = shaping.shaped([[float(rng.random() < 0.5) for _ in g.responses] for g in groups], groups, cfg.shaping, cfg.rollout.max_response_tokens)
-    batches = trainer.assemble(run, groups, advantage.group_advantages(rewards_PG, **dataclasses.asdict(cfg.advantage)))[:1]
+    rewards_PG = shaping.shaped(
+        [[float(rng.random() < 0.5) for _ in g.responses] for g in groups],
+        groups,
+        cfg.shaping,
+        cfg.rollout.max_response_tokens,
+    )
+    batches = trainer.assemble(
+        run, groups, advantage.group_advantages(rewards_PG, **dataclasses.asdict(cfg.advantage))
+    )[:1]
     with phases("logprob"):
         trainer.score(run, batches)
     over_ranks = functools.partial(collectives.sum_over_context, topology=run.topology)
     with phases("update"):
         for _ in range(NUM_UPDATES):
-            run.policy.update(batches[0], functools.partial(loss.grpo, cfg=cfg.loss, over_ranks=over_ranks), lr=learning_rate(cfg.optimizer, 0, cfg.num_steps))
+            run.policy.update(
+                batches[0],
+                functools.partial(loss.grpo, cfg=cfg.loss, over_ranks=over_ranks),
+                lr=learning_rate(cfg.optimizer, 0, cfg.num_steps),
+            )
 
 
 def sample(run: trainer.Run) -> None:
     """On the driver. Raises EngineError."""
-    r, rng, (prompt, response), vocab = run.cfg.rollout, random.Random(run.cfg.seed), greatest(run.cfg), range(run.policy.hf_config.vocab_size)
-    answers = [run.engines.submit((i,), rng.choices(vocab, k=prompt), Sampling(r.group_size, r.temperature, response, seed=i, never_stop=True), "rollout")
-               for i in range(r.prompts_per_step)]
+    r, rng, (prompt, response), vocab = (
+        run.cfg.rollout,
+        random.Random(run.cfg.seed),
+        greatest(run.cfg),
+        range(run.policy.hf_config.vocab_size),
+    )
+    answers = [
+        run.engines.submit(
+            (i,),
+            rng.choices(vocab, k=prompt),
+            Sampling(r.group_size, r.temperature, response, seed=i, never_stop=True),
+            "rollout",
+        )
+        for i in range(r.prompts_per_step)
+    ]
     done, late = wait(answers, SAMPLE_S)
     run.engines.check()
     run.engines.cancel([(i,) for i, answer in enumerate(answers) if answer in late])
     num_tokens = sum(len(c.token_ids) for answer in done for c in answer.result())
-    print(f"rollout: {len(done)} of {len(answers)} groups of {r.group_size} responses were done within {SAMPLE_S:.0f} s, {num_tokens} tokens", flush=True)
+    print(
+        f"rollout: {len(done)} of {len(answers)} groups of {r.group_size} responses were done within {SAMPLE_S:.0f} s, {num_tokens} tokens",
+        flush=True,
+    )
 
 
 def report(cfg: config.Config, ranks: list[dict[str, dict[str, float]]], machine: memory.Machine | None) -> str:
@@ -119,13 +165,25 @@ def report(cfg: config.Config, ranks: list[dict[str, dict[str, float]]], machine
     foretold = {}
     if machine:
         hf_config, once = memory.hf_config_of(cfg, None), 1 / cfg.optimizer_steps_per_step
-        s, m = plan_time.times(cfg, hf_config, machine, plan_time.Assumptions(*map(float, greatest(cfg)))), memory.of(cfg, hf_config, machine)
-        foretold = {"logprob": f"{once * s['logprob']:.1f} s", "update": f"{NUM_UPDATES * once * s['update']:.1f} s, in use {m.total('update') / 1e9:.2f} GB",
-                    "refit": f"{2 * s['refit']:.1f} s", "rollout": f"in use {m.total('rollout') / 1e9:.2f} GB"}
-    lines = [f"the slowest and the fullest of {len(ranks)} ranks{f', and in brackets what is foretold for {machine.num_gpus} x {machine.name}' if machine else ''}"]
+        s, m = (
+            plan_time.times(cfg, hf_config, machine, plan_time.Assumptions(*map(float, greatest(cfg)))),
+            memory.of(cfg, hf_config, machine),
+        )
+        foretold = {
+            "logprob": f"{once * s['logprob']:.1f} s",
+            "update": f"{NUM_UPDATES * once * s['update']:.1f} s, in use {m.total('update') / 1e9:.2f} GB",
+            "refit": f"{2 * s['refit']:.1f} s",
+            "rollout": f"in use {m.total('rollout') / 1e9:.2f} GB",
+        }
+    lines = [
+        f"the slowest and the fullest of {len(ranks)} ranks{f', and in brackets what is foretold for {machine.num_gpus} x {machine.name}' if machine else ''}"
+    ]
     for phase in ranks[0]:
         most = {what: max(measured[phase][what] for measured in ranks) for what in ranks[0][phase]}
-        lines.append(f"  {phase:8} {most.pop('seconds'):7.1f} s, {', '.join(f'{what} {n / 1e9:.2f} GB' for what, n in most.items())}" + (f" ({foretold[phase]})" if phase in foretold else ""))
+        lines.append(
+            f"  {phase:8} {most.pop('seconds'):7.1f} s, {', '.join(f'{what} {n / 1e9:.2f} GB' for what, n in most.items())}"
+            + (f" ({foretold[phase]})" if phase in foretold else "")
+        )
     return "\n".join(lines)
 
 

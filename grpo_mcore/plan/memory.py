@@ -78,8 +78,13 @@ def sharing(cfg: Config) -> Sharing:
     e, size = cfg.engine, 2 if cfg.engine.dtype == "bfloat16" else 4
     colocated = e.is_colocated("cuda")
     return Sharing(
-        colocated, e.tp, e.gpu_memory_frac or (0.5 if colocated else 0.9), e.offload_trainer if colocated else (),
-        1 if e.quantization else size, 1 if e.kv_cache_dtype == "fp8" else size)
+        colocated,
+        e.tp,
+        e.gpu_memory_frac or (0.5 if colocated else 0.9),
+        e.offload_trainer if colocated else (),
+        1 if e.quantization else size,
+        1 if e.kv_cache_dtype == "fp8" else size,
+    )
 
 
 @dataclass(frozen=True)
@@ -98,11 +103,18 @@ def placement(cfg: Config, hf_config, machine: Machine) -> Placement:
     engine_gpus = cfg.engine.num_engines * engines.tp
     ranks = machine.num_gpus if engines.colocated else machine.num_gpus - engine_gpus
     if ranks < 1 or engine_gpus > machine.num_gpus:
-        raise InputError("engine.num_engines", cfg.engine.num_engines, f"takes {engine_gpus} of {machine.num_gpus} GPUs", "lower it")
+        raise InputError(
+            "engine.num_engines", cfg.engine.num_engines, f"takes {engine_gpus} of {machine.num_gpus} GPUs", "lower it"
+        )
     rules.check_ranks(cfg, ranks)
     model.check_parallel(hf_config, cfg.parallel, cfg.precision)
     if cfg.precision.fp8 and machine.gpu.fp8_flops_per_s is None:
-        raise InputError("precision.fp8", cfg.precision.fp8, f"needs FP8 matrix products, which {machine.name} has not", "set precision.fp8=null, or take another GPU")
+        raise InputError(
+            "precision.fp8",
+            cfg.precision.fp8,
+            f"needs FP8 matrix products, which {machine.name} has not",
+            "set precision.fp8=null, or take another GPU",
+        )
     return Placement(engines.colocated, ranks, ranks // cfg.parallel.ranks_per_replica, engines.tp)
 
 
@@ -153,7 +165,11 @@ def state_bytes(cfg: Config, hf_config, dp: int, stage: int = 0) -> dict[str, fl
 
 def layer_parameters(hf_config) -> int:
     """Of all layers' matrices, biases and norms left out."""
-    return sum(_numel(shape) for name, shape in hf_weights.shapes(hf_config).items() if len(shape) == 2 and name.startswith("model.layers."))
+    return sum(
+        _numel(shape)
+        for name, shape in hf_weights.shapes(hf_config).items()
+        if len(shape) == 2 and name.startswith("model.layers.")
+    )
 
 
 def layer_activation_bytes(cfg: Config, hf_config) -> tuple[float, float, float]:
@@ -161,11 +177,19 @@ def layer_activation_bytes(cfg: Config, hf_config) -> tuple[float, float, float]
     p, size = cfg.parallel, 2 if cfg.precision.params == "bfloat16" else 4
     sp = p.tp if p.sequence_parallel else 1
     d, ffn = hf_config.hidden_size / sp, hf_config.intermediate_size / p.tp
-    q, kv = (heads * model.head_dim(hf_config) / p.tp for heads in (hf_config.num_attention_heads, 2 * hf_config.num_key_value_heads))
-    attention = size * (
-        2 * d  # the norm's input and output
-        + 2 * (q + kv)  # the product, and with RoPE on it
-        + q) + 4 * hf_config.num_attention_heads / p.tp  # attention's output, and the logsumexp of its scores
+    q, kv = (
+        heads * model.head_dim(hf_config) / p.tp
+        for heads in (hf_config.num_attention_heads, 2 * hf_config.num_key_value_heads)
+    )
+    attention = (
+        size
+        * (
+            2 * d  # the norm's input and output
+            + 2 * (q + kv)  # the product, and with RoPE on it
+            + q
+        )
+        + 4 * hf_config.num_attention_heads / p.tp
+    )  # attention's output, and the logsumexp of its scores
     mlp = size * (2 * d + 3 * ffn)  # the norm's input and output; gate and up, and their product
     return attention + mlp, mlp - size * d, size * d
 
@@ -232,13 +256,26 @@ def of(cfg: Config, hf_config, machine: Machine) -> Memory:
     framework = {"CUDA, NCCL, workspaces": TRAINER_OVERHEAD_BYTES}
     asleep = {"engine asleep": ENGINE_ASLEEP_BYTES} if at.colocated else {}
     stages = [
-        {**state_bytes(cfg, hf_config, at.dp, stage), **activation_bytes(cfg, hf_config, machine, stage), **framework, **asleep}
-        for stage in {0, cfg.parallel.pp - 1}]
+        {
+            **state_bytes(cfg, hf_config, at.dp, stage),
+            **activation_bytes(cfg, hf_config, machine, stage),
+            **framework,
+            **asleep,
+        }
+        for stage in {0, cfg.parallel.pp - 1}
+    ]
     update = max(stages, key=lambda parts: sum(parts.values()))
     states = [state_bytes(cfg, hf_config, at.dp, stage) for stage in {0, cfg.parallel.pp - 1}]
-    stays = {name: size for name, size in max(states, key=lambda parts: sum(parts.values())).items() if not name.startswith(sharing(cfg).offloaded)}
+    stays = {
+        name: size
+        for name, size in max(states, key=lambda parts: sum(parts.values())).items()
+        if not name.startswith(sharing(cfg).offloaded)
+    }
     beside = {**stays, **framework} if at.colocated else {}
-    engine = {"engine: weights": engine_weight_bytes(cfg, hf_config), "engine: CUDA graphs, workspaces": ENGINE_OVERHEAD_BYTES}
+    engine = {
+        "engine: weights": engine_weight_bytes(cfg, hf_config),
+        "engine: CUDA graphs, workspaces": ENGINE_OVERHEAD_BYTES,
+    }
     engine["engine: KV cache"] = kv_cache_bytes(cfg, hf_config, gpu, own=sum(engine.values()))
     return Memory({"update": update, "rollout": {**beside, **engine}}, gpu.memory_bytes)
 
@@ -246,7 +283,10 @@ def of(cfg: Config, hf_config, machine: Machine) -> Memory:
 def engine_weight_bytes(cfg: Config, hf_config) -> float:
     """On one GPU; embedding, head, biases and norms are never quantised."""
     e, quantised = sharing(cfg), layer_parameters(hf_config)
-    return (e.weight_bytes * quantised + (2 if cfg.engine.dtype == "bfloat16" else 4) * (num_parameters(hf_config) - quantised)) / e.tp
+    return (
+        e.weight_bytes * quantised
+        + (2 if cfg.engine.dtype == "bfloat16" else 4) * (num_parameters(hf_config) - quantised)
+    ) / e.tp
 
 
 def kv_cache_bytes(cfg: Config, hf_config, gpu: Gpu, *, own: float) -> float:
@@ -254,7 +294,9 @@ def kv_cache_bytes(cfg: Config, hf_config, gpu: Gpu, *, own: float) -> float:
     if cfg.engine.kv_cache_bytes is not None:
         return cfg.engine.kv_cache_bytes
     e = sharing(cfg)
-    return max(gpu.memory_bytes * e.memory_frac - own, cfg.longest_tokens * kv_bytes_per_token(hf_config, e.kv_bytes) / e.tp)
+    return max(
+        gpu.memory_bytes * e.memory_frac - own, cfg.longest_tokens * kv_bytes_per_token(hf_config, e.kv_bytes) / e.tp
+    )
 
 
 def changed(cfg: Config, changes: dict[str, object]) -> Config:
@@ -289,7 +331,11 @@ def remedies(cfg: Config, hf_config) -> Iterator[dict[str, object]]:
         for percent in range(80, 0, -10):
             if percent / 100 < sharing(cfg).memory_frac:
                 yield {"engine.gpu_memory_frac": percent / 100}
-    if hasattr(cfg.engine, "offload_trainer") and sharing(cfg).colocated and set(sharing(cfg).offloaded) != {"gradients", "optimizer"}:
+    if (
+        hasattr(cfg.engine, "offload_trainer")
+        and sharing(cfg).colocated
+        and set(sharing(cfg).offloaded) != {"gradients", "optimizer"}
+    ):
         yield {"engine.offload_trainer": ("gradients", "optimizer")}
 
 
@@ -316,7 +362,9 @@ def smallest_change(cfg: Config, hf_config, machine: Machine) -> dict[str, objec
 def _slowness(cfg: Config) -> float:
     """Of the policy's arithmetic, roughly: recomputation, and what the axes make GPUs wait for each other."""
     p = cfg.parallel
-    return {"none": 1.0, "selective": 1.15, "full": 1.33}[p.recompute] * (1 + 0.1 * (p.tp - 1) + 0.05 * (p.cp - 1) + 0.2 * (p.pp - 1))
+    return {"none": 1.0, "selective": 1.15, "full": 1.33}[p.recompute] * (
+        1 + 0.1 * (p.tp - 1) + 0.05 * (p.cp - 1) + 0.2 * (p.pp - 1)
+    )
 
 
 def check(cfg: Config, hf_config, machine: Machine) -> Memory:
@@ -330,11 +378,18 @@ def check(cfg: Config, hf_config, machine: Machine) -> Memory:
     if change is not None:
         remedy = f"{overrides(change)} makes {max(map(of(changed(cfg, change), hf_config, machine).total, m.phases)) / 1e9:.1f} GB"
     else:
-        larger = [name for name, gpu in GPUS.items() if gpu.memory_bytes > machine.gpu.memory_bytes and _fits(cfg, hf_config, Machine(name, machine.num_gpus))]
+        larger = [
+            name
+            for name, gpu in GPUS.items()
+            if gpu.memory_bytes > machine.gpu.memory_bytes and _fits(cfg, hf_config, Machine(name, machine.num_gpus))
+        ]
         remedy = f"no change of recomputation, microbatch and axes does; take {' or '.join(larger) or 'a smaller model or shorter sequences'}"
     raise InputError(
-        f"{phase} on {machine.num_gpus} x {machine.name}", f"{m.total(phase) / 1e9:.1f} GB",
-        f"must be at most the GPU's {m.capacity_bytes / 1e9:.1f} GB; most of it: {', '.join(f'{name} {size / 1e9:.1f} GB' for name, size in largest)}", remedy)
+        f"{phase} on {machine.num_gpus} x {machine.name}",
+        f"{m.total(phase) / 1e9:.1f} GB",
+        f"must be at most the GPU's {m.capacity_bytes / 1e9:.1f} GB; most of it: {', '.join(f'{name} {size / 1e9:.1f} GB' for name, size in largest)}",
+        remedy,
+    )
 
 
 def _fits(cfg: Config, hf_config, machine: Machine) -> bool:
@@ -350,7 +405,15 @@ def overrides(change: dict[str, object]) -> str:
 
 
 def _as_override(value: object) -> str:
-    return f"[{','.join(value)}]" if isinstance(value, tuple) else "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return (
+        f"[{','.join(value)}]"
+        if isinstance(value, tuple)
+        else "null"
+        if value is None
+        else str(value).lower()
+        if isinstance(value, bool)
+        else str(value)
+    )
 
 
 def machine_of(name: str | None, num_gpus: str | None) -> Machine:
@@ -358,7 +421,12 @@ def machine_of(name: str | None, num_gpus: str | None) -> Machine:
     if name not in GPUS:
         raise InputError("--gpu", name, f"must be one of {', '.join(GPUS)}", "choose one of them")
     if not (num_gpus or "").isdecimal() or int(num_gpus) < 1:
-        raise InputError("--num-gpus", num_gpus, "must be a number of GPUs, 1 or more", "give the number of all nodes' GPUs, such as 8")
+        raise InputError(
+            "--num-gpus",
+            num_gpus,
+            "must be a number of GPUs, 1 or more",
+            "give the number of all nodes' GPUs, such as 8",
+        )
     return Machine(name, int(num_gpus))
 
 

@@ -46,13 +46,23 @@ def summary(steps: Sequence[Step], num_engines: int, max_running_responses: int,
     seconds = [s.seconds for s in steps]
     total, tokens = sum(seconds), sum(s.response_tokens for s in steps)
     return Prediction(
-        step_s_mean=total / len(steps), step_s_p50=statistics.median(seconds), step_s_p95=sorted(seconds)[max(-(-len(steps) * 95 // 100) - 1, 0)],
-        refit_frac=sum(s.refit_s for s in steps) / total, rollout_frac=sum(s.rollout_s for s in steps) / total, train_frac=sum(s.train_s for s in steps) / total,
-        engines_busy_frac=sum(s.busy_s for s in steps) / total / num_engines, slots_frac=sum(s.slots_s for s in steps) / total / num_engines / max_running_responses,
-        response_tokens_mean=tokens / len(steps) / responses_per_step, response_tokens_per_s=tokens / total,
-        staleness_mean=sum(s.staleness * s.response_tokens for s in steps) / tokens, staleness_max=max(s.max_staleness for s in steps),
-        failures=sum(s.failures for s in steps), issued_again=sum(s.issued_again for s in steps), groups_dropped=sum(s.dropped for s in steps),
-        preemptions=sum(s.preemptions for s in steps))
+        step_s_mean=total / len(steps),
+        step_s_p50=statistics.median(seconds),
+        step_s_p95=sorted(seconds)[max(-(-len(steps) * 95 // 100) - 1, 0)],
+        refit_frac=sum(s.refit_s for s in steps) / total,
+        rollout_frac=sum(s.rollout_s for s in steps) / total,
+        train_frac=sum(s.train_s for s in steps) / total,
+        engines_busy_frac=sum(s.busy_s for s in steps) / total / num_engines,
+        slots_frac=sum(s.slots_s for s in steps) / total / num_engines / max_running_responses,
+        response_tokens_mean=tokens / len(steps) / responses_per_step,
+        response_tokens_per_s=tokens / total,
+        staleness_mean=sum(s.staleness * s.response_tokens for s in steps) / tokens,
+        staleness_max=max(s.max_staleness for s in steps),
+        failures=sum(s.failures for s in steps),
+        issued_again=sum(s.issued_again for s in steps),
+        groups_dropped=sum(s.dropped for s in steps),
+        preemptions=sum(s.preemptions for s in steps),
+    )
 
 
 @dataclass(frozen=True)
@@ -87,16 +97,28 @@ class Question:
 def cluster_of(cfg: Config, ask: Question, draw: Callable[[int], Draw]) -> Cluster:
     """Measured parts where they are given, else estimates. Raises InputError."""
     engine = cluster.engine_from(ask.profile) if ask.profile else None
-    trainer = cluster.trainer_of(cluster.counted(cluster.measured_steps(ask.like))) if ask.like and ask.gpu is None else None
+    trainer = (
+        cluster.trainer_of(cluster.counted(cluster.measured_steps(ask.like))) if ask.like and ask.gpu is None else None
+    )
     if engine is None or trainer is None:
         machine, draws = memory.machine_of(ask.gpu, ask.num_gpus), [draw(p) for p in range(NUM_DRAWS)]
-        mean = plan_time.Assumptions(statistics.mean(d.prompt_tokens for d in draws), statistics.mean(n for d in draws for n in d.response_tokens))
+        mean = plan_time.Assumptions(
+            statistics.mean(d.prompt_tokens for d in draws),
+            statistics.mean(n for d in draws for n in d.response_tokens),
+        )
         parts = cluster.estimated(cfg, memory.hf_config_of(cfg, ask.model_config), machine, mean)
         engine, trainer = engine or parts.engine, trainer or parts.trainer
     if engine.kv_cache_tokens is not None and engine.kv_cache_tokens < cfg.longest_tokens:
-        raise InputError("engine.tp", cfg.engine.tp, f"leaves room for {engine.kv_cache_tokens} tokens in an engine's cache, less than the longest sequence, {cfg.longest_tokens}", "raise it, or shorten the sequences")
+        raise InputError(
+            "engine.tp",
+            cfg.engine.tp,
+            f"leaves room for {engine.kv_cache_tokens} tokens in an engine's cache, less than the longest sequence, {cfg.longest_tokens}",
+            "raise it, or shorten the sequences",
+        )
     rate = ask.number("failures_per_day", 0)
-    return Cluster(engine, trainer, Failures(cfg.engine.num_engines * 86400 / rate, ask.number("restart_s", 300)) if rate else None)
+    return Cluster(
+        engine, trainer, Failures(cfg.engine.num_engines * 86400 / rate, ask.number("restart_s", 300)) if rate else None
+    )
 
 
 def lengths_of(cfg: Config, ask: Question) -> Measured | LogNormal:
@@ -105,12 +127,24 @@ def lengths_of(cfg: Config, ask: Question) -> Measured | LogNormal:
     if ask.like and ask.median_tokens is None:
         measured = Measured(ask.like)
         if (group_size := len(measured.draws[0].response_tokens)) != r.group_size:
-            raise InputError("rollout.group_size", r.group_size, f"and the groups of {ask.like} have {group_size} responses", "take the run's, or give --median-tokens")
+            raise InputError(
+                "rollout.group_size",
+                r.group_size,
+                f"and the groups of {ask.like} have {group_size} responses",
+                "take the run's, or give --median-tokens",
+            )
         return measured
     prompt_tokens = int(ask.number("prompt_tokens", min(PROMPT_TOKENS, cfg.data.max_prompt_tokens), 1))
     limit = cfg.response_tokens(prompt_tokens)
     median = ask.number("median_tokens", MEDIAN_FRAC * limit, 1)
-    return LogNormal(median, ask.number("mean_tokens", median * MEAN_FRAC / MEDIAN_FRAC, median), limit, prompt_tokens, r.group_size, ask.number("flat_frac", 0))
+    return LogNormal(
+        median,
+        ask.number("mean_tokens", median * MEAN_FRAC / MEDIAN_FRAC, median),
+        limit,
+        prompt_tokens,
+        r.group_size,
+        ask.number("flat_frac", 0),
+    )
 
 
 def run(cfg: Config, parts: Cluster, draw: Measured | LogNormal, *, num_steps: int, skip: int) -> list[Step]:
@@ -129,13 +163,20 @@ def answer(cfg: Config, ask: Question) -> dict:
     except ValueError:
         raise InputError("--staleness", ask.staleness, "must be whole numbers", "write them as 0,1,2") from None
     if any(ages) and ask.gpu and cfg.engine.is_colocated("cuda"):
-        raise InputError("engine.placement", cfg.engine.placement, "is on the trainers' GPUs: such engines sleep while these train, which is not simulated ahead of training", "set it to disaggregated, or staleness to 0")
+        raise InputError(
+            "engine.placement",
+            cfg.engine.placement,
+            "is on the trainers' GPUs: such engines sleep while these train, which is not simulated ahead of training",
+            "set it to disaggregated, or staleness to 0",
+        )
     out = {"engine": dataclasses.asdict(parts.engine), "trainer": dataclasses.asdict(parts.trainer), "predicted": {}}
     out["lengths"] = dataclasses.asdict(draw) if isinstance(draw, LogNormal) else {"like": ask.like}
     for age in ages:
         of = memory.changed(cfg, {"rollout.max_staleness": age})
         steps = run(of, parts, draw, num_steps=num_steps, skip=1 if ask.like else age + 1)
-        out["predicted"][age] = dataclasses.asdict(summary(steps, cfg.engine.num_engines, cfg.engine.max_running_responses, cfg.responses_per_step))
+        out["predicted"][age] = dataclasses.asdict(
+            summary(steps, cfg.engine.num_engines, cfg.engine.max_running_responses, cfg.responses_per_step)
+        )
         if ask.like and age == cfg.rollout.max_staleness:
             out["measured"] = comparison(cluster.counted(measured), steps)
     return out
@@ -147,8 +188,12 @@ def comparison(measured: Sequence[cluster.MeasuredStep], predicted: Sequence[Ste
     for name in ("refit_s", "rollout_s", "train_s", "seconds"):
         m, p = ([getattr(s, name) for s in steps] for steps in (measured, predicted))
         out["step_s" if name == "seconds" else name] = {
-            "measured": statistics.mean(m), "predicted": statistics.mean(p), "predicted_over_measured": statistics.mean(p) / statistics.mean(m),
-            "measured_p50": statistics.median(m), "predicted_p50": statistics.median(p)}
+            "measured": statistics.mean(m),
+            "predicted": statistics.mean(p),
+            "predicted_over_measured": statistics.mean(p) / statistics.mean(m),
+            "measured_p50": statistics.median(m),
+            "predicted_p50": statistics.median(p),
+        }
     return out
 
 
@@ -157,10 +202,21 @@ def table(result: dict) -> str:
     lines = [f"{'rollout.max_staleness':24}" + "".join(f"{age:>14}" for age in columns)]
     for name in next(iter(columns.values())):
         values = [c[name] for c in columns.values()]
-        lines.append(f"{name:24}" + "".join(f"{v:14.1%}" if name.endswith("_frac") else f"{v:14,}" if isinstance(v, int) else f"{v:14,.2f}" for v in values))
+        lines.append(
+            f"{name:24}"
+            + "".join(
+                f"{v:14.1%}" if name.endswith("_frac") else f"{v:14,}" if isinstance(v, int) else f"{v:14,.2f}"
+                for v in values
+            )
+        )
     if "measured" in result:
-        lines += ["", f"{'seconds of a step':24}{'measured':>14}{'predicted':>14}{'ratio':>14}{'measured p50':>14}{'predicted p50':>14}"]
-        lines += [f"{name:24}" + "".join(f"{value:14.3f}" for value in r.values()) for name, r in result["measured"].items()]
+        lines += [
+            "",
+            f"{'seconds of a step':24}{'measured':>14}{'predicted':>14}{'ratio':>14}{'measured p50':>14}{'predicted p50':>14}",
+        ]
+        lines += [
+            f"{name:24}" + "".join(f"{value:14.3f}" for value in r.values()) for name, r in result["measured"].items()
+        ]
     return "\n".join(lines)
 
 

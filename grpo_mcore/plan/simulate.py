@@ -50,14 +50,26 @@ _ENGINE, _FAILURE, _STARTED, _TRAINER = range(4)  # of events at the same time: 
 
 
 class Simulation:
-    def __init__(self, rollout: config.Rollout, engine: config.Engine, cluster: Cluster, draw: Callable[[int], Draw], *, seed: int = 0):
+    def __init__(
+        self,
+        rollout: config.Rollout,
+        engine: config.Engine,
+        cluster: Cluster,
+        draw: Callable[[int], Draw],
+        *,
+        seed: int = 0,
+    ):
         """`draw`: what the prompt at a position of the stream will sample."""
         self._rollout, self._engine_cfg, self._cluster, self._draw = rollout, engine, cluster, draw
         self._rng = random.Random(seed)
         self._dispatch = Dispatch(engine.max_running_responses)
         self._admission = Admission(
-            prompts_per_step=rollout.prompts_per_step, max_staleness=rollout.max_staleness, dynamic_sampling=rollout.dynamic_sampling,
-            oversampling_frac=rollout.oversampling_frac, max_draws=rollout.max_draws)
+            prompts_per_step=rollout.prompts_per_step,
+            max_staleness=rollout.max_staleness,
+            dynamic_sampling=rollout.dynamic_sampling,
+            oversampling_frac=rollout.oversampling_frac,
+            max_draws=rollout.max_draws,
+        )
         self.now: float = 0
         self._events: list[tuple] = []  # a heap of (time, kind, engine's index, number, engine)
         self._num_events = 0
@@ -67,10 +79,16 @@ class Simulation:
         self._arrived: dict[int, Attempt] = {}
         self._version = 0
         self._since: float = 0  # the trainer's phase
-        self._next: Callable[[], None] | None = None  # what the trainer does when its phase is over; None: it waits for groups or for an engine
+        self._next: Callable[[], None] | None = (
+            None  # what the trainer does when its phase is over; None: it waits for groups or for an engine
+        )
         self._steps: list[Step] = []
         self._step = Step()
-        self._used: tuple[float, float, int] = (0, 0, 0)  # busy_s, slots_s, preemptions of engines that are gone, and of steps before: negative
+        self._used: tuple[float, float, int] = (
+            0,
+            0,
+            0,
+        )  # busy_s, slots_s, preemptions of engines that are gone, and of steps before: negative
 
     def run(self, num_steps: int) -> list[Step]:
         """That many further steps."""
@@ -108,7 +126,9 @@ class Simulation:
             engine.refit(self.now, seconds, self._version, recompute=self._rollout.cache_after_refit == "recompute")
             self._expect(index, engine.look_ahead())
         for index in self._started:
-            self._engines[index] = SimulatedEngine(self._cluster.engine, self._engine_cfg.max_running_responses, self._version, self.now + seconds)
+            self._engines[index] = SimulatedEngine(
+                self._cluster.engine, self._engine_cfg.max_running_responses, self._version, self.now + seconds
+            )
             self._dispatch.join(index)
             if self._cluster.failures:
                 self._push(self.now + self._cluster.failures.life_s(self._rng), _FAILURE, index)
@@ -147,7 +167,10 @@ class Simulation:
         draws = [self._arrived[p].draw for p in taken.positions]
         for p in [p for p in self._arrived if p < self._admission.cursor]:
             del self._arrived[p]
-        self._then(self._cluster.trainer.seconds([d.prompt_tokens + n for d in draws for n in d.response_tokens]), self._end_step)
+        self._then(
+            self._cluster.trainer.seconds([d.prompt_tokens + n for d in draws for n in d.response_tokens]),
+            self._end_step,
+        )
 
     def _end_step(self) -> None:
         step = self._step
@@ -156,7 +179,9 @@ class Simulation:
             engine.settle(self.now)
         total = self._totals()
         step.busy_s, step.slots_s, step.preemptions = (t + u for t, u in zip(total, self._used, strict=True))
-        self._used = tuple(u - x for u, x in zip(self._used, (step.busy_s, step.slots_s, step.preemptions), strict=True))
+        self._used = tuple(
+            u - x for u, x in zip(self._used, (step.busy_s, step.slots_s, step.preemptions), strict=True)
+        )
         self._steps.append(step)
         self._step, self._since = Step(), self.now
         self._version += 1
@@ -195,7 +220,9 @@ class Simulation:
     def _fail(self, index: int) -> None:
         engine = self._engines.pop(index)
         engine.settle(self.now)
-        self._used = tuple(u + x for u, x in zip(self._used, (engine.busy_s, engine.slots_s, engine.preemptions), strict=True))
+        self._used = tuple(
+            u + x for u, x in zip(self._used, (engine.busy_s, engine.slots_s, engine.preemptions), strict=True)
+        )
         self._expect(index, None)
         self._step.failures += 1
         self._step.issued_again += len(self._dispatch.leave(index))

@@ -20,7 +20,9 @@ class Attempt:
 
     def __init__(self, key: Key, draw: Draw):
         self.key, self.draw = key, draw
-        self.spans: list[list[tuple[int, int]]] = [[] for _ in draw.response_tokens]  # (version, tokens) of each response
+        self.spans: list[list[tuple[int, int]]] = [
+            [] for _ in draw.response_tokens
+        ]  # (version, tokens) of each response
         self.left = len(draw.response_tokens)
         self.cancelled = self.prompt_computed = False
 
@@ -173,7 +175,9 @@ class SimulatedEngine:
                 response.since = self.iteration
                 self._num_started += 1
                 self._kv += response.context
-                heapq.heappush(self._running, (self.iteration + response.length - response.tokens, self._num_started, response))
+                heapq.heappush(
+                    self._running, (self.iteration + response.length - response.tokens, self._num_started, response)
+                )
             self._queue.popleft()
         if started:
             self._prefill(tokens, started)

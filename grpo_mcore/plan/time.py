@@ -39,10 +39,12 @@ class Assumptions:
     network_bytes_per_s: float = 50e9  # of one GPU between nodes of 8
 
     def __str__(self) -> str:
-        return (f"responses of {self.response_tokens:g} tokens after prompts of {self.prompt_tokens:g} on average, the longest at the limit; "
-                f"{self.train_mfu:.0%} of the bfloat16 peak in training ({self.fp8_mfu:.0%} of FP8's); decoding at {self.decode_bandwidth_frac:.0%} of the memory's "
-                f"bandwidth and {self.decode_mfu:.0%} of the peak, with {1000 * self.decode_fixed_s:g} ms a token of an engine besides; {self.link_frac:.0%} of NVLink, "
-                f"or of {self.network_bytes_per_s / 1e9:g} GB/s a GPU between nodes of 8")
+        return (
+            f"responses of {self.response_tokens:g} tokens after prompts of {self.prompt_tokens:g} on average, the longest at the limit; "
+            f"{self.train_mfu:.0%} of the bfloat16 peak in training ({self.fp8_mfu:.0%} of FP8's); decoding at {self.decode_bandwidth_frac:.0%} of the memory's "
+            f"bandwidth and {self.decode_mfu:.0%} of the peak, with {1000 * self.decode_fixed_s:g} ms a token of an engine besides; {self.link_frac:.0%} of NVLink, "
+            f"or of {self.network_bytes_per_s / 1e9:g} GB/s a GPU between nodes of 8"
+        )
 
 
 def times(cfg: Config, hf_config, machine: Machine, a: Assumptions) -> dict[str, float]:
@@ -54,7 +56,8 @@ def times(cfg: Config, hf_config, machine: Machine, a: Assumptions) -> dict[str,
     return {
         "rollout": _rollout_s(cfg, hf_config, machine, a),
         "logprob": forward * (2 if cfg.loss.kl_coef > 0 else 1),
-        "update": forward * (3 + recomputed_frac(cfg, hf_config)) + _tp_s(cfg, hf_config, machine, a, at.ranks)
+        "update": forward * (3 + recomputed_frac(cfg, hf_config))
+        + _tp_s(cfg, hf_config, machine, a, at.ranks)
         + cfg.optimizer_steps_per_step * _optimizer_step_s(cfg, hf_config, machine, at.dp, link),
         "refit": weight_bytes / link,
     }
@@ -71,7 +74,13 @@ def recomputed_frac(cfg: Config, hf_config) -> float:
     p = cfg.parallel
     if p.recompute == "full":
         return 1.0
-    mlp = 3 * hf_config.hidden_size * hf_config.intermediate_size * hf_config.num_hidden_layers / layer_parameters(hf_config)
+    mlp = (
+        3
+        * hf_config.hidden_size
+        * hf_config.intermediate_size
+        * hf_config.num_hidden_layers
+        / layer_parameters(hf_config)
+    )
     return mlp if p.recompute == "selective" and "mlp" in p.recompute_modules else 0.0
 
 
@@ -85,7 +94,9 @@ def _forward_s(cfg: Config, hf_config, machine: Machine, a: Assumptions, ranks: 
 
 def _microbatches(cfg: Config, a: Assumptions, ranks: int) -> int:
     """Of a replica in an optimizer step."""
-    tokens = cfg.batch.global_batch_size * (a.prompt_tokens + a.response_tokens) / (ranks // cfg.parallel.ranks_per_replica)
+    tokens = (
+        cfg.batch.global_batch_size * (a.prompt_tokens + a.response_tokens) / (ranks // cfg.parallel.ranks_per_replica)
+    )
     return max(math.ceil(tokens / (cfg.parallel.cp * cfg.batch.max_tokens_per_microbatch)), 1)
 
 
@@ -96,20 +107,31 @@ def _tp_s(cfg: Config, hf_config, machine: Machine, a: Assumptions, ranks: int) 
         return 0.0
     tokens = cfg.responses_per_step * (a.prompt_tokens + a.response_tokens) / (ranks / p.tp)
     sent = 2 * (p.tp - 1) / p.tp * 2 * hf_config.hidden_size * tokens  # bytes of one all-reduce
-    return sent * hf_config.num_hidden_layers * (6 if p.recompute == "full" else 4) / (a.link_frac * machine.gpu.nvlink_bytes_per_s)
+    return (
+        sent
+        * hf_config.num_hidden_layers
+        * (6 if p.recompute == "full" else 4)
+        / (a.link_frac * machine.gpu.nvlink_bytes_per_s)
+    )
 
 
 def _optimizer_step_s(cfg: Config, hf_config, machine: Machine, dp: int, link: float) -> float:
     """Gradients scattered in float32, weights gathered, and the optimizer's reads and writes; nothing hidden."""
     numbers, shards = num_parameters(hf_config, cfg.parallel), dp * cfg.parallel.cp
     size = 2 if cfg.precision.params == "bfloat16" else 4
-    state = 2 * (12 + 4) * numbers / shards + 2 * 4 * numbers  # main weights, moments, gradients; the buffer zeroed and its norm taken
+    state = (
+        2 * (12 + 4) * numbers / shards + 2 * 4 * numbers
+    )  # main weights, moments, gradients; the buffer zeroed and its norm taken
     return (4 + size) * numbers * (shards - 1) / shards / link + state / machine.gpu.hbm_bytes_per_s
 
 
 def _rollout_s(cfg: Config, hf_config, machine: Machine, a: Assumptions) -> float:
     at, gpu = placement(cfg, hf_config, machine), machine.gpu
-    numbers, kv, weights = num_parameters(hf_config), kv_bytes_per_token(hf_config, sharing(cfg).kv_bytes), engine_weight_bytes(cfg, hf_config)
+    numbers, kv, weights = (
+        num_parameters(hf_config),
+        kv_bytes_per_token(hf_config, sharing(cfg).kv_bytes),
+        engine_weight_bytes(cfg, hf_config),
+    )
     running = running_responses(cfg, hf_config, machine, a)
     context = a.prompt_tokens + a.response_tokens / 2  # of a running response, on average
 
@@ -122,7 +144,14 @@ def _rollout_s(cfg: Config, hf_config, machine: Machine, a: Assumptions) -> floa
     batch = min(running, per_engine)
     full = per_engine * a.response_tokens / batch  # tokens in a row with the engine full
     longest = cfg.response_tokens(int(a.prompt_tokens))
-    prefill = cfg.rollout.prompts_per_step / cfg.engine.num_engines * 2 * numbers * a.prompt_tokens / (a.decode_mfu * gpu.bf16_flops_per_s)
+    prefill = (
+        cfg.rollout.prompts_per_step
+        / cfg.engine.num_engines
+        * 2
+        * numbers
+        * a.prompt_tokens
+        / (a.decode_mfu * gpu.bf16_flops_per_s)
+    )
     return prefill + full * token_s(batch) + max(longest - full, 0) * token_s(1)
 
 
@@ -145,8 +174,14 @@ def report(cfg: Config, hf_config, machine: Machine, a: Assumptions) -> str:
         f"{cfg.engine.num_engines} engines of {at.engine_tp} GPUs",
         "",
         f"{'GB of the fullest GPU':36}" + "".join(f"{phase:>9}" for phase in m.phases),
-        *(f"  {name:34}" + "".join(f"{parts[name] / 1e9:9.2f}" if name in parts else " " * 9 for parts in m.phases.values()) for name in names),
-        f"  {'sum':34}" + "".join(f"{m.total(phase) / 1e9:9.2f}" for phase in m.phases) + f"   of {m.capacity_bytes / 1e9:.1f}",
+        *(
+            f"  {name:34}"
+            + "".join(f"{parts[name] / 1e9:9.2f}" if name in parts else " " * 9 for parts in m.phases.values())
+            for name in names
+        ),
+        f"  {'sum':34}"
+        + "".join(f"{m.total(phase) / 1e9:9.2f}" for phase in m.phases)
+        + f"   of {m.capacity_bytes / 1e9:.1f}",
         "",
         "seconds of a step",
         *(f"  {phase:34}{s:9.1f}" for phase, s in seconds.items()),

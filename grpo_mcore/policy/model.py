@@ -46,7 +46,9 @@ class Blocks(PackedSeqParams):
     """What PackedAttention needs to know of a packed batch."""
 
     lengths: list[int] = field(default_factory=list)  # of the blocks, on all cp ranks together
-    masks: list[torch.Tensor | None] = field(default_factory=list)  # bool [L, L], True where row sees column; None: plainly causal
+    masks: list[torch.Tensor | None] = field(
+        default_factory=list
+    )  # bool [L, L], True where row sees column; None: plainly causal
 
 
 def blocks_of(batch: Microbatch, cp: int) -> Blocks:
@@ -62,8 +64,14 @@ def blocks_of(batch: Microbatch, cp: int) -> Blocks:
         # One sequence to the rest of Megatron, whose RoPE the backbone looks up by position.
         cu_seqlens = torch.tensor([0, bounds[-1]], dtype=torch.int32)
     return Blocks(
-        qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=batch.max_seqlen, max_seqlen_kv=batch.max_seqlen,
-        lengths=lengths, masks=masks)
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=batch.max_seqlen,
+        max_seqlen_kv=batch.max_seqlen,
+        lengths=lengths,
+        masks=masks,
+    )
 
 
 class PackedAttention(MegatronModule):
@@ -84,7 +92,12 @@ class PackedAttention(MegatronModule):
             return context.attention(query, key, value, p.cu_seqlens_q, self.cp_group, self.scale).flatten(1)
         out = [
             F.scaled_dot_product_attention(
-                *(x.transpose(0, 1)[None] for x in qkv), attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True)[0].transpose(0, 1)
+                *(x.transpose(0, 1)[None] for x in qkv),
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=self.scale,
+                enable_gqa=True,
+            )[0].transpose(0, 1)
             for mask, *qkv in zip(p.masks, *(x.split(p.lengths) for x in (query, key, value)), strict=True)
         ]
         return torch.cat(out).flatten(1)
@@ -129,14 +142,34 @@ def load_hf_config(folder: str):
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as e:
-        raise InputError("model", folder, f"no readable Hugging Face config ({str(e).splitlines()[0]})", "give a folder with a config.json, or a hub name") from e
+        raise InputError(
+            "model",
+            folder,
+            f"no readable Hugging Face config ({str(e).splitlines()[0]})",
+            "give a folder with a config.json, or a hub name",
+        ) from e
     if config.model_type not in FAMILIES:
-        raise InputError("model", folder, f"its model_type is {config.model_type!r}; this trains {', '.join(FAMILIES)}", "choose a model of these families")
+        raise InputError(
+            "model",
+            folder,
+            f"its model_type is {config.model_type!r}; this trains {', '.join(FAMILIES)}",
+            "choose a model of these families",
+        )
     rope_settings(config)
     if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
-        raise InputError("model", folder, "its config has attention_bias or mlp_bias", "choose a model without these biases (Qwen2's own on q, k, v are fine)")
+        raise InputError(
+            "model",
+            folder,
+            "its config has attention_bias or mlp_bias",
+            "choose a model without these biases (Qwen2's own on q, k, v are fine)",
+        )
     if getattr(config, "use_sliding_window", False):
-        raise InputError("model", folder, "its config asks for sliding-window attention", "set use_sliding_window to false in its config.json if the window is never reached")
+        raise InputError(
+            "model",
+            folder,
+            "its config asks for sliding-window attention",
+            "set use_sliding_window to false in its config.json if the window is never reached",
+        )
     return config
 
 
@@ -159,23 +192,55 @@ def check_parallel(hf_config, parallel: Parallel, precision: Precision = Precisi
     fits = [n for n in range(1, kv_heads + 1) if not any(size % n for size in sizes.values())]
     for name, size in sizes.items():
         if size % parallel.tp:
-            raise InputError("parallel.tp", parallel.tp, f"must divide the model's {size} {name}",
-                             f"use one of {', '.join(map(str, fits))}, and parallel.pp, parallel.cp or data parallel for the other ranks")
+            raise InputError(
+                "parallel.tp",
+                parallel.tp,
+                f"must divide the model's {size} {name}",
+                f"use one of {', '.join(map(str, fits))}, and parallel.pp, parallel.cp or data parallel for the other ranks",
+            )
     if layers % parallel.pp:
-        raise InputError("parallel.pp", parallel.pp, f"must divide the model's {layers} layers", f"use one of {_divisors(layers)}")
+        raise InputError(
+            "parallel.pp", parallel.pp, f"must divide the model's {layers} layers", f"use one of {_divisors(layers)}"
+        )
     if layers % (parallel.pp * parallel.virtual_pp):
-        raise InputError("parallel.virtual_pp", parallel.virtual_pp, f"must divide the {layers // parallel.pp} layers of a stage", f"use one of {_divisors(layers // parallel.pp)}")
-    if parallel.recompute == "full" and parallel.recompute_num_layers > (chunk := layers // (parallel.pp * parallel.virtual_pp)):
-        raise InputError("parallel.recompute_num_layers", parallel.recompute_num_layers, f"must be at most the {chunk} layers of a model chunk", "lower it")
+        raise InputError(
+            "parallel.virtual_pp",
+            parallel.virtual_pp,
+            f"must divide the {layers // parallel.pp} layers of a stage",
+            f"use one of {_divisors(layers // parallel.pp)}",
+        )
+    if parallel.recompute == "full" and parallel.recompute_num_layers > (
+        chunk := layers // (parallel.pp * parallel.virtual_pp)
+    ):
+        raise InputError(
+            "parallel.recompute_num_layers",
+            parallel.recompute_num_layers,
+            f"must be at most the {chunk} layers of a model chunk",
+            "lower it",
+        )
     if precision.fp8 is None:
         return
     bf16_layers = max(precision.fp8_first_layers_bf16, precision.fp8_last_layers_bf16)
     if bf16_layers > layers // parallel.pp:
-        raise InputError("precision.fp8_first_layers_bf16 or fp8_last_layers_bf16", bf16_layers, f"must be at most the {layers // parallel.pp} layers of a pipeline stage", "lower it")
+        raise InputError(
+            "precision.fp8_first_layers_bf16 or fp8_last_layers_bf16",
+            bf16_layers,
+            f"must be at most the {layers // parallel.pp} layers of a pipeline stage",
+            "lower it",
+        )
     width = (heads + 2 * kv_heads) * head_dim(hf_config)
-    for name, size in (("hidden size", hf_config.hidden_size), ("FFN columns of a tp rank", hf_config.intermediate_size // parallel.tp), ("attention columns of a tp rank", width // parallel.tp)):
+    for name, size in (
+        ("hidden size", hf_config.hidden_size),
+        ("FFN columns of a tp rank", hf_config.intermediate_size // parallel.tp),
+        ("attention columns of a tp rank", width // parallel.tp),
+    ):
         if size % FP8_ALIGN:
-            raise InputError("precision.fp8", precision.fp8, f"needs a {name} that is a multiple of {FP8_ALIGN}, and it is {size}", "lower parallel.tp, or set precision.fp8=null")
+            raise InputError(
+                "precision.fp8",
+                precision.fp8,
+                f"needs a {name} that is a multiple of {FP8_ALIGN}, and it is {size}",
+                "lower parallel.tp, or set precision.fp8=null",
+            )
 
 
 def _divisors(n: int) -> str:
@@ -198,12 +263,19 @@ def rope_settings(hf_config) -> tuple[float, torch.Tensor | None]:
     if rope["rope_type"] == "default":
         return rope["rope_theta"], None
     if rope["rope_type"] not in ("linear", "llama3"):
-        raise InputError("model: rope_type", rope["rope_type"], "must be default, linear or llama3", "choose a model with one of these")
+        raise InputError(
+            "model: rope_type",
+            rope["rope_type"],
+            "must be default, linear or llama3",
+            "choose a model with one of these",
+        )
     inverse_frequencies, _ = ROPE_INIT_FUNCTIONS[rope["rope_type"]](hf_config, device="cpu")
     return rope["rope_theta"], inverse_frequencies
 
 
-def transformer_config(hf_config, *, parallel: Parallel = Parallel(), precision: Precision, cuda: bool) -> TransformerConfig:
+def transformer_config(
+    hf_config, *, parallel: Parallel = Parallel(), precision: Precision, cuda: bool
+) -> TransformerConfig:
     params_dtype = getattr(torch, precision.params)
     config = TransformerConfig(
         num_layers=hf_config.num_hidden_layers,
@@ -259,7 +331,11 @@ def _recompute(parallel: Parallel) -> dict:
         return {}
     if parallel.recompute == "selective":
         return {"recompute_granularity": "selective", "recompute_modules": list(parallel.recompute_modules)}
-    return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": parallel.recompute_num_layers}
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": parallel.recompute_num_layers,
+    }
 
 
 def _fp8(precision: Precision) -> dict:
@@ -324,31 +400,48 @@ def _plain_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerB
     attention.core_attention = PackedAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=RMSNorm
+    )
 
 
 def packing(hf_config, topology: Topology, precision: Precision, *, max_tokens: int) -> Packing:
     """How batches for this model and layout are cut."""
     parallel = topology.parallel
     return Packing(
-        max_tokens=max_tokens, dp=topology.dp, dp_rank=topology.dp_rank, cp=parallel.cp, cp_rank=topology.cp_rank,
+        max_tokens=max_tokens,
+        dp=topology.dp,
+        dp_rank=topology.dp_rank,
+        cp=parallel.cp,
+        cp_rank=topology.cp_rank,
         align_tokens=packed_alignment(parallel, precision),
         microbatch_multiple=parallel.pp if parallel.virtual_pp > 1 else 1,
         # Siblings behind one copy of their prompt need an attention that knows trees: PackedAttention alone, and not over cp.
         share_prompts=topology.device.type == "cpu" and parallel.cp == 1,
-        cost=cost_of(hf_config))
+        cost=cost_of(hf_config),
+    )
 
 
 def hidden_states(stage: torch.nn.Module, batch: Microbatch, topology: Topology) -> torch.Tensor:
     """What one model chunk makes of `batch` (on its device): what the next one needs, or from the last chunk hidden_RD of
     the positions that predict the response tokens."""
-    packed = blocks_of(batch, topology.cp) if topology.device.type == "cpu" else PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=batch.cu_seqlens, cu_seqlens_kv=batch.cu_seqlens,
-        max_seqlen_q=batch.max_seqlen, max_seqlen_kv=batch.max_seqlen)
+    packed = (
+        blocks_of(batch, topology.cp)
+        if topology.device.type == "cpu"
+        else PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=batch.cu_seqlens,
+            cu_seqlens_kv=batch.cu_seqlens,
+            max_seqlen_q=batch.max_seqlen,
+            max_seqlen_kv=batch.max_seqlen,
+        )
+    )
     hidden_T1D = stage(batch.token_ids_T[None], batch.position_ids_T[None], None, packed_seq_params=packed)
     if not unwrapped(stage).post_process:
         return hidden_T1D
-    return vocab.rows(hidden_T1D[:, 0], batch.position_R, topology.head_group, sequence_parallel=topology.parallel.sequence_parallel)
+    return vocab.rows(
+        hidden_T1D[:, 0], batch.position_R, topology.head_group, sequence_parallel=topology.parallel.sequence_parallel
+    )
 
 
 def unwrapped(stage: torch.nn.Module) -> Backbone:

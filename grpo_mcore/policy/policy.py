@@ -23,22 +23,40 @@ class FrozenPolicy:
     """Scores, never learns: the reference of the KL term."""
 
     def __init__(
-        self, folder: str, topology: Topology, *, precision: config.Precision, temperature: float, kernels: config.Kernels = config.Kernels(),
+        self,
+        folder: str,
+        topology: Topology,
+        *,
+        precision: config.Precision,
+        temperature: float,
+        kernels: config.Kernels = config.Kernels(),
         load_weights: bool = True,
     ):
         """`folder` is a Hugging Face folder; log-probs are taken of logits / temperature. Without `load_weights`, of which a
         benchmark has no need, its config.json is enough, and the weights are Megatron's random ones."""
-        self.folder, self.topology, self.precision, self.temperature, self.kernels = folder, topology, precision, temperature, kernels
+        self.folder, self.topology, self.precision, self.temperature, self.kernels = (
+            folder,
+            topology,
+            precision,
+            temperature,
+            kernels,
+        )
         self.hf_config = model.load_hf_config(folder)
         self.chunks = model.build(self.hf_config, topology=topology, precision=precision)
         if load_weights:
             hf_weights.load(self.chunks, self.hf_config, folder, topology)
-        self.modules: list[torch.nn.Module] = [chunk.requires_grad_(False) for chunk in self.chunks]  # what the schedule calls
+        self.modules: list[torch.nn.Module] = [
+            chunk.requires_grad_(False) for chunk in self.chunks
+        ]  # what the schedule calls
 
     @torch.no_grad()
-    def logprobs(self, microbatches: Sequence[Microbatch], *, temperature: float | None = None) -> list[torch.Tensor | None]:
+    def logprobs(
+        self, microbatches: Sequence[Microbatch], *, temperature: float | None = None
+    ) -> list[torch.Tensor | None]:
         """float32 [R] per microbatch, on the CPU; Nones but on the last stage. `temperature` None: the policy's own. Collective."""
-        outputs = pipeline.run(self.modules, list(microbatches), lambda chunk, m: self._score(chunk, m, temperature or self.temperature))
+        outputs = pipeline.run(
+            self.modules, list(microbatches), lambda chunk, m: self._score(chunk, m, temperature or self.temperature)
+        )
         return [None if output is None else output[0].cpu() for output in outputs]
 
     def logprobs_everywhere(self, batch: Microbatch, *, temperature: float) -> torch.Tensor:
@@ -56,8 +74,14 @@ class FrozenPolicy:
         if not backbone.post_process:
             return hidden
         return logprobs_and_entropy(
-            hidden, backbone.head_weight, batch.target_R, temperature=temperature,
-            vocab_size=self.hf_config.vocab_size, tp_group=self.topology.head_group, impl=self.kernels.linear_logprob)
+            hidden,
+            backbone.head_weight,
+            batch.target_R,
+            temperature=temperature,
+            vocab_size=self.hf_config.vocab_size,
+            tp_group=self.topology.head_group,
+            impl=self.kernels.linear_logprob,
+        )
 
     def export(self, **how) -> Iterator[tuple[str, torch.Tensor]]:
         """(HF name, tensor) of the weights as they are now, by default on the driver; collective. `how` is hf_weights.export's."""
@@ -68,24 +92,49 @@ class Policy(FrozenPolicy):
     """Learns. The optimizer's state is sharded over data ranks. Weights of biases and norms are not decayed (Megatron's rule)."""
 
     def __init__(
-        self, folder: str, topology: Topology, *, precision: config.Precision, temperature: float, optimizer: config.Optimizer,
-        kernels: config.Kernels = config.Kernels(), load_weights: bool = True,
+        self,
+        folder: str,
+        topology: Topology,
+        *,
+        precision: config.Precision,
+        temperature: float,
+        optimizer: config.Optimizer,
+        kernels: config.Kernels = config.Kernels(),
+        load_weights: bool = True,
     ):
-        super().__init__(folder, topology, precision=precision, temperature=temperature, kernels=kernels, load_weights=load_weights)
+        super().__init__(
+            folder, topology, precision=precision, temperature=temperature, kernels=kernels, load_weights=load_weights
+        )
         axes = topology.parallel
         ddp = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=axes.overlap_grad_reduce, overlap_param_gather=axes.overlap_param_gather)
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=True,
+            overlap_grad_reduce=axes.overlap_grad_reduce,
+            overlap_param_gather=axes.overlap_param_gather,
+        )
         # The chunks behind the first reduce their gradients while others compute: they need no buckets.
         self.modules = [
-            DistributedDataParallel(chunk.config, ddp, chunk.requires_grad_(True), disable_bucketing=index > 0) for index, chunk in enumerate(self.chunks)]
+            DistributedDataParallel(chunk.config, ddp, chunk.requires_grad_(True), disable_bucketing=index > 0)
+            for index, chunk in enumerate(self.chunks)
+        ]
         if axes.overlap_grad_reduce:
             pipeline.overlap_grad_reduce(self.chunks[0].config, self.modules)
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
-                optimizer="adam", lr=optimizer.lr, adam_beta1=optimizer.beta1, adam_beta2=optimizer.beta2, adam_eps=optimizer.eps,
-                weight_decay=optimizer.weight_decay, clip_grad=optimizer.clip_grad, bf16=precision.params == "bfloat16", params_dtype=getattr(torch, precision.params),
-                use_distributed_optimizer=True, overlap_param_gather=axes.overlap_param_gather),
-            self.modules)
+                optimizer="adam",
+                lr=optimizer.lr,
+                adam_beta1=optimizer.beta1,
+                adam_beta2=optimizer.beta2,
+                adam_eps=optimizer.eps,
+                weight_decay=optimizer.weight_decay,
+                clip_grad=optimizer.clip_grad,
+                bf16=precision.params == "bfloat16",
+                params_dtype=getattr(torch, precision.params),
+                use_distributed_optimizer=True,
+                overlap_param_gather=axes.overlap_param_gather,
+            ),
+            self.modules,
+        )
 
     def update(self, batch: GlobalBatch, loss: LossFunction, *, lr: float) -> dict[str, metrics.Metric]:
         """One optimizer step. Collective. Returns this rank's metrics: those of the ranks that report, merged, are the whole.
@@ -102,7 +151,9 @@ class Policy(FrozenPolicy):
             # Read after the last microbatch: to read a number waits for the GPU.
             return value, {**stats, "entropy": entropy_R.detach(), "loss": value.detach().clone()}
 
-        parts = pipeline.run(self.modules, batch.microbatches, lambda chunk, m: self._score(chunk, m, self.temperature), after)
+        parts = pipeline.run(
+            self.modules, batch.microbatches, lambda chunk, m: self._score(chunk, m, self.temperature), after
+        )
         self._check_gradient()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -141,18 +192,28 @@ class Policy(FrozenPolicy):
             self.optimizer.restore_from_cpu()
 
     def _check_gradient(self) -> None:
-        ends = [x for module in self.modules for buffer in module.buffers for x in torch.aminmax(buffer.grad_data)]  # NaN is an end
+        ends = [
+            x for module in self.modules for buffer in module.buffers for x in torch.aminmax(buffer.grad_data)
+        ]  # NaN is an end
         if not collectives.on_any_rank(not torch.stack(ends).isfinite().all().item(), self.topology):
             return
-        bad = [name for chunk in self.chunks for name, p in chunk.named_parameters() if not p.main_grad.isfinite().all()]
+        bad = [
+            name for chunk in self.chunks for name, p in chunk.named_parameters() if not p.main_grad.isfinite().all()
+        ]
         names = [name for part in collectives.gather(bad, self.topology) for name in part]
-        raise FloatingPointError(f"update: the gradient of {names[0]} (and {len(names) - 1} more) is not finite; the last checkpoint is good")
+        raise FloatingPointError(
+            f"update: the gradient of {names[0]} (and {len(names) - 1} more) is not finite; the last checkpoint is good"
+        )
 
 
 def _to(batch: Microbatch, device: torch.device) -> Microbatch:
     if device.type == "cpu":
         return batch
-    moved = {f.name: v.to(device, non_blocking=True) for f in dataclasses.fields(batch) if isinstance(v := getattr(batch, f.name), torch.Tensor)}
+    moved = {
+        f.name: v.to(device, non_blocking=True)
+        for f in dataclasses.fields(batch)
+        if isinstance(v := getattr(batch, f.name), torch.Tensor)
+    }
     return dataclasses.replace(batch, **moved)
 
 

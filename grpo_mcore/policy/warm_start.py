@@ -41,14 +41,27 @@ def ensure(cfg: config.Config) -> None:
     if folder.is_dir():
         record = folder / RECORD
         if not record.is_file() or json.loads(record.read_text()) != wanted:
-            raise InputError("model", cfg.model, "exists, but was not made by this warm_start and seed", "remove the folder, or name another")
+            raise InputError(
+                "model",
+                cfg.model,
+                "exists, but was not made by this warm_start and seed",
+                "remove the folder, or name another",
+            )
         return
     # One rank, whatever torchrun's environment says of this process.
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "MASTER_")) and k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("TORCHELASTIC", "MASTER_")) and k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as resolved:
         resolved.write(config_file.to_yaml(cfg))
         resolved.flush()
-        done = subprocess.run([sys.executable, "-W", "ignore", "-m", "grpo_mcore.policy.warm_start", resolved.name], env=env, timeout=cfg.collective_timeout_s)
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "grpo_mcore.policy.warm_start", resolved.name],
+            env=env,
+            timeout=cfg.collective_timeout_s,
+        )
     if done.returncode:
         raise RuntimeError(f"the warm start ended with {done.returncode}; its own words stand above")
 
@@ -58,11 +71,25 @@ def make(cfg: config.Config) -> None:
     made = folder.with_name(folder.name + ".initial")
     shutil.rmtree(made, ignore_errors=True)
     arithmetic.make_model(made, cfg.seed)
-    topo = topology.connect(config.Parallel(), device=torch.device("cpu"), timeout_s=cfg.collective_timeout_s, seed=cfg.seed, num_threads=cfg.num_threads)
-    policy = Policy(str(made), topo, precision=config.Precision(params="float32"), temperature=1.0, optimizer=config.Optimizer(lr=cfg.warm_start.lr))
+    topo = topology.connect(
+        config.Parallel(),
+        device=torch.device("cpu"),
+        timeout_s=cfg.collective_timeout_s,
+        seed=cfg.seed,
+        num_threads=cfg.num_threads,
+    )
+    policy = Policy(
+        str(made),
+        topo,
+        precision=config.Precision(params="float32"),
+        temperature=1.0,
+        optimizer=config.Optimizer(lr=cfg.warm_start.lr),
+    )
     teach(policy, cfg)
     (made / RECORD).write_text(json.dumps({"seed": cfg.seed, **dataclasses.asdict(cfg.warm_start)}))
-    hf_weights.save_folder(folder, policy.export(), made, shapes=hf_weights.shapes(policy.hf_config), dtype=torch.float32)
+    hf_weights.save_folder(
+        folder, policy.export(), made, shapes=hf_weights.shapes(policy.hf_config), dtype=torch.float32
+    )
     shutil.rmtree(made)
     topology.disconnect()
 

@@ -49,7 +49,9 @@ class LiveWeights:
         for target in targets if current_platform.is_cpu() else ():
             # A CPU worker multiplies with a packed copy of the head, beside the matrix in which it looks tokens up. A model that has no
             # module for the head multiplies with its embedding.
-            target.repacked = [m for m in target.owners if isinstance(m, VocabParallelEmbedding) and (not heads or m in heads)]
+            target.repacked = [
+                m for m in target.owners if isinstance(m, VocabParallelEmbedding) and (not heads or m in heads)
+            ]
 
     @classmethod
     def of(cls, model: torch.nn.Module, infos: Sequence[TensorInfo]) -> "LiveWeights | None":
@@ -103,7 +105,11 @@ def _find_targets(model: torch.nn.Module, infos: Sequence[TensorInfo]) -> list[_
         for parameter in module._parameters.values():
             if parameter is None:
                 continue
-            if type(getattr(module, "quant_method", None)) not in (type(None), UnquantizedLinearMethod, UnquantizedEmbeddingMethod):
+            if type(getattr(module, "quant_method", None)) not in (
+                type(None),
+                UnquantizedLinearMethod,
+                UnquantizedEmbeddingMethod,
+            ):
                 return None
             targets.setdefault(id(parameter), _Target(parameter, [])).owners.append(module)
     sent = {i.name: torch.empty(i.shape, dtype=i.dtype, device="meta") for i in infos}
@@ -157,7 +163,11 @@ def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
     """The parts one below the other: without a copy where they lie so."""
     first, end = parts[0], parts[0].data_ptr()
     for part in parts:
-        if part.data_ptr() != end or not part.is_contiguous() or part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+        if (
+            part.data_ptr() != end
+            or not part.is_contiguous()
+            or part.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+        ):
             return torch.cat(parts)
         end += part.nbytes
     return first.as_strided((sum(p.shape[0] for p in parts), *first.shape[1:]), first.stride())

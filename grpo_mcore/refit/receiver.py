@@ -114,6 +114,7 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
 
 def check_complete(model: torch.nn.Module) -> None:
     """Before a layerwise reload ends, which would let a layer that got nothing keep its old weights. Raises RuntimeError."""
+
     def live(module) -> set[int]:  # its parameters when no reload is on
         return {id(p) for p in (get_layerwise_info(module).kernel_tensors or [module._parameters])[0].values()}
 
@@ -145,7 +146,9 @@ class Gloo:
 
     def __init__(self, infos: list[TensorInfo], info: dict, rank: int):
         self._infos = infos
-        self._group = open_gloo(info["address"], info["port"], info["first_rank"] + rank, info["world_size"], info["timeout_s"])
+        self._group = open_gloo(
+            info["address"], info["port"], info["first_rank"] + rank, info["world_size"], info["timeout_s"]
+        )
 
     def receive(self, info: dict) -> Iterator[list[tuple[str, torch.Tensor]]]:
         def start(bucket):
@@ -181,7 +184,12 @@ class Shared:
     @property
     def lasting(self) -> set[str]:
         """Names of tensors that nobody writes over before the next refit."""
-        return {i.name for bucket, position in zip(self._buckets, self._positions, strict=True) if position.lasting for i in bucket}
+        return {
+            i.name
+            for bucket, position in zip(self._buckets, self._positions, strict=True)
+            if position.lasting
+            for i in bucket
+        }
 
     def receive(self, info: dict) -> Iterator[list[tuple[str, torch.Tensor]]]:
         for bucket, position in zip(self._buckets, self._positions, strict=True):
@@ -203,7 +211,8 @@ class Vllms:
 
     def __init__(self, name: str, info: dict, receiver: Receiver):
         self._engine = WeightTransferEngineFactory.create_engine(
-            WeightTransferConfig(backend=name), receiver.vllm_config, receiver.device, receiver.target)
+            WeightTransferConfig(backend=name), receiver.vllm_config, receiver.device, receiver.target
+        )
         self._engine.init_transfer_engine(self._engine.parse_init_info(info))
         self._is_ipc = name == "ipc"
 
@@ -231,7 +240,10 @@ class WorkerExtension:
 
     def place(self) -> list[str]:
         """[host, GPU's UUID or ""]"""
-        return [socket.gethostname(), str(torch.cuda.get_device_properties(self.device).uuid) if torch.cuda.is_available() else ""]
+        return [
+            socket.gethostname(),
+            str(torch.cuda.get_device_properties(self.device).uuid) if torch.cuda.is_available() else "",
+        ]
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, Receiver)

@@ -39,19 +39,31 @@ class RefitError(RuntimeError):
 class Refit:
     """Call it with the version of the weights. Collective: every trainer rank must call it."""
 
-    def __init__(self, policy: Policy, engines: Engines | None, cfg: config.Config, topology: Topology, canary: Sequence[Sequence[int]]):
+    def __init__(
+        self,
+        policy: Policy,
+        engines: Engines | None,
+        cfg: config.Config,
+        topology: Topology,
+        canary: Sequence[Sequence[int]],
+    ):
         """`engines` is None on all ranks but the driver; `canary` are token sequences of at least 2 tokens."""
         self._policy, self._engines, self._cfg, self._topology = policy, engines, cfg.refit, topology
         self._keep_cache = cfg.rollout.cache_after_refit == "keep"
         self._canary = [list(ids) for ids in canary]
         self._packing = model.packing(policy.hf_config, topology, cfg.precision, max_tokens=sum(map(len, canary)))
         self._dtype = getattr(torch, cfg.engine.dtype)
-        self._groups = [[TensorInfo(name, self._dtype, shape) for name, shape in group.items()] for group in hf_weights.groups(policy.hf_config)]
+        self._groups = [
+            [TensorInfo(name, self._dtype, shape) for name, shape in group.items()]
+            for group in hf_weights.groups(policy.hf_config)
+        ]
         self._bucket_bytes = cfg.refit.bucket_bytes or (256 << 20 if topology.device.type == "cuda" else 8 << 20)
         gpu = str(torch.cuda.get_device_properties(topology.device).uuid) if topology.device.type == "cuda" else ""
         self._trainers = collectives.gather(Place(socket.gethostname(), gpu), topology)
         exact = cfg.engine.dtype == cfg.precision.params == "float32" and cfg.engine.quantization is None
-        self._tolerance = cfg.refit.canary_tolerance or (1e-3 if exact else 0.15 if cfg.engine.quantization is None else 0.5)
+        self._tolerance = cfg.refit.canary_tolerance or (
+            1e-3 if exact else 0.15 if cfg.engine.quantization is None else 0.5
+        )
         self._members: list[Slot] = []  # of the transfer
         self._transport: str | None = None
         self._sender = IpcSender(topology)  # the one that every rank has
@@ -131,8 +143,14 @@ class Refit:
             "ipc": lambda: IpcSender(self._topology),
         }[self._transport]()
         weights = to_dict(stream.infos)
-        refs = self._engines.call(members, "init_transfer", [
-            ({"transport": self._transport, "weights": weights, "info": self._sender.init_info(first)},) for first in first_ranks])
+        refs = self._engines.call(
+            members,
+            "init_transfer",
+            [
+                ({"transport": self._transport, "weights": weights, "info": self._sender.init_info(first)},)
+                for first in first_ranks
+            ],
+        )
         self._sender.open()
         self._settle(refs, "joining")
 
@@ -170,7 +188,9 @@ class Refit:
     def _attest(self, version: int) -> float | None:
         """Mean |engine - trainer| log-prob over the canary tokens, of the worst engine that is left; None if the refit must be done again. Collective."""
         samples = [
-            batch.Sample(Prompt(0, "", "", tuple(ids[:1])), Response(tuple(ids[1:]), (0.0,) * (len(ids) - 1), False), 0.0)
+            batch.Sample(
+                Prompt(0, "", "", tuple(ids[:1])), Response(tuple(ids[1:]), (0.0,) * (len(ids) - 1), False), 0.0
+            )
             for ids in self._canary
         ]
         packed = batch.microbatch(samples, [0.0] * len(samples), self._packing)
@@ -191,7 +211,8 @@ class Refit:
             failed[slot] = (
                 f"does not compute what the trainer computes: mean |engine - trainer| log-prob of {len(theirs)} canary tokens is {error:.3g}, "
                 f"tolerance {self._tolerance:g}; worst at canary token {at}: engine {theirs[at]:.4f}, trainer {ours[at]:.4f}. "
-                "If the engines' arithmetic is coarser than the trainer's, raise refit.canary_tolerance")
+                "If the engines' arithmetic is coarser than the trainer's, raise refit.canary_tolerance"
+            )
         if not errors:  # none is right: it is not the engines' doing
             slot, problem = next(iter(failed.items()))
             self._problem = f"engine {slot.index} {problem}"
@@ -199,5 +220,7 @@ class Refit:
         for slot, problem in failed.items():
             self._engines.lose(slot, f"refit to version {version}", problem)
         self._members = list(errors)
-        self._engines.collect(self._engines.call(self._members, "release"), self._cfg.timeout_s)  # who fails here is found by its health
+        self._engines.collect(
+            self._engines.call(self._members, "release"), self._cfg.timeout_s
+        )  # who fails here is found by its health
         return max(errors.values())

@@ -53,8 +53,12 @@ def choose(transport: str, engines: Sequence[Sequence[Place]], trainers: Sequenc
     near = set(trainers if cuda else trainers[:1])  # on a CPU the driver alone sends
     apart = next((place for engine in engines for place in engine if place not in near), None)
     if transport == "shared" and apart:
-        raise InputError("refit.transport", transport, f"needs every engine on {'the GPUs' if cuda else 'the machine'} of the trainer; one is on {' '.join(apart)}",
-                         "set it to auto or broadcast, or place the engines there")
+        raise InputError(
+            "refit.transport",
+            transport,
+            f"needs every engine on {'the GPUs' if cuda else 'the machine'} of the trainer; one is on {' '.join(apart)}",
+            "set it to auto or broadcast, or place the engines there",
+        )
     if transport == "broadcast" or apart:
         return "nccl" if cuda else "gloo"
     return "ipc" if cuda else "shared_memory"
@@ -67,7 +71,12 @@ def span(bucket: Sequence[TensorInfo]) -> str:
 class Stream:
     """The weights of one refit on this rank, written bucket by bucket into a sender's memory."""
 
-    def __init__(self, groups: Sequence[Sequence[TensorInfo]], bucket_bytes: int, export: Callable[..., Iterator[tuple[str, torch.Tensor]]]):
+    def __init__(
+        self,
+        groups: Sequence[Sequence[TensorInfo]],
+        bucket_bytes: int,
+        export: Callable[..., Iterator[tuple[str, torch.Tensor]]],
+    ):
         """`export(into=...)` yields (name, tensor) in the order of `groups`, each written to into(name) where that is not None."""
         self.bucket_bytes, self.buckets = bucket_bytes, list(buckets(groups, bucket_bytes))
         self.infos = [info for bucket in self.buckets for info in bucket]
@@ -121,7 +130,13 @@ class GlooSender:
     def init_info(self, first_rank: int) -> dict:
         """For the engine whose first process has this rank of the group."""
         address, port, _, world_size, timeout_s = self._args
-        return {"address": address, "port": port, "first_rank": first_rank, "world_size": world_size, "timeout_s": timeout_s}
+        return {
+            "address": address,
+            "port": port,
+            "first_rank": first_rank,
+            "world_size": world_size,
+            "timeout_s": timeout_s,
+        }
 
     def open(self) -> None:
         """Blocks until every engine has joined; to be called while the engines initialise."""
@@ -155,8 +170,14 @@ class NcclSender:
     """The sender of vLLM's own `nccl` backend (vllm 0.32: packed settings travel in init_info)."""
 
     def __init__(self, bucket_bytes: int, address: str, world_size: int):
-        self._info = {"master_address": address, "master_port": free_port(address), "world_size": world_size,
-                      "packed": True, "packed_buffer_size_bytes": bucket_bytes, "packed_num_buffers": 2}
+        self._info = {
+            "master_address": address,
+            "master_port": free_port(address),
+            "world_size": world_size,
+            "packed": True,
+            "packed_buffer_size_bytes": bucket_bytes,
+            "packed_num_buffers": 2,
+        }
 
     def init_info(self, first_rank: int) -> dict:
         return {**self._info, "rank_offset": first_rank}
@@ -196,8 +217,13 @@ class SharedSender:
         self._listener, self._engines = listen(), []
 
     def init_info(self, first_rank: int) -> dict:
-        return {"path": self._memory.path, "lengths": self._lengths, "bucket_bytes": self._bucket_bytes, "socket": self._listener.getsockname().decode(),
-                "timeout_s": self._timeout_s}
+        return {
+            "path": self._memory.path,
+            "lengths": self._lengths,
+            "bucket_bytes": self._bucket_bytes,
+            "socket": self._listener.getsockname().decode(),
+            "timeout_s": self._timeout_s,
+        }
 
     def open(self) -> None:
         pass  # engines join without it: one that cannot says so at once
@@ -275,13 +301,22 @@ class IpcSender:
             except Exception as e:
                 error = e
             # When this returns, every rank has filled its bucket, and the engines have loaded the one before, whose memory is next.
-            sent = collectives.gather((error is None, str(torch.cuda.get_device_properties(device).uuid), _handle(buffers[index % 2])), self._topology)
+            sent = collectives.gather(
+                (error is None, str(torch.cuda.get_device_properties(device).uuid), _handle(buffers[index % 2])),
+                self._topology,
+            )
             if not all(fine for fine, _, _ in sent):
                 break
             if update:
                 handles = {gpu: handle for _, gpu, handle in sent}
-                wait = update({**to_dict(bucket), "tensor_sizes": [i.num_bytes for i in bucket], "ipc_handles": base64.b64encode(pickle.dumps(handles)).decode()},
-                              f"loading {span(bucket)}")
+                wait = update(
+                    {
+                        **to_dict(bucket),
+                        "tensor_sizes": [i.num_bytes for i in bucket],
+                        "ipc_handles": base64.b64encode(pickle.dumps(handles)).decode(),
+                    },
+                    f"loading {span(bucket)}",
+                )
         if wait and not error:
             try:
                 wait()

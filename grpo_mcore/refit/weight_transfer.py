@@ -80,6 +80,7 @@ class Position(NamedTuple):
 def positions(buckets: Sequence[Sequence[TensorInfo]], bucket_bytes: int) -> tuple[list[Position], int]:
     """Where buckets stand, and the bytes of it all: in a ring of RING_BUCKETS, so that the sender may run ahead, but what is loaded is
     still in a cache; those above bucket_bytes behind it, each in memory of its own."""
+
     def whole_pages(size: int) -> int:
         return -(-size // PAGE) * PAGE
 
@@ -94,7 +95,13 @@ def positions(buckets: Sequence[Sequence[TensorInfo]], bucket_bytes: int) -> tup
             continue
         if at + size > room:
             at = 0
-        out.append(Position(at, max((other + 1 for other, start, stop in taken if start < at + size and at < stop), default=0), False))
+        out.append(
+            Position(
+                at,
+                max((other + 1 for other, start, stop in taken if start < at + size and at < stop), default=0),
+                False,
+            )
+        )
         taken.append((index, at, at + size))
         at += size
     return out, end

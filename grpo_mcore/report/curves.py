@@ -16,8 +16,20 @@ from grpo_mcore.report import run_folder
 COLOURS = ("#1f6fb4", "#c2570c", "#1a7f4b", "#8a4fb5", "#b3261e", "#6b7280", "#a67c00", "#0f7f8c")
 INK = "#1b1f24"
 STYLE = {
-    "svg.fonttype": "none", "svg.hashsalt": "grpo", "text.parse_math": False, "font.size": 9, "axes.titlesize": 10, "text.color": INK, "axes.edgecolor": INK,
-    "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "grid.color": INK, "axes.spines.top": False, "axes.spines.right": False}
+    "svg.fonttype": "none",
+    "svg.hashsalt": "grpo",
+    "text.parse_math": False,
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
 
 
 @dataclass(frozen=True)
@@ -68,11 +80,15 @@ def svg(chart: Chart, prefix: str) -> Svg:
     out = io.StringIO()
     figure = _figure(chart, (6, 2.9))
     with matplotlib.rc_context(STYLE):
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        figure.savefig(
+            out, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+        )
     text = out.getvalue()
-    text = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{prefix}", text[text.index("<svg"):])
+    text = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{prefix}", text[text.index("<svg") :])
     text = re.sub(r"<style.*?</style>", "", text, count=1)  # it would hold for the whole page
-    text = re.sub(r'^<svg [^>]*viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true" focusable="false">', text, count=1)
+    text = re.sub(
+        r'^<svg [^>]*viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true" focusable="false">', text, count=1
+    )
     for name, colour in (*((f"--c{i}", colour) for i, colour in enumerate(COLOURS)), ("--ink", INK)):
         text = text.replace(colour, f"var({name})")
     box, (first, last) = figure.axes[0].get_position(), figure.axes[0].get_xlim()
@@ -91,7 +107,12 @@ def _figure(chart: Chart, size: tuple[float, float]):
         draw_series(axes, chart.series)
         if chart.ylim:
             axes.set_ylim(*chart.ylim)
-        if chart.log and (finite := [v for s in chart.series for v in s.finite]) and min(finite) > 0 and max(finite) > 10 * min(finite):
+        if (
+            chart.log
+            and (finite := [v for s in chart.series for v in s.finite])
+            and min(finite) > 0
+            and max(finite) > 10 * min(finite)
+        ):
             axes.set_yscale("log")
             axes.yaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
@@ -101,19 +122,38 @@ def _figure(chart: Chart, size: tuple[float, float]):
         axes.set_axisbelow(True)
         for step, name in chart.boundaries:
             axes.axvline(step, color=INK, linewidth=0.8, linestyle="--", alpha=0.6)
-            axes.annotate(name, (step, 1), xycoords=("data", "axes fraction"), xytext=(3, -2), textcoords="offset points", va="top", fontsize=8)
+            axes.annotate(
+                name,
+                (step, 1),
+                xycoords=("data", "axes fraction"),
+                xytext=(3, -2),
+                textcoords="offset points",
+                va="top",
+                fontsize=8,
+            )
         if len(chart.series) > 1 or any(s.error for s in chart.series):
             longest = max(len(s.label) for s in chart.series)
-            figure.legend(loc="outside lower center", ncols=max(1, min(len(chart.series), 4, 92 // (longest + 6))), frameon=False, fontsize=8)
+            figure.legend(
+                loc="outside lower center",
+                ncols=max(1, min(len(chart.series), 4, 92 // (longest + 6))),
+                frameon=False,
+                fontsize=8,
+            )
         return figure
 
 
 def _draw_lines(axes, series: Sequence[Series]) -> None:
     for i, s in enumerate(series):
         colour, y = COLOURS[i % len(COLOURS)], [v if math.isfinite(v) else math.nan for v in s.values]
-        alone = [k for k, v in enumerate(y) if not math.isnan(v) and all(math.isnan(n) for n in y[max(k - 1, 0) : k] + y[k + 1 : k + 2])]  # no line reaches it
+        alone = [
+            k
+            for k, v in enumerate(y)
+            if not math.isnan(v) and all(math.isnan(n) for n in y[max(k - 1, 0) : k] + y[k + 1 : k + 2])
+        ]  # no line reaches it
         if s.error:
-            axes.errorbar(s.steps, y, s.error, color=colour, marker="o", markersize=4, linewidth=1.2, capsize=3, label=s.label)
+            axes.errorbar(
+                s.steps, y, s.error, color=colour, marker="o", markersize=4, linewidth=1.2, capsize=3, label=s.label
+            )
         else:
             axes.plot(s.steps, y, color=colour, linewidth=1.2, marker="o", markersize=3, markevery=alone, label=s.label)
 
@@ -125,7 +165,15 @@ def _draw_layers(axes, series: Sequence[Series]) -> None:
     for i, s in enumerate(series):
         at = dict(zip(s.steps, s.values, strict=True))
         above = [b + (v if math.isfinite(v := at.get(first + k, 0.0)) else 0.0) for k, b in enumerate(below)]
-        axes.stairs(above, [first - 0.5 + k for k in range(len(above) + 1)], baseline=below, fill=True, color=COLOURS[i % len(COLOURS)], linewidth=0, label=s.label)
+        axes.stairs(
+            above,
+            [first - 0.5 + k for k in range(len(above) + 1)],
+            baseline=below,
+            fill=True,
+            color=COLOURS[i % len(COLOURS)],
+            linewidth=0,
+            label=s.label,
+        )
         below = above
 
 
@@ -135,9 +183,14 @@ def evaluations(rows: Sequence[dict]) -> list[Series]:
     out = []
     for key in keys:
         mine = [row for row in rows if key in row]
-        out.append(Series(
-            f"held-out {key.removeprefix('eval/')} ± standard error", [row["step"] for row in mine], [row[key] for row in mine],
-            [e if math.isfinite(e := row.get("eval/standard_error", 0.0)) else 0.0 for row in mine]))
+        out.append(
+            Series(
+                f"held-out {key.removeprefix('eval/')} ± standard error",
+                [row["step"] for row in mine],
+                [row[key] for row in mine],
+                [e if math.isfinite(e := row.get("eval/standard_error", 0.0)) else 0.0 for row in mine],
+            )
+        )
     return out
 
 
@@ -145,5 +198,12 @@ def draw(run_dir: str | Path) -> Path:
     """RUN/curves.png from RUN/metrics.jsonl: training reward and evaluations. Returns its path."""
     rows = run_folder.read_metrics(run_dir)
     train = [row for row in rows if "reward/mean" in row]
-    series = [Series("training reward", [row["step"] for row in train], [row["reward/mean"] for row in train])] if train else []
-    return png(Chart(Path(run_dir).name, "share of right answers", (*series, *evaluations(rows)), ylim=(0, 1.02)), Path(run_dir) / "curves.png")
+    series = (
+        [Series("training reward", [row["step"] for row in train], [row["reward/mean"] for row in train])]
+        if train
+        else []
+    )
+    return png(
+        Chart(Path(run_dir).name, "share of right answers", (*series, *evaluations(rows)), ylim=(0, 1.02)),
+        Path(run_dir) / "curves.png",
+    )

@@ -96,7 +96,9 @@ class MismatchError(RuntimeError):
 POSITIONS = (0, 256, 1024, 4096, 16384)  # tokens into a sequence at which buckets of mismatch begin
 
 
-def mismatch(rollout_logprobs_R: torch.Tensor, old_logprobs_R: torch.Tensor, position_R: torch.Tensor, cap: float = 2.0) -> dict[str, Metric]:
+def mismatch(
+    rollout_logprobs_R: torch.Tensor, old_logprobs_R: torch.Tensor, position_R: torch.Tensor, cap: float = 2.0
+) -> dict[str, Metric]:
     """What the engine sampled with against what the trainer scores: log-prob differences, also by position in the sequence, the
     share of tokens whose importance weight exp(old - rollout) exceeds `cap`, and k3 of KL(rollout || old)."""
     d = old_logprobs_R - rollout_logprobs_R
@@ -119,7 +121,9 @@ def check_mismatch(merged: dict[str, Metric], bounds: config.Mismatch, *, speaks
     what = f"mean |old - rollout| log-prob is {seen:.3g}: the engines sample with another distribution than the trainer scores"
     advice = "See mismatch/* by position: a rise with length points to the engines' precision or kernels (engine.dtype, quantization, enforce_eager, kv_cache_dtype)"
     if bounds.stop_above is not None and not seen <= bounds.stop_above:  # NaN stops too
-        raise MismatchError(f"{what}; mismatch.stop_above = {bounds.stop_above:g}. {advice}; loss.importance_level corrects for it.")
+        raise MismatchError(
+            f"{what}; mismatch.stop_above = {bounds.stop_above:g}. {advice}; loss.importance_level corrects for it."
+        )
     if bounds.warn_above is not None and not seen <= bounds.warn_above and speaks:
         print(f"warning: {what}; mismatch.warn_above = {bounds.warn_above:g}. {advice}", flush=True)
 
@@ -194,8 +198,14 @@ class Writer:
     def show(self, step: int, row: dict[str, float]) -> None:
         done = step - self._start
         left_s = (time.monotonic() - self._began) / max(done, 1) * (self._num_steps - step)
-        phases = " ".join(f"{k.removeprefix('time/').removesuffix('_s')} {v:.2f}s" for k, v in row.items() if k.startswith("time/") and k != "time/step_s")
-        self.say(f"step {step}/{self._num_steps} | reward {row['reward/mean']:.3f} | {row['tokens_per_s']:.0f} tokens/s | {phases} | left {left_s / 60:.1f} min")
+        phases = " ".join(
+            f"{k.removeprefix('time/').removesuffix('_s')} {v:.2f}s"
+            for k, v in row.items()
+            if k.startswith("time/") and k != "time/step_s"
+        )
+        self.say(
+            f"step {step}/{self._num_steps} | reward {row['reward/mean']:.3f} | {row['tokens_per_s']:.0f} tokens/s | {phases} | left {left_s / 60:.1f} min"
+        )
 
     def say(self, text: str) -> None:
         if self._live:

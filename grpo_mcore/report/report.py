@@ -24,7 +24,9 @@ from grpo_mcore.config.config import InputError
 from grpo_mcore.report import curves, run_folder
 
 STATUSES = ("correct", "wrong", "no_answer", "truncated", "timed_out")  # reward.Status
-UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]")
+UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]"
+)
 HEAD_SHARE = 1 / 3  # of a cut text, its beginning; the rest is its end, where the answer stands
 MAX_FIELD_CHARS = 600
 
@@ -40,7 +42,9 @@ class Bounds:
     def __post_init__(self):
         for name in ("steps", "chars", "mib"):
             if getattr(self, name) <= 0:
-                raise InputError(f"--{name}", getattr(self, name), "must be positive", f"leave it out for {getattr(Bounds, name)}")
+                raise InputError(
+                    f"--{name}", getattr(self, name), "must be positive", f"leave it out for {getattr(Bounds, name)}"
+                )
 
 
 @dataclass(frozen=True)
@@ -81,51 +85,162 @@ class Plot:
 
 SHARE = (-0.02, 1.08)
 SECTIONS: tuple[tuple[str, tuple[Plot, ...]], ...] = (
-    ("Curves", (
-        Plot("Training reward", "share of right answers", ("reward/mean",), "Mean reward of a step's responses.", ylim=SHARE),
-        Plot("Evaluation", "share of right answers", ("eval/mean@*",), "Mean over the problems; the bars are one standard error from problem to problem.", ylim=SHARE),
-        Plot("Evaluation: pass@k and maj@k", "share of problems", ("eval/pass@*", "eval/maj@*"), ylim=SHARE),
-        Plot("Groups that teach", "share of groups", ("reward/mixed_groups_frac",), "Groups whose rewards differ: only they have advantages.", ylim=SHARE),
-        Plot("Entropy", "nats a token", ("update/entropy",)),
-        Plot("KL to the reference", "nats a token", ("update/kl_to_ref",)),
-        Plot("Clip fraction", "share of tokens", ("update/clip_frac", "update/clip_dual_frac")),
-        Plot("Gradient norm", "norm before the clip", ("update/grad_norm",)),
-        Plot("Loss", "loss", ("update/loss",)),
-        Plot("Learning rate", "learning rate", ("update/lr",)))),
-    ("Length and truncation", (
-        Plot("Response length", "tokens", ("rollout/response_tokens_mean", "rollout/response_tokens_max")),
-        Plot("Truncated responses", "share of responses", ("rollout/truncated_frac", "eval/truncated_frac"), "Those that hit the length limit.", ylim=(0, None)))),
-    ("Mismatch", (
-        Plot("|old - rollout| log-prob", "nats", ("mismatch/logprob_abs_mean", "mismatch/logprob_abs_max"), "What the engines sampled with against what the trainer scores.", log=True),
-        Plot("By position in the sequence", "nats", ("mismatch/logprob_abs_mean_from_*",), "Means over tokens from each position to the next. A rise with length points to the engines' precision.", log=True),
-        Plot("Tokens beyond the cap", "share of tokens", ("mismatch/beyond_cap_frac", "importance/beyond_cap_frac")),
-        Plot("k3 of KL(rollout || old)", "nats a token", ("mismatch/k3",), log=True),
-        Plot("Importance weights", "", ("importance/weight_mean", "importance/effective_frac")),
-        Plot("Staleness", "steps", ("rollout/staleness_mean", "rollout/staleness_max"), "How many versions behind the policy a token was sampled."),
-        Plot("Engines against the trainer after a refit", "nats", ("refit/canary_abs_mean",), "Mean |log-prob difference| of fixed tokens.", log=True))),
-    ("Time and throughput", (
-        Plot("Time by phase", "seconds a step", ("time/*_s",), "As the driver waits for them.", stacked=True),
-        Plot("Throughput", "tokens/s", ("tokens_per_s",), "Prompt and response tokens over the step's seconds, without evaluation and checkpoint."),
-        Plot("Packing and balance", "", ("update/packed_frac", "update/imbalance")),
-        Plot("Refit", "GB/s", ("refit/gb_per_s",)))),
-    ("Grading", (
-        Plot("Statuses", "responses", tuple(f"reward/{status}" for status in STATUSES), "Why each response got its reward.", stacked=True),
-        Plot("Verifiers disagree", "responses", ("reward/disagree",)),
-        Plot("Grading time", "seconds", ("reward/seconds",)))),
-    ("Failures", (
-        Plot("Engines that failed", "since the process began", ("rollout/engine_failures",)),
-        Plot("Groups not trained on as drawn", "groups", ("rollout/groups_passed_over", "rollout/groups_without_variance", "rollout/groups_dropped")),
-        Plot("Comparisons stopped", "responses", ("reward/timed_out",), "Wrong answers only because the grader ran out of time."),
-        Plot("Masked prompts", "share of groups", ("rollout/masked_prompts_frac",)))),
+    (
+        "Curves",
+        (
+            Plot(
+                "Training reward",
+                "share of right answers",
+                ("reward/mean",),
+                "Mean reward of a step's responses.",
+                ylim=SHARE,
+            ),
+            Plot(
+                "Evaluation",
+                "share of right answers",
+                ("eval/mean@*",),
+                "Mean over the problems; the bars are one standard error from problem to problem.",
+                ylim=SHARE,
+            ),
+            Plot("Evaluation: pass@k and maj@k", "share of problems", ("eval/pass@*", "eval/maj@*"), ylim=SHARE),
+            Plot(
+                "Groups that teach",
+                "share of groups",
+                ("reward/mixed_groups_frac",),
+                "Groups whose rewards differ: only they have advantages.",
+                ylim=SHARE,
+            ),
+            Plot("Entropy", "nats a token", ("update/entropy",)),
+            Plot("KL to the reference", "nats a token", ("update/kl_to_ref",)),
+            Plot("Clip fraction", "share of tokens", ("update/clip_frac", "update/clip_dual_frac")),
+            Plot("Gradient norm", "norm before the clip", ("update/grad_norm",)),
+            Plot("Loss", "loss", ("update/loss",)),
+            Plot("Learning rate", "learning rate", ("update/lr",)),
+        ),
+    ),
+    (
+        "Length and truncation",
+        (
+            Plot("Response length", "tokens", ("rollout/response_tokens_mean", "rollout/response_tokens_max")),
+            Plot(
+                "Truncated responses",
+                "share of responses",
+                ("rollout/truncated_frac", "eval/truncated_frac"),
+                "Those that hit the length limit.",
+                ylim=(0, None),
+            ),
+        ),
+    ),
+    (
+        "Mismatch",
+        (
+            Plot(
+                "|old - rollout| log-prob",
+                "nats",
+                ("mismatch/logprob_abs_mean", "mismatch/logprob_abs_max"),
+                "What the engines sampled with against what the trainer scores.",
+                log=True,
+            ),
+            Plot(
+                "By position in the sequence",
+                "nats",
+                ("mismatch/logprob_abs_mean_from_*",),
+                "Means over tokens from each position to the next. A rise with length points to the engines' precision.",
+                log=True,
+            ),
+            Plot(
+                "Tokens beyond the cap", "share of tokens", ("mismatch/beyond_cap_frac", "importance/beyond_cap_frac")
+            ),
+            Plot("k3 of KL(rollout || old)", "nats a token", ("mismatch/k3",), log=True),
+            Plot("Importance weights", "", ("importance/weight_mean", "importance/effective_frac")),
+            Plot(
+                "Staleness",
+                "steps",
+                ("rollout/staleness_mean", "rollout/staleness_max"),
+                "How many versions behind the policy a token was sampled.",
+            ),
+            Plot(
+                "Engines against the trainer after a refit",
+                "nats",
+                ("refit/canary_abs_mean",),
+                "Mean |log-prob difference| of fixed tokens.",
+                log=True,
+            ),
+        ),
+    ),
+    (
+        "Time and throughput",
+        (
+            Plot("Time by phase", "seconds a step", ("time/*_s",), "As the driver waits for them.", stacked=True),
+            Plot(
+                "Throughput",
+                "tokens/s",
+                ("tokens_per_s",),
+                "Prompt and response tokens over the step's seconds, without evaluation and checkpoint.",
+            ),
+            Plot("Packing and balance", "", ("update/packed_frac", "update/imbalance")),
+            Plot("Refit", "GB/s", ("refit/gb_per_s",)),
+        ),
+    ),
+    (
+        "Grading",
+        (
+            Plot(
+                "Statuses",
+                "responses",
+                tuple(f"reward/{status}" for status in STATUSES),
+                "Why each response got its reward.",
+                stacked=True,
+            ),
+            Plot("Verifiers disagree", "responses", ("reward/disagree",)),
+            Plot("Grading time", "seconds", ("reward/seconds",)),
+        ),
+    ),
+    (
+        "Failures",
+        (
+            Plot("Engines that failed", "since the process began", ("rollout/engine_failures",)),
+            Plot(
+                "Groups not trained on as drawn",
+                "groups",
+                ("rollout/groups_passed_over", "rollout/groups_without_variance", "rollout/groups_dropped"),
+            ),
+            Plot(
+                "Comparisons stopped",
+                "responses",
+                ("reward/timed_out",),
+                "Wrong answers only because the grader ran out of time.",
+            ),
+            Plot("Masked prompts", "share of groups", ("rollout/masked_prompts_frac",)),
+        ),
+    ),
 )
 
 FACTS = (
-    ("model", "model"), ("recipe", "recipe"), ("declared deviations", "recipe_deviations"), ("training data", "data.train"), ("evaluation data", "eval.data"),
-    ("prompts per step", "rollout.prompts_per_step"), ("responses per prompt", "rollout.group_size"), ("responses per optimizer step", "batch.global_batch_size"),
-    ("longest response, tokens", "rollout.max_response_tokens"), ("longest sequence, tokens", "rollout.max_total_tokens"), ("temperature", "rollout.temperature"),
-    ("staleness allowed, steps", "rollout.max_staleness"), ("policy loss", "loss.policy_loss"), ("aggregation", "loss.aggregation"), ("KL coefficient", "loss.kl_coef"),
-    ("importance correction", "loss.importance_level"), ("learning rate", "optimizer.lr"), ("trainer's weights", "precision.params"), ("FP8", "precision.fp8"),
-    ("engines", "engine.num_engines"), ("engines' dtype", "engine.dtype"), ("engines' quantization", "engine.quantization"), ("device", "device"), ("seed", "seed"),
+    ("model", "model"),
+    ("recipe", "recipe"),
+    ("declared deviations", "recipe_deviations"),
+    ("training data", "data.train"),
+    ("evaluation data", "eval.data"),
+    ("prompts per step", "rollout.prompts_per_step"),
+    ("responses per prompt", "rollout.group_size"),
+    ("responses per optimizer step", "batch.global_batch_size"),
+    ("longest response, tokens", "rollout.max_response_tokens"),
+    ("longest sequence, tokens", "rollout.max_total_tokens"),
+    ("temperature", "rollout.temperature"),
+    ("staleness allowed, steps", "rollout.max_staleness"),
+    ("policy loss", "loss.policy_loss"),
+    ("aggregation", "loss.aggregation"),
+    ("KL coefficient", "loss.kl_coef"),
+    ("importance correction", "loss.importance_level"),
+    ("learning rate", "optimizer.lr"),
+    ("trainer's weights", "precision.params"),
+    ("FP8", "precision.fp8"),
+    ("engines", "engine.num_engines"),
+    ("engines' dtype", "engine.dtype"),
+    ("engines' quantization", "engine.quantization"),
+    ("device", "device"),
+    ("seed", "seed"),
 )
 
 
@@ -140,13 +255,22 @@ def write(run_dirs: Sequence[str | Path], out: str | Path | None = None, bounds:
     sections, drawn = [], {}
     for heading, plots in SECTIONS:
         charts = [(plot, chart) for plot in plots if (chart := _chart(plot, rows, boundaries, data_name)).series]
-        sections.append(_section(heading, charts, rows, drawn) + (_time_table(rows) if heading.startswith("Time") else ""))
+        sections.append(
+            _section(heading, charts, rows, drawn) + (_time_table(rows) if heading.startswith("Time") else "")
+        )
     rollouts, left_out = collect_rollouts(stages, bounds)
     page = Path(__file__).with_name("page.html").read_text()
     script = re.search(r"<script>(.*?)</script>", page, re.DOTALL)[1]
     text = Template(page).substitute(
-        title=_escape(" → ".join(stage.name for stage in stages)), header=_header(stages), sections="\n".join(sections), metrics=_metrics_table(rows), left_out=_escape(left_out),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(), charts=_json(drawn), rollouts=_json(rollouts))
+        title=_escape(" → ".join(stage.name for stage in stages)),
+        header=_header(stages),
+        sections="\n".join(sections),
+        metrics=_metrics_table(rows),
+        left_out=_escape(left_out),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        charts=_json(drawn),
+        rollouts=_json(rollouts),
+    )
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, plot in (("reward.png", SECTIONS[0][1][0]), ("eval.png", SECTIONS[0][1][1])):
@@ -168,13 +292,27 @@ def load(run_dirs: Sequence[str | Path]) -> list[Stage]:
     stages: list[Stage] = []
     for i, folder in enumerate(folders):
         if not (folder / "metrics.jsonl").is_file() and not (folder / "config.yaml").is_file():
-            raise InputError("RUN", str(folder), "holds neither metrics.jsonl nor config.yaml" if folder.is_dir() else "there is no such folder", "give a folder that launch/train.py wrote")
+            raise InputError(
+                "RUN",
+                str(folder),
+                "holds neither metrics.jsonl nor config.yaml" if folder.is_dir() else "there is no such folder",
+                "give a folder that launch/train.py wrote",
+            )
         if whole[i] in whole[:i]:
             raise InputError("RUN", str(folder), "is named twice", "name each stage once, in their order")
         name = whole[i].name if [w.name for w in whole].count(whole[i].name) == 1 else "/".join(whole[i].parts[-2:])
-        stages.append(Stage(
-            visible(name), folder, run_folder.read_metrics(folder), run_folder.read_config(folder), run_folder.read_summary(folder), run_folder.read_layout(folder),
-            run_folder.read_provenance(folder), offset=stages[-1].offset + stages[-1].steps if stages else 0))
+        stages.append(
+            Stage(
+                visible(name),
+                folder,
+                run_folder.read_metrics(folder),
+                run_folder.read_config(folder),
+                run_folder.read_summary(folder),
+                run_folder.read_layout(folder),
+                run_folder.read_provenance(folder),
+                offset=stages[-1].offset + stages[-1].steps if stages else 0,
+            )
+        )
     return stages
 
 
@@ -195,7 +333,9 @@ def _chart(plot: Plot, rows: Sequence[dict], boundaries: tuple, data_name: str) 
         series = []
         for name in names:
             mine = [row for row in rows if _is_eval(row) == name.startswith("eval/")]
-            series.append(curves.Series(visible(name), [row["step"] for row in mine], [row.get(name, math.nan) for row in mine]))
+            series.append(
+                curves.Series(visible(name), [row["step"] for row in mine], [row.get(name, math.nan) for row in mine])
+            )
     return curves.Chart(title, plot.ylabel, tuple(series), plot.stacked, plot.ylim, plot.log, boundaries)
 
 
@@ -221,12 +361,23 @@ def _section(heading: str, charts: list[tuple[Plot, curves.Chart]], rows: Sequen
             continue
         name = f"chart{len(drawn)}"
         svg = curves.svg(chart, f"{name}-")
-        drawn[name] = [svg.left, svg.right, svg.first, svg.last, [[s.label, list(s.steps), [_number(v) for v in s.values]] for s in chart.series]]
-        said = "; ".join(f"{s.label}: {len(s.finite)} values from {s.finite[0]:.6g} to {s.finite[-1]:.6g}, lowest {min(s.finite):.6g}, highest {max(s.finite):.6g}"
-                         for s in chart.series if s.finite)
+        drawn[name] = [
+            svg.left,
+            svg.right,
+            svg.first,
+            svg.last,
+            [[s.label, list(s.steps), [_number(v) for v in s.values]] for s in chart.series],
+        ]
+        said = "; ".join(
+            f"{s.label}: {len(s.finite)} values from {s.finite[0]:.6g} to {s.finite[-1]:.6g}, lowest {min(s.finite):.6g}, highest {max(s.finite):.6g}"
+            for s in chart.series
+            if s.finite
+        )
         gaps = f" {broken} values are not finite and not drawn." if broken else ""
-        figures.append(f'<figure id="{name}"><div class="chart" role="img" aria-label="{_escape(chart.title)}. {_escape(said)}">{svg.text}</div>'
-                       f'<figcaption>{_escape(plot.note)}{gaps}</figcaption><output></output></figure>')
+        figures.append(
+            f'<figure id="{name}"><div class="chart" role="img" aria-label="{_escape(chart.title)}. {_escape(said)}">{svg.text}</div>'
+            f"<figcaption>{_escape(plot.note)}{gaps}</figcaption><output></output></figure>"
+        )
     body = f'<div class="charts">{"".join(figures)}</div>' if figures else ""
     body += f"<p>0 throughout: {_escape(', '.join(zero))}.</p>" if zero else ""
     return f"<section><h2>{heading}</h2>{body or '<p>No step has metrics of this kind.</p>'}</section>"
@@ -241,11 +392,21 @@ def _header(stages: Sequence[Stage]) -> str:
     facts.insert(5, ("ranks by axis", [_layout(stage) for stage in stages]))
     facts = [(label, *cells) for label, cells in facts if any(c != "–" for c in cells)]
     pairs = "".join(f"<div><dt>{_escape(label)}</dt><dd>{_escape(cells[0])}</dd></div>" for label, *cells in facts)
-    table = f'<dl class="facts">{pairs}</dl>' if len(stages) == 1 else _table("", ["", *(stage.name for stage in stages)], facts)
+    table = (
+        f'<dl class="facts">{pairs}</dl>'
+        if len(stages) == 1
+        else _table("", ["", *(stage.name for stage in stages)], facts)
+    )
     details = [(f"Configuration of {stage.name}", stage.config) for stage in stages if stage.config]
-    details += [(f"Code, software and hardware of {stage.name}, of each start", stage.starts) for stage in stages if stage.starts]
-    return table + "".join(f"<details><summary>{_escape(summary)}</summary><pre>{_escape(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))}</pre></details>"
-                           for summary, content in details)
+    details += [
+        (f"Code, software and hardware of {stage.name}, of each start", stage.starts)
+        for stage in stages
+        if stage.starts
+    ]
+    return table + "".join(
+        f"<details><summary>{_escape(summary)}</summary><pre>{_escape(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))}</pre></details>"
+        for summary, content in details
+    )
 
 
 def _state(stage: Stage) -> str:
@@ -257,13 +418,24 @@ def _state(stage: Stage) -> str:
 
 def _layout(stage: Stage) -> str:
     """As the newest checkpoint says; without one, as far as the configuration does."""
-    layout = stage.layout or {axis: size for axis in ("tp", "cp", "pp") if (size := stage.key(f"parallel.{axis}")) is not None}
+    layout = stage.layout or {
+        axis: size for axis in ("tp", "cp", "pp") if (size := stage.key(f"parallel.{axis}")) is not None
+    }
     return " x ".join(f"{axis} {size}" for axis, size in layout.items()) or "–"
 
 
 def _first_and_last(stage: Stage, pattern: str) -> str:
-    seen = [(name.partition("/")[2], row["step"], value) for row in stage.rows for name, value in row.items() if fnmatch.fnmatchcase(name, pattern)]
-    return "; ".join(f"{name} {value:.4g} (step {step})" for name, step, value in dict.fromkeys((seen[0], seen[-1]))) if seen else "–"
+    seen = [
+        (name.partition("/")[2], row["step"], value)
+        for row in stage.rows
+        for name, value in row.items()
+        if fnmatch.fnmatchcase(name, pattern)
+    ]
+    return (
+        "; ".join(f"{name} {value:.4g} (step {step})" for name, step, value in dict.fromkeys((seen[0], seen[-1])))
+        if seen
+        else "–"
+    )
 
 
 def _fact(value: object) -> str:
@@ -273,9 +445,17 @@ def _fact(value: object) -> str:
 
 
 def _time_table(rows: Sequence[dict]) -> str:
-    totals = {name: math.fsum(v for row in rows if math.isfinite(v := row.get(name, 0.0))) for name in _names(rows) if name.startswith("time/")}
+    totals = {
+        name: math.fsum(v for row in rows if math.isfinite(v := row.get(name, 0.0)))
+        for name in _names(rows)
+        if name.startswith("time/")
+    }
     whole = math.fsum(totals.values())
-    cells = [[name, f"{s:.1f}", f"{s / whole:.1%}"] for name, s in sorted(totals.items(), key=lambda item: -item[1])] if whole else []
+    cells = (
+        [[name, f"{s:.1f}", f"{s / whole:.1%}"] for name, s in sorted(totals.items(), key=lambda item: -item[1])]
+        if whole
+        else []
+    )
     return _table("Seconds of all steps", ["phase", "seconds", "share"], cells) if cells else ""
 
 
@@ -284,14 +464,28 @@ def _metrics_table(rows: Sequence[dict]) -> str:
     for name in sorted(_names(rows)):
         values = [row[name] for row in rows if name in row]
         finite = [v for v in values if math.isfinite(v)] or [math.nan]
-        cells.append([name, *(f"{v:.6g}" for v in (values[0], values[-1], min(finite), max(finite))), str(len(values)), str(len(values) - len([v for v in values if math.isfinite(v)]))])
-    return _table("Every metric of metrics.jsonl", ["metric", "first", "last", "lowest", "highest", "rows", "not finite"], cells)
+        cells.append(
+            [
+                name,
+                *(f"{v:.6g}" for v in (values[0], values[-1], min(finite), max(finite))),
+                str(len(values)),
+                str(len(values) - len([v for v in values if math.isfinite(v)])),
+            ]
+        )
+    return _table(
+        "Every metric of metrics.jsonl", ["metric", "first", "last", "lowest", "highest", "rows", "not finite"], cells
+    )
 
 
 def _table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     cap = f"<caption>{_escape(caption)}</caption>" if caption else ""
     top = "".join(f'<th scope="col">{_escape(cell)}</th>' for cell in head)
-    body = "".join(f'<tr><th scope="row">{_escape(row[0])}</th>' + "".join(f"<td>{_escape(cell)}</td>" for cell in row[1:]) + "</tr>" for row in rows)
+    body = "".join(
+        f'<tr><th scope="row">{_escape(row[0])}</th>'
+        + "".join(f"<td>{_escape(cell)}</td>" for cell in row[1:])
+        + "</tr>"
+        for row in rows
+    )
     return f'<div class="wide"><table>{cap}<thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
@@ -314,7 +508,11 @@ def collect_rollouts(stages: Sequence[Stage], bounds: Bounds) -> tuple[list, str
             if size > left and text:
                 response[-1] = None
                 group[2] = group[2] if key in groups else None
-                size, texts_out, text = len(_json(response).encode()) + (len(_json(group).encode()) if key not in groups else 0), texts_out + 1, None
+                size, texts_out, text = (
+                    len(_json(response).encode()) + (len(_json(group).encode()) if key not in groups else 0),
+                    texts_out + 1,
+                    None,
+                )
             if size > left:
                 rows_out += 1
                 continue
@@ -325,8 +523,17 @@ def collect_rollouts(stages: Sequence[Stage], bounds: Bounds) -> tuple[list, str
         out.append([stage.offset + step, stage.name, step, list(groups.values())])
     said = [f"{len(chosen)} of {len(files)} steps that have rollouts are shown"]
     said += [f"{cut} responses are cut to {bounds.chars} characters ({cut_chars} characters left out)"] if cut else []
-    said += [f"{texts_out} texts and {rows_out} responses are left out beyond {bounds.mib:g} MiB"] if texts_out or rows_out else []
-    return out, "; ".join(said) + ". Of each step, the run keeps the texts of the first rollout.keep_texts groups." if files else "This run has kept no rollouts."
+    said += (
+        [f"{texts_out} texts and {rows_out} responses are left out beyond {bounds.mib:g} MiB"]
+        if texts_out or rows_out
+        else []
+    )
+    return (
+        out,
+        "; ".join(said) + ". Of each step, the run keeps the texts of the first rollout.keep_texts groups."
+        if files
+        else "This run has kept no rollouts.",
+    )
 
 
 def evenly(n: int, most: int) -> list[int]:
@@ -338,12 +545,28 @@ def evenly(n: int, most: int) -> list[int]:
 
 def _response(row: dict) -> list:
     versions = row.get("versions") if isinstance(row.get("versions"), list) else []
-    said = ", ".join(f"{v[0]} ({v[1]})" if len(versions) > 1 else str(v[0]) for v in versions if isinstance(v, list) and len(v) == 2)
+    said = ", ".join(
+        f"{v[0]} ({v[1]})" if len(versions) > 1 else str(v[0]) for v in versions if isinstance(v, list) and len(v) == 2
+    )
     other = row.get("other_verifier")
     return [
-        _field(row.get("sample")), _number(row.get("response_tokens")), bool(row.get("truncated")), _field(said), _number(row.get("reward")), _field(row.get("status")),
-        _field(row.get("answer")), _field(row.get("detail")),
-        [_number(other.get("reward")), _field(other.get("status")), _field(other.get("answer")), _field(other.get("detail"))] if isinstance(other, dict) else None]
+        _field(row.get("sample")),
+        _number(row.get("response_tokens")),
+        bool(row.get("truncated")),
+        _field(said),
+        _number(row.get("reward")),
+        _field(row.get("status")),
+        _field(row.get("answer")),
+        _field(row.get("detail")),
+        [
+            _number(other.get("reward")),
+            _field(other.get("status")),
+            _field(other.get("answer")),
+            _field(other.get("detail")),
+        ]
+        if isinstance(other, dict)
+        else None,
+    ]
 
 
 def _text(value: object, most: int) -> list | None:
@@ -353,14 +576,18 @@ def _text(value: object, most: int) -> list | None:
     if len(value) <= most:
         return [visible(value), 0, ""]
     head = int(most * HEAD_SHARE)
-    return [visible(value[:head]), len(value) - most, visible(value[len(value) - (most - head):])]
+    return [visible(value[:head]), len(value) - most, visible(value[len(value) - (most - head) :])]
 
 
 def _field(value: object) -> str | None:
     if value is None:
         return None
     text = value if isinstance(value, str) else str(value)
-    return visible(text) if len(text) <= MAX_FIELD_CHARS else f"{visible(text[:MAX_FIELD_CHARS])} … ({len(text) - MAX_FIELD_CHARS} characters left out)"
+    return (
+        visible(text)
+        if len(text) <= MAX_FIELD_CHARS
+        else f"{visible(text[:MAX_FIELD_CHARS])} … ({len(text) - MAX_FIELD_CHARS} characters left out)"
+    )
 
 
 def _number(value: object) -> float | str | None:

@@ -18,7 +18,12 @@ def read_metrics(run_dir: str | Path) -> list[dict]:
     for row in rows:
         wrong = [name for name, value in row.items() if not isinstance(value, (int, float)) or isinstance(value, bool)]
         if wrong or not isinstance(row.get("step"), int):
-            raise InputError("metrics", str(path), f"a row's {wrong[0] if wrong else 'step'} is no number: {str(row)[:80]}", "mend that line, or remove it")
+            raise InputError(
+                "metrics",
+                str(path),
+                f"a row's {wrong[0] if wrong else 'step'} is no number: {str(row)[:80]}",
+                "mend that line, or remove it",
+            )
     return rows
 
 
@@ -29,7 +34,11 @@ def read_rollouts(path: Path) -> list[dict]:
 
 def rollout_files(run_dir: str | Path) -> dict[int, Path]:
     """By step, ascending."""
-    return {int(path.stem.removeprefix("step_")): path for path in sorted(Path(run_dir).glob("rollouts/step_*.jsonl")) if path.stem.removeprefix("step_").isdecimal()}
+    return {
+        int(path.stem.removeprefix("step_")): path
+        for path in sorted(Path(run_dir).glob("rollouts/step_*.jsonl"))
+        if path.stem.removeprefix("step_").isdecimal()
+    }
 
 
 def read_config(run_dir: str | Path) -> dict:
@@ -38,7 +47,9 @@ def read_config(run_dir: str | Path) -> dict:
     try:
         tree = yaml.safe_load(path.read_text(errors="replace")) if path.is_file() else {}
     except yaml.YAMLError as e:
-        raise InputError("config", str(path), "is not valid YAML", "mend it, or start the run again, which writes it") from e
+        raise InputError(
+            "config", str(path), "is not valid YAML", "mend it, or start the run again, which writes it"
+        ) from e
     return tree if isinstance(tree, dict) else {}
 
 

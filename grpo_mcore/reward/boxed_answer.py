@@ -14,6 +14,7 @@ functions (\sin, \log) are compared as text; -1 1/2 is -3/2; digits are compared
 
 Like math_answer.py, `compare` belongs into a process that can be killed, and `compare_text` is safe anywhere.
 """
+
 import functools
 import re
 
@@ -47,34 +48,37 @@ def extract_boxed(text: str) -> str | None:
 
 # ---------------------------------------------------------------------------------------------------- spelling
 
-_SPELLINGS = [(re.compile(pattern), replacement) for pattern, replacement in (
-    (r"\n|\\!", ""),
-    (r"\\\\", r"\\"),
-    (r"\\[,;: ]|~|\\q?quad(?![a-zA-Z])", " "),
-    (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
-    (r"\\(?:left|right|displaystyle)(?![a-zA-Z])", ""),
-    (r"\^\s*\{?\s*\\circ\s*\}?|°", ""),
-    (r"\\?[$%]", ""),
-    (r"(?<=\S)\s*\\text\s*\{\s+[^{}]*\}\s*(?:\^\s*\{?\d\}?)?", ""),    # \text{ with a space behind something: a unit
-    (r"\\(?:text|mathrm|mbox)\s*\{([^{}]*)\}", r"\1"),
-    (r"(?<![a-zA-Z\\])(?:or|and)(?![a-zA-Z])", ","),
-    (rf"(?<=[\d\s)}}])\s*(?:{_UNITS})(?:es|s)?(?:\s*\^\s*\{{?\d\}}?)?$", ""),
-    (r"\{,\}", ","),
-    (r"−|–", "-"),
-    (r"π", r"\\pi "),
-    (r"(?<![\d}])\.(?=\d)", "0."),
-    (r"\\(?:cdot|times)(?![a-zA-Z])|×|·", "*"),
-    (r"\\frac\s*(?!\{)(\d|[a-zA-Z])", r"\\frac{\1}"),            # \frac12, \frac1{72}
-    (r"(\\frac\s*\{[^{}]*\})\s*(\d|[a-zA-Z])", r"\1{\2}"),
-    (r"\\sqrt\s*(\d|[a-zA-Z])", r"\\sqrt{\1}"),
-    (r"\^\s*\{\s*(\d|[a-zA-Z])\s*\}", r"^\1"),
-    (r"\\frac\s*\{\s*-\s*([^{}]*)\}", r"-\\frac{\1}"),
-    (r"^([+-]?)\s*(\d+)\s*\\frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}$", r"\1(\2+\\frac{\3}{\4})"),  # mixed numbers
-    (r"^([+-]?)\s*(\d+) +(\d+)\s*/\s*(\d+)$", r"\1(\2+\\frac{\3}{\4})"),
-    (r"^([+-]?)(\d+)\s*/\s*(\d+)$", r"\1\\frac{\2}{\3}"),
-    (r"(?<![\\a-zA-Z])sqrt\(([^()]*)\)", r"\\sqrt{\1}"),
-    (r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi"),
-)]
+_SPELLINGS = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"\n|\\!", ""),
+        (r"\\\\", r"\\"),
+        (r"\\[,;: ]|~|\\q?quad(?![a-zA-Z])", " "),
+        (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+        (r"\\(?:left|right|displaystyle)(?![a-zA-Z])", ""),
+        (r"\^\s*\{?\s*\\circ\s*\}?|°", ""),
+        (r"\\?[$%]", ""),
+        (r"(?<=\S)\s*\\text\s*\{\s+[^{}]*\}\s*(?:\^\s*\{?\d\}?)?", ""),  # \text{ with a space behind something: a unit
+        (r"\\(?:text|mathrm|mbox)\s*\{([^{}]*)\}", r"\1"),
+        (r"(?<![a-zA-Z\\])(?:or|and)(?![a-zA-Z])", ","),
+        (rf"(?<=[\d\s)}}])\s*(?:{_UNITS})(?:es|s)?(?:\s*\^\s*\{{?\d\}}?)?$", ""),
+        (r"\{,\}", ","),
+        (r"−|–", "-"),
+        (r"π", r"\\pi "),
+        (r"(?<![\d}])\.(?=\d)", "0."),
+        (r"\\(?:cdot|times)(?![a-zA-Z])|×|·", "*"),
+        (r"\\frac\s*(?!\{)(\d|[a-zA-Z])", r"\\frac{\1}"),  # \frac12, \frac1{72}
+        (r"(\\frac\s*\{[^{}]*\})\s*(\d|[a-zA-Z])", r"\1{\2}"),
+        (r"\\sqrt\s*(\d|[a-zA-Z])", r"\\sqrt{\1}"),
+        (r"\^\s*\{\s*(\d|[a-zA-Z])\s*\}", r"^\1"),
+        (r"\\frac\s*\{\s*-\s*([^{}]*)\}", r"-\\frac{\1}"),
+        (r"^([+-]?)\s*(\d+)\s*\\frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}$", r"\1(\2+\\frac{\3}{\4})"),  # mixed numbers
+        (r"^([+-]?)\s*(\d+) +(\d+)\s*/\s*(\d+)$", r"\1(\2+\\frac{\3}{\4})"),
+        (r"^([+-]?)(\d+)\s*/\s*(\d+)$", r"\1\\frac{\2}{\3}"),
+        (r"(?<![\\a-zA-Z])sqrt\(([^()]*)\)", r"\\sqrt{\1}"),
+        (r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi"),
+    )
+]
 _COMMAND = re.compile(r"(\\[a-zA-Z]+)\s+(?=[a-zA-Z])|(\\[a-zA-Z]+)|\s+|[A-Z]+")
 _INTEGER = re.compile(r"([+-]?)0*(\d+)(?:\.0*)?")
 _THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
@@ -139,13 +143,20 @@ def compare(answer: str, gold: str) -> tuple[bool, str]:
 
 def _pairs(answer: str, gold: str) -> tuple[list[tuple[str, str]] | None, str]:
     """The elements to compare, one by one; None where a rule has decided: "text" for equal, any other for not."""
-    mine, truth = normalise(answer), normalise(extract_boxed(gold) or gold)  # some data sets' answers are whole sentences with a box
+    mine, truth = (
+        normalise(answer),
+        normalise(extract_boxed(gold) or gold),
+    )  # some data sets' answers are whole sentences with a box
     if mine and mine == truth:
         return None, "text"
     if not mine:
         return None, "text: blank"
     my_elements, true_elements = _elements(mine), _elements(truth)
-    if len(my_elements) != len(true_elements) or len(true_elements) > 1 and (mine[0], mine[-1]) != (truth[0], truth[-1]):
+    if (
+        len(my_elements) != len(true_elements)
+        or len(true_elements) > 1
+        and (mine[0], mine[-1]) != (truth[0], truth[-1])
+    ):
         return None, "text: other brackets or another number of elements"
     return list(zip(my_elements, true_elements, strict=True)), ""
 

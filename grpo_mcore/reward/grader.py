@@ -4,6 +4,7 @@ What text cannot decide is compared in processes that the clock can kill (gradin
 and then kept. What runs out of processor time, clock or memory is a wrong answer with a status of its own, because the
 number of those is a metric: a grader that is too tight makes wrong zeros.
 """
+
 import enum
 import math
 import select
@@ -23,11 +24,12 @@ MAX_GOLD_CHARS = 4096
 
 class Status(enum.StrEnum):
     """Why a response got its reward: 1 for CORRECT, 0 for the others."""
+
     CORRECT = "correct"
     WRONG = "wrong"
-    NO_ANSWER = "no_answer"    # no balanced, non-blank box of at most MAX_BOX_CHARS characters
-    TRUNCATED = "truncated"    # the same, of a response that hit its length limit
-    TIMED_OUT = "timed_out"    # the comparison was stopped or crashed; the verdict's detail names the limit
+    NO_ANSWER = "no_answer"  # no balanced, non-blank box of at most MAX_BOX_CHARS characters
+    TRUNCATED = "truncated"  # the same, of a response that hit its length limit
+    TIMED_OUT = "timed_out"  # the comparison was stopped or crashed; the verdict's detail names the limit
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Verdict:
     >>> Verdict(0.0, Status.TRUNCATED, None, r"no \boxed{} of 1 to 512 characters after the first </think>")
     >>> Verdict(0.0, Status.TIMED_OUT, "9^{9^{9^9}}", "killed after cpu_s = 2 s of processor time")
     """
+
     reward: float
     status: Status
     answer: str | None  # what the box holds, as written
@@ -61,16 +64,25 @@ class Grader:
     """
 
     def __init__(
-        self, num_processes: int, cpu_s: float, wall_s: float, memory_bytes: int, *,
-        verifier: str = "math_verify", require_think: bool = False, compare_verifiers: bool = False,
+        self,
+        num_processes: int,
+        cpu_s: float,
+        wall_s: float,
+        memory_bytes: int,
+        *,
+        verifier: str = "math_verify",
+        require_think: bool = False,
+        compare_verifiers: bool = False,
     ):
         if verifier not in VERIFIERS:
             raise ValueError(f"verifier = {verifier!r}: must be one of {', '.join(VERIFIERS)}")
         if num_processes < 1:
             raise ValueError(f"num_processes = {num_processes}: must be at least 1")
         if not 0 < cpu_s <= wall_s < math.inf:
-            raise ValueError(f"cpu_s = {cpu_s}, wall_s = {wall_s}: must be positive, finite, and cpu_s <= wall_s, since a "
-                             "process never has more processor time than clock time. Remedy: raise wall_s")
+            raise ValueError(
+                f"cpu_s = {cpu_s}, wall_s = {wall_s}: must be positive, finite, and cpu_s <= wall_s, since a "
+                "process never has more processor time than clock time. Remedy: raise wall_s"
+            )
         if memory_bytes < 1:
             raise ValueError(f"memory_bytes = {memory_bytes}: must be positive")
         self._num_processes, self._cpu_s, self._wall_s, self._memory_bytes = num_processes, cpu_s, wall_s, memory_bytes
@@ -91,13 +103,18 @@ class Grader:
             raise ValueError("this Grader is closed")
         for index, (_, gold, _) in enumerate(items):
             if not isinstance(gold, str) or not gold.strip() or len(gold) > MAX_GOLD_CHARS:
-                raise ValueError(f"items[{index}]: the gold answer is {str(gold)[:80]!r} ({type(gold).__name__}): must be a "
-                                 f"non-blank string of at most {MAX_GOLD_CHARS} characters")
+                raise ValueError(
+                    f"items[{index}]: the gold answer is {str(gold)[:80]!r} ({type(gold).__name__}): must be a "
+                    f"non-blank string of at most {MAX_GOLD_CHARS} characters"
+                )
         graded = [[self._read(name, *item) for name in self._verifiers] for item in items]
         questions = dict.fromkeys(entry for row in graded for entry in row if isinstance(entry, Question))
         with self._asking:
             reply_to = self._ask_all(list(questions))
-        verdicts = [[_verdict(entry, reply_to[entry]) if isinstance(entry, Question) else entry for entry in row] for row in graded]
+        verdicts = [
+            [_verdict(entry, reply_to[entry]) if isinstance(entry, Question) else entry for entry in row]
+            for row in graded
+        ]
         return [replace(mine, other=others[0]) if others else mine for mine, *others in verdicts]
 
     def _read(self, name: str, text: str, gold: str, truncated: bool) -> Verdict | Question:
@@ -107,7 +124,9 @@ class Grader:
             return Verdict(0.0, none, None, "no </think>")
         answer = VERIFIERS[name].extract(text)
         if answer is None:
-            return Verdict(0.0, none, None, rf"no \boxed{{}} of 1 to {MAX_BOX_CHARS} characters after the first </think>")
+            return Verdict(
+                0.0, none, None, rf"no \boxed{{}} of 1 to {MAX_BOX_CHARS} characters after the first </think>"
+            )
         question, (equal, rule) = Question(name, answer, gold), VERIFIERS[name].compare_text(answer, gold)
         return question if equal is None else _verdict(question, Reply(equal, rule))
 

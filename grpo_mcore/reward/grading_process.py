@@ -7,6 +7,7 @@ of memory.
 The processes are fresh interpreters rather than forks: their parent has threads, process groups and a __main__ that must
 not be imported again. They get the boxed answer and the gold answer, never a response's text.
 """
+
 import contextlib
 import json
 import logging
@@ -24,7 +25,7 @@ from grpo_mcore.reward.verifiers import VERIFIERS
 
 START_UP_S = 120.0
 """Clock seconds for a process to be ready: it imports sympy, perhaps beside many others on a busy file system."""
-_EXIT_S = 10.0   # clock seconds for a killed process to be gone
+_EXIT_S = 10.0  # clock seconds for a killed process to be gone
 _ORPHAN_S = 2.0  # how often an idle process looks whether its parent is still there
 
 
@@ -49,7 +50,10 @@ class GradingProcess:
         self._cpu_s, self._memory_bytes = cpu_s, memory_bytes
         self._popen = subprocess.Popen(
             [sys.executable, "-m", "grpo_mcore.reward.grading_process", repr(cpu_s), str(memory_bytes)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).resolve().parents[2])
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=Path(__file__).resolve().parents[2],
+        )
         os.set_blocking(self.fileno(), False)
         self._received = b""
         self._is_ready = self._has_answered = self.has_ended = False
@@ -92,8 +96,10 @@ class GradingProcess:
         else:
             return None
         if not self._is_ready:
-            raise RuntimeError(f"a grading process did not start: {cause}; what it printed is on stderr. Remedy: install "
-                               f"math-verify, or raise memory_bytes = {self._memory_bytes}, or relieve the machine")
+            raise RuntimeError(
+                f"a grading process did not start: {cause}; what it printed is on stderr. Remedy: install "
+                f"math-verify, or raise memory_bytes = {self._memory_bytes}, or relieve the machine"
+            )
         return Reply(None, cause)
 
     def _take(self, reply: str | list) -> Reply | None:
@@ -126,8 +132,8 @@ class GradingProcess:
 
 def _serve(cpu_s: float, memory_bytes: int) -> None:
     """The comparing process, until its parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is the parent's to handle
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)   # the default action ends the process, also inside C code
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # the default action ends the process, also inside C code
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # both survive an exec
     parent = os.getppid()
     _, most = resource.getrlimit(resource.RLIMIT_AS)

@@ -11,6 +11,7 @@ math-verify can run for ever on a hostile answer (9^{9^{9^9}}). Its own time-out
 of clock, cancels the caller's alarm and fails off the main thread, so it is off: call `is_equal` in a process that can
 be killed (grading_process.py does). `is_equal_as_text` is the part that is safe anywhere.
 """
+
 import functools
 import re
 from collections.abc import Callable
@@ -87,28 +88,45 @@ def is_equal(answer: str, gold: str) -> bool:
 
 # ---------------------------------------------------------------------------------------------------- spelling
 
-_CHARACTERS = str.maketrans({"\u2212": "-", "\u2013": "-", "\uff0c": ",", "\uff08": "(", "\uff09": ")", "\uff05": "%",
-                             "\u00b0": r"^\circ", "\u03c0": r"\pi ", "\u00d7": r"\times ", "\u00a0": " ", "\u202f": " "})
+_CHARACTERS = str.maketrans(
+    {
+        "\u2212": "-",
+        "\u2013": "-",
+        "\uff0c": ",",
+        "\uff08": "(",
+        "\uff09": ")",
+        "\uff05": "%",
+        "\u00b0": r"^\circ",
+        "\u03c0": r"\pi ",
+        "\u00d7": r"\times ",
+        "\u00a0": " ",
+        "\u202f": " ",
+    }
+)
 
 _WRAPPER = r"\\(?:text(?:normal|rm|bf|it|sc)?|math(?:rm|bf|it|sf)|mbox|operatorname)\s*"
 
-_SPELLINGS = [(re.compile(pattern), replacement) for pattern, replacement in (
-    (r"\s+", " "),
-    (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
-    (r"\\(?:left|right|displaystyle)(?![a-zA-Z])\s*\.?", ""),
-    (r"(?<!\\)(?:\\!|\\?\$)", ""),                                     # 1,\!000, currency and inner math shifts
-    (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![a-zA-Z])", " "),                  # but \\ ends a row
-    (r"\\?%|\s*(?<![a-zA-Z\\])percent(?:age)?(?![a-zA-Z])|" + _WRAPPER + r"\{\s*percent\s*\}", r"\\%"),
-    (r"\^\s*\{\s*" + _WRAPPER + r"\{\s*(?:st|nd|rd|th)\s*\}\s*\}", ""),  # 11^{\text{th}}
-    (r"(?<=\d)(?:st|nd|rd|th)$", ""),
-    (r"(?<=\d)\{,\}(?=\d{3})", ""),                                    # 1{,}000 is always a thousand
-    (r"\s*,?\s*(?:" + _WRAPPER + r"\{\s*,?\s*(?:and|or|OR)\s*,?\s*\}|(?<![\\\w])(?:and|or|OR)(?!\w))\s*", ", "),
-    (r"(?<=\w)_(?:\{\s*\(?(\d+)\)?\s*\}|(\d+))", r"_{\1\2}"),          # 32_{(8)}, 32_8
-    (r"\s+", " "),
-)]
+_SPELLINGS = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"\s+", " "),
+        (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+        (r"\\(?:left|right|displaystyle)(?![a-zA-Z])\s*\.?", ""),
+        (r"(?<!\\)(?:\\!|\\?\$)", ""),  # 1,\!000, currency and inner math shifts
+        (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![a-zA-Z])", " "),  # but \\ ends a row
+        (r"\\?%|\s*(?<![a-zA-Z\\])percent(?:age)?(?![a-zA-Z])|" + _WRAPPER + r"\{\s*percent\s*\}", r"\\%"),
+        (r"\^\s*\{\s*" + _WRAPPER + r"\{\s*(?:st|nd|rd|th)\s*\}\s*\}", ""),  # 11^{\text{th}}
+        (r"(?<=\d)(?:st|nd|rd|th)$", ""),
+        (r"(?<=\d)\{,\}(?=\d{3})", ""),  # 1{,}000 is always a thousand
+        (r"\s*,?\s*(?:" + _WRAPPER + r"\{\s*,?\s*(?:and|or|OR)\s*,?\s*\}|(?<![\\\w])(?:and|or|OR)(?!\w))\s*", ", "),
+        (r"(?<=\w)_(?:\{\s*\(?(\d+)\)?\s*\}|(\d+))", r"_{\1\2}"),  # 32_{(8)}, 32_8
+        (r"\s+", " "),
+    )
+]
 
 _THOUSANDS_OR_BRACKET = re.compile(
-    r"(?P<open>\\\{|[(\[])|(?P<close>\\\}|[)\]])|(?<![\d.,^_])\d{1,3}(?:(?:,\d{3})+|(?: \d{3})+)(?![\d,])")
+    r"(?P<open>\\\{|[(\[])|(?P<close>\\\}|[)\]])|(?<![\d.,^_])\d{1,3}(?:(?:,\d{3})+|(?: \d{3})+)(?![\d,])"
+)
 _DEGREES = re.compile(r"\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))|\\degrees?(?![a-zA-Z])")
 _TRIGONOMETRIC = re.compile(r"(?:sin|cos|tan|cot|sec|csc)(?!\w*\})")
 _MIXED_NUMBER = re.compile(r"([+-]?\d+) (\d+)/(\d+)")
@@ -158,12 +176,12 @@ def _unwrap(text: str) -> str:
         inner = text
         for left, right in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
             if len(inner) > len(left + right) and inner.startswith(left) and inner.endswith(right):
-                middle = inner[len(left):-len(right)]
+                middle = inner[len(left) : -len(right)]
                 if left not in middle and not middle.endswith("\\"):
                     inner = middle.strip()
         opening = re.match(r"(?:\\boxed\s*|" + _WRAPPER + r")?\{", inner)
         if opening and _closes_at_end(inner, opening.end()):
-            inner = inner[opening.end():-1].strip()
+            inner = inner[opening.end() : -1].strip()
         if inner == text:
             return text
         text = inner
@@ -194,8 +212,10 @@ _POWER = r"\s*(?:\^\s*\{?\s*[23]\s*\}?)?"
 _WRAPPED = rf"{_WRAPPER}\{{[^{{}}\\]*\}}{_POWER}"
 # Without a \text around it, one letter is a unit only after a space: 2s and 10t are products.
 _BARE = rf"(?:(?:square|sq\.?|cubic|cu\.?) )?(?:{_WORD}){_POWER}(?![a-zA-Z])"
-_UNIT = re.compile(rf"(?P<head>.*?[\w)}}!%])(?P<gap>\s*)(?P<unit>(?:{_WRAPPED}|{_BARE})"
-                   rf"(?:\s*(?:/|per)\s*(?:{_WRAPPED}|{_BARE}))?)")
+_UNIT = re.compile(
+    rf"(?P<head>.*?[\w)}}!%])(?P<gap>\s*)(?P<unit>(?:{_WRAPPED}|{_BARE})"
+    rf"(?:\s*(?:/|per)\s*(?:{_WRAPPED}|{_BARE}))?)"
+)
 _COUNTED = re.compile(r"(?P<head>[\d.]+) [a-z]{4,}")  # 12 apples
 _JOINS = re.compile(r"\b(?:and|or)\b", re.IGNORECASE)
 
@@ -208,8 +228,11 @@ def _split_unit(text: str) -> tuple[str, str]:
     if not found or not re.search(r"\d", found["head"]) or _JOINS.search(found["unit"]):
         return text, ""
     wrapped = found["unit"].startswith("\\")
-    if not wrapped and (not re.search(r"[\d})]$|\\pi$", found["head"])
-                        or len(re.match("[A-Za-z]*", found["unit"]).group()) == 1 and not found["gap"]):
+    if not wrapped and (
+        not re.search(r"[\d})]$|\\pi$", found["head"])
+        or len(re.match("[A-Za-z]*", found["unit"]).group()) == 1
+        and not found["gap"]
+    ):
         return text, ""
     plain = re.sub(rf"{_WRAPPER}|[{{}}^]", "", found["unit"]).strip()
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9./ -]{0,40}", plain):
@@ -222,7 +245,8 @@ def _split_unit(text: str) -> tuple[str, str]:
 def _unit_name(words: str) -> str:
     """Canonical name with its power ("square feet" -> "ft2"), or "" if it is not a unit of the table."""
     match = re.fullmatch(
-        r"(?:(?P<square>square|sq\.?)|(?P<cubic>cubic|cu\.?))?\s*(?P<name>[A-Za-z.]+?)\s*(?P<power>[23]?)", words)
+        r"(?:(?P<square>square|sq\.?)|(?P<cubic>cubic|cu\.?))?\s*(?P<name>[A-Za-z.]+?)\s*(?P<power>[23]?)", words
+    )
     if not match:
         return ""
     name = match["name"].replace(".", "")
@@ -332,11 +356,13 @@ def _without_percent(mine: str, truth: str) -> tuple[str, str] | None:
 
 def _math_verify(mine: str, truth: str) -> bool:
     from math_verify import verify  # imports sympy: hundreds of milliseconds
+
     return verify(_parse_gold(truth), _parse(mine), timeout_seconds=None)
 
 
 def _parse(text: str) -> list:
     from math_verify import parse
+
     return parse(f"${text}$", extraction_config=_latex_only(), parsing_timeout=None)
 
 
@@ -349,6 +375,7 @@ def _latex_only() -> tuple:
     import dataclasses
 
     from math_verify import LatexExtractionConfig
+
     config = LatexExtractionConfig(boxed_match_priority=-1)
     spelling = dataclasses.replace(config.normalization_config, units=False, boxed="none")
     return (dataclasses.replace(config, normalization_config=spelling),)

@@ -36,11 +36,25 @@ class _Group:
 
 
 class Admission:
-    def __init__(self, *, prompts_per_step: int, max_staleness: int = 0, dynamic_sampling: bool = False, oversampling_frac: float = 0.0, max_draws: float = 1.0, cursor: int = 0,
-                 num_steps: float = math.inf):
+    def __init__(
+        self,
+        *,
+        prompts_per_step: int,
+        max_staleness: int = 0,
+        dynamic_sampling: bool = False,
+        oversampling_frac: float = 0.0,
+        max_draws: float = 1.0,
+        cursor: int = 0,
+        num_steps: float = math.inf,
+    ):
         """`cursor`: positions before it have been trained on, or passed over. `oversampling_frac` and `max_draws` are multiples of
         prompts_per_step, and of no effect without dynamic sampling. Nothing is sampled ahead for steps from num_steps on."""
-        self._P, self._max_staleness, self._dynamic, self._num_steps = prompts_per_step, max_staleness, dynamic_sampling, num_steps
+        self._P, self._max_staleness, self._dynamic, self._num_steps = (
+            prompts_per_step,
+            max_staleness,
+            dynamic_sampling,
+            num_steps,
+        )
         self._extra = math.ceil(oversampling_frac * prompts_per_step) if dynamic_sampling else 0
         self._max_draws = int(max_draws * prompts_per_step) if dynamic_sampling else prompts_per_step
         self._groups: dict[int, _Group] = {}

@@ -21,7 +21,9 @@ class Dispatch:
         self._owner: dict[Key, Engine] = {}  # of those dealt
         self._dealt: dict[Engine, set[Key]] = {}
         self._load: dict[Engine, int] = {}  # responses dealt
-        self._by_load: list[tuple[int, int, Engine]] = []  # a heap of (load, tie, engine); entries whose load has moved are skipped
+        self._by_load: list[
+            tuple[int, int, Engine]
+        ] = []  # a heap of (load, tie, engine); entries whose load has moved are skipped
         self._ties: dict[Engine, int] = {}  # equal loads: the engine that joined first
         self._num_joined = 0
 

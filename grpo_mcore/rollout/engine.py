@@ -78,9 +78,17 @@ class Engine:
         from vllm.sampling_params import RequestOutputKind
 
         params = SamplingParams(
-            n=sampling.num_responses, temperature=sampling.temperature, top_p=sampling.top_p, max_tokens=sampling.max_tokens,
-            seed=sampling.seed, stop_token_ids=[] if sampling.never_stop else self._stop_token_ids, ignore_eos=sampling.never_stop, logprobs=0, detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY)  # any other kind drops the responses that end before the last
+            n=sampling.num_responses,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=sampling.max_tokens,
+            seed=sampling.seed,
+            stop_token_ids=[] if sampling.never_stop else self._stop_token_ids,
+            ignore_eos=sampling.never_stop,
+            logprobs=0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )  # any other kind drops the responses that end before the last
         while True:
             await self._released.wait()  # a refit under way is waited for
             version, discards = self._version, self._discards
@@ -93,7 +101,11 @@ class Engine:
                 break
         return [
             Completion(
-                list(c.token_ids), [at[t].logprob for at, t in zip(c.logprobs, c.token_ids, strict=True)], c.finish_reason == "length", self._versions(c, version))
+                list(c.token_ids),
+                [at[t].logprob for at, t in zip(c.logprobs, c.token_ids, strict=True)],
+                c.finish_reason == "length",
+                self._versions(c, version),
+            )
             for c in sorted(output.outputs, key=lambda c: c.index)
         ]
 
@@ -103,8 +115,12 @@ class Engine:
             return ((version, len(completion.token_ids)),)
         spans = getattr(completion, "weight_versions", None)
         if spans is None:
-            raise RuntimeError("this vLLM does not say which weights sampled a token. Remedy: vllm 0.32 or newer, or rollout.max_staleness=0")
-        return tuple((LOADED if s.version == "default" else int(s.version), s.end - s.start) for s in spans if s.end > s.start)
+            raise RuntimeError(
+                "this vLLM does not say which weights sampled a token. Remedy: vllm 0.32 or newer, or rollout.max_staleness=0"
+            )
+        return tuple(
+            (LOADED if s.version == "default" else int(s.version), s.end - s.start) for s in spans if s.end > s.start
+        )
 
     async def cancel(self, name: int) -> None:
         """Ends a request, whose answer nobody waits for."""
@@ -229,10 +245,17 @@ def arguments(cfg: config.Config, folder: str, *, cuda: bool, load_weights: bool
     )
     if cuda:
         colocated = e.is_colocated("cuda")
-        args |= dict(enable_sleep_mode=colocated, gpu_memory_utilization=e.gpu_memory_frac or (0.5 if colocated else 0.9))
+        args |= dict(
+            enable_sleep_mode=colocated, gpu_memory_utilization=e.gpu_memory_frac or (0.5 if colocated else 0.9)
+        )
         return args
     if e.kv_cache_bytes is None:
-        raise InputError("engine.kv_cache_bytes", None, "must be given for an engine on a CPU", "set it to 67108864 for a tiny model, or to what the responses need")
+        raise InputError(
+            "engine.kv_cache_bytes",
+            None,
+            "must be given for an engine on a CPU",
+            "set it to 67108864 for a tiny model, or to what the responses need",
+        )
     if e.kv_cache_dtype != "auto":
         raise InputError("engine.kv_cache_dtype", e.kv_cache_dtype, "needs a GPU, and this is a CPU", "set it to auto")
     return args | dict(

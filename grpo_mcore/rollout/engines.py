@@ -65,7 +65,9 @@ class _Request:
 
 
 class Engines:
-    def __init__(self, cfg: config.Config, folder: str, *, cuda: bool, stop_token_ids: list[int], load_weights: bool = False):
+    def __init__(
+        self, cfg: config.Config, folder: str, *, cuda: bool, stop_token_ids: list[int], load_weights: bool = False
+    ):
         """Starts Ray (or joins the cluster of RAY_ADDRESS) and the engines, without waiting for them.
 
         Without `load_weights` an engine's weights are arbitrary until the first refit. Raises InputError.
@@ -92,11 +94,17 @@ class Engines:
         self._thread.start()
 
     def _start(self, index: int) -> Slot:
-        log = self._logs / (f"engine_{index}.log" if not self.num_failures else f"engine_{index}.after_failure_{self.num_failures}.log")
+        log = self._logs / (
+            f"engine_{index}.log" if not self.num_failures else f"engine_{index}.after_failure_{self.num_failures}.log"
+        )
         n = self._cfg.num_threads
         actor = ray.remote(Engine).options(
-            num_cpus=1, num_gpus=self._bundle.get("GPU", 0), max_concurrency=1000, runtime_env={"env_vars": self._environment},
-            scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index))
+            num_cpus=1,
+            num_gpus=self._bundle.get("GPU", 0),
+            max_concurrency=1000,
+            runtime_env={"env_vars": self._environment},
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index),
+        )
         return Slot(index, log, actor.remote(self._args, str(log), self._cfg.cores[index * n : (index + 1) * n]))
 
     @property
@@ -156,16 +164,23 @@ class Engines:
     def overdue(self, phase: str, timeout_s: float) -> EngineError:
         """What to raise when the requests of a phase were not done in time."""
         with self._lock:
-            left = {slot: [key for key in self._dispatch.dealt_to(slot) if self._requests[key].phase == phase] for slot in self.ready}
+            left = {
+                slot: [key for key in self._dispatch.dealt_to(slot) if self._requests[key].phase == phase]
+                for slot in self.ready
+            }
             slot = max(left, key=lambda slot: len(left[slot]))
             num_left = sum(r.phase == phase for r in self._requests.values())
-        return EngineError(f"{phase}: {num_left} requests were not done within {timeout_s:.0f} s, {len(left[slot])} of them at engine {slot.index}. {slot.last_words()}")
+        return EngineError(
+            f"{phase}: {num_left} requests were not done within {timeout_s:.0f} s, {len(left[slot])} of them at engine {slot.index}. {slot.last_words()}"
+        )
 
     def _deal(self) -> None:
         for slot, key in self._dispatch.deal():
             request = self._requests[key]
             ref = slot.actor.generate.remote(request.name, request.token_ids, request.sampling)
-            ref.future().add_done_callback(lambda answer, slot=slot, key=key, request=request: self._events.put((slot, key, request, answer)))
+            ref.future().add_done_callback(
+                lambda answer, slot=slot, key=key, request=request: self._events.put((slot, key, request, answer))
+            )
 
     def _serve(self) -> None:
         """The thread: answers as they come, and health in between."""
@@ -193,7 +208,9 @@ class Engines:
 
     def _take(self, slot: Slot, key: tuple, request: _Request, answer: Future) -> None:
         with self._lock:
-            if self._requests.get(key) is not request or self._dispatch.owner(key) is not slot:  # cancelled, or taken from it, since
+            if (
+                self._requests.get(key) is not request or self._dispatch.owner(key) is not slot
+            ):  # cancelled, or taken from it, since
                 return
             error = answer.exception()
             problem = _last_line(error) if error is not None else _problem_with(answer.result(), request.sampling)
@@ -248,8 +265,13 @@ class Engines:
             what = f"{phase}: engine {slot.index} failed: {problem}. {slot.last_words()}"
             _kill(slot)
             if self.num_failures > self._cfg.max_failures:
-                raise EngineError(f"{what}\nfailure {self.num_failures} of engines, and engine.max_failures = {self._cfg.max_failures}")
-            print(f"{what}\n{len(left)} of its requests go to the {len(self.ready)} other engines; a replacement is started", flush=True)
+                raise EngineError(
+                    f"{what}\nfailure {self.num_failures} of engines, and engine.max_failures = {self._cfg.max_failures}"
+                )
+            print(
+                f"{what}\n{len(left)} of its requests go to the {len(self.ready)} other engines; a replacement is started",
+                flush=True,
+            )
             self._slots[slot.index] = replacement = self._start(slot.index)
             self._starting[replacement.actor.ready.remote(self._stop_token_ids)] = replacement
             self._deal()
@@ -289,13 +311,17 @@ class Engines:
         done, _ = ray.wait(list(self._starting), num_returns=1, timeout=0 if self.ready else self._cfg.start_timeout_s)
         done, _ = ray.wait(list(self._starting), num_returns=len(self._starting), timeout=0) if done else (done, [])
         if not done and not self.ready:
-            raise EngineError(f"engine start: no replacement was ready within {self._cfg.start_timeout_s:.0f} s. {next(iter(self._starting.values())).last_words()}")
+            raise EngineError(
+                f"engine start: no replacement was ready within {self._cfg.start_timeout_s:.0f} s. {next(iter(self._starting.values())).last_words()}"
+            )
         for ref in done:
             slot = self._starting.pop(ref)
             try:
                 host, process_ids = ray.get(ref)
             except ray.exceptions.RayError as e:
-                raise EngineError(f"engine start: the replacement of engine {slot.index} failed: {_last_line(e)}. {slot.last_words()}") from e
+                raise EngineError(
+                    f"engine start: the replacement of engine {slot.index} failed: {_last_line(e)}. {slot.last_words()}"
+                ) from e
             self._admit(slot, host, process_ids)
 
     # --- calls to all ---------------------------------------------------------------------------------------------------

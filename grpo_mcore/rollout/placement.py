@@ -15,12 +15,20 @@ def start_ray(cfg: config.Engine, *, cuda: bool) -> None:
         return
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if cuda and cfg.placement == "disaggregated":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(engine_gpus(hidden, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), cfg))
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(
+            engine_gpus(hidden, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), cfg)
+        )
     try:
         ray.init(
             "local",  # not another cluster that `ray start` has left on this machine
-            num_cpus=cfg.num_engines, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1",
-            object_store_memory=256 << 20, configure_logging=True, logging_level="error")
+            num_cpus=cfg.num_engines,
+            include_dashboard=False,
+            log_to_driver=False,
+            _node_ip_address="127.0.0.1",
+            object_store_memory=256 << 20,
+            configure_logging=True,
+            logging_level="error",
+        )
     finally:
         if hidden is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = hidden
@@ -35,8 +43,12 @@ def engine_gpus(visible: str | None, num_trainers: int, cfg: config.Engine) -> l
     gpus = [str(i) for i in range(torch.cuda.device_count())] if visible is None else visible.split(",")
     needed = cfg.num_engines * cfg.tp
     if len(gpus) < num_trainers + needed:
-        raise InputError("engine.num_engines", cfg.num_engines, f"x engine.tp = {cfg.tp} needs {needed} GPUs beside the {num_trainers} of the trainers, and this machine shows {len(gpus)}",
-                         "lower it, start fewer trainers, set engine.placement=colocated, or join a Ray cluster (RAY_ADDRESS)")
+        raise InputError(
+            "engine.num_engines",
+            cfg.num_engines,
+            f"x engine.tp = {cfg.tp} needs {needed} GPUs beside the {num_trainers} of the trainers, and this machine shows {len(gpus)}",
+            "lower it, start fewer trainers, set engine.placement=colocated, or join a Ray cluster (RAY_ADDRESS)",
+        )
     return gpus[num_trainers:]
 
 
@@ -45,5 +57,10 @@ def reserve(bundles: list[dict[str, float]], timeout_s: float) -> PlacementGroup
     group = placement_group(bundles, strategy="PACK")
     if not group.wait(timeout_s):
         have = {name: n for name, n in ray.cluster_resources().items() if name in ("CPU", "GPU")}
-        raise InputError("engine.num_engines", len(bundles), f"needs {bundles[0]} each on one machine, and the Ray cluster has {have} in all", "lower it or engine.tp, or let more machines join")
+        raise InputError(
+            "engine.num_engines",
+            len(bundles),
+            f"needs {bundles[0]} each on one machine, and the Ray cluster has {have} in all",
+            "lower it or engine.tp, or let more machines join",
+        )
     return group

@@ -43,15 +43,29 @@ class Step:
 
 
 def sample(
-    engines: Engines, prompts: Sequence[Prompt], *, group_size: int, temperature: float, max_tokens: Callable[[int], int], seed: int,
-    version: int, timeout_s: float, top_p: float = 1.0, phase: str = "evaluation",
+    engines: Engines,
+    prompts: Sequence[Prompt],
+    *,
+    group_size: int,
+    temperature: float,
+    max_tokens: Callable[[int], int],
+    seed: int,
+    version: int,
+    timeout_s: float,
+    top_p: float = 1.0,
+    phase: str = "evaluation",
 ) -> list[Group]:
     """One group of `group_size` responses per prompt, in the order of the prompts. `max_tokens` of a response, by its prompt's length.
 
     Raises EngineError, EnginesLost, StaleError.
     """
     answers = [
-        engines.submit((EVALUATION, i), p.token_ids, Sampling(group_size, temperature, max_tokens(len(p.token_ids)), seed_of(seed, phase, i, p), top_p), phase)
+        engines.submit(
+            (EVALUATION, i),
+            p.token_ids,
+            Sampling(group_size, temperature, max_tokens(len(p.token_ids)), seed_of(seed, phase, i, p), top_p),
+            phase,
+        )
         for i, p in enumerate(prompts)
     ]
     end = time.monotonic() + timeout_s
@@ -68,7 +82,10 @@ def sample(
     except BaseException:
         engines.cancel([(EVALUATION, i) for i in range(len(answers))])
         raise
-    return [group_of(prompt, answer.result(), oldest=version, newest=version) for prompt, answer in zip(prompts, answers, strict=True)]
+    return [
+        group_of(prompt, answer.result(), oldest=version, newest=version)
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
 
 
 def seed_of(seed: int, phase: str, position: int, prompt: Prompt) -> int:
@@ -80,13 +97,21 @@ def group_of(prompt: Prompt, completions: Sequence[Completion], *, oldest: int, 
     for version in (v for c in completions for v, _ in c.versions):
         if not oldest <= version <= newest:
             needs = f"{oldest}" if oldest == newest else f"{oldest} to {newest}"
-            raise StaleError(f"an engine sampled a response to prompt {prompt.id} with weights of version {version}, where the step needs {needs}")
-    return Group(prompt, tuple(Response(tuple(c.token_ids), tuple(c.logprobs), c.truncated, c.versions) for c in completions))
+            raise StaleError(
+                f"an engine sampled a response to prompt {prompt.id} with weights of version {version}, where the step needs {needs}"
+            )
+    return Group(
+        prompt, tuple(Response(tuple(c.token_ids), tuple(c.logprobs), c.truncated, c.versions) for c in completions)
+    )
 
 
-def grade(groups: Sequence[Group], tokenizer: prompts.Tokenizer, grader: Grader) -> tuple[list[list[float]], list[Verdict]]:
+def grade(
+    groups: Sequence[Group], tokenizer: prompts.Tokenizer, grader: Grader
+) -> tuple[list[list[float]], list[Verdict]]:
     """(rewards_PG, verdicts in the order of groups and responses)."""
-    verdicts = grader.grade([(tokenizer.decode(r.token_ids), g.prompt.answer, r.truncated) for g in groups for r in g.responses])
+    verdicts = grader.grade(
+        [(tokenizer.decode(r.token_ids), g.prompt.answer, r.truncated) for g in groups for r in g.responses]
+    )
     it = iter(verdicts)
     return [[next(it).reward for _ in g.responses] for g in groups], verdicts
 
@@ -97,13 +122,28 @@ class Rollout:
     A thread takes answers as they come and grades them. What it cannot handle is raised by the next `take`.
     """
 
-    def __init__(self, engines: Engines, stream: prompts.Stream, tokenizer: prompts.Tokenizer, grader: Grader, cfg: config.Config, *, cursor: int):
+    def __init__(
+        self,
+        engines: Engines,
+        stream: prompts.Stream,
+        tokenizer: prompts.Tokenizer,
+        grader: Grader,
+        cfg: config.Config,
+        *,
+        cursor: int,
+    ):
         """`cursor`: positions of the stream before it have been trained on."""
         self._engines, self._stream, self._tokenizer, self._grader, self._cfg = engines, stream, tokenizer, grader, cfg
         r = cfg.rollout
         self._admission = Admission(
-            prompts_per_step=r.prompts_per_step, max_staleness=r.max_staleness, dynamic_sampling=r.dynamic_sampling,
-            oversampling_frac=r.oversampling_frac, max_draws=r.max_draws, cursor=cursor, num_steps=cfg.num_steps)
+            prompts_per_step=r.prompts_per_step,
+            max_staleness=r.max_staleness,
+            dynamic_sampling=r.dynamic_sampling,
+            oversampling_frac=r.oversampling_frac,
+            max_draws=r.max_draws,
+            cursor=cursor,
+            num_steps=cfg.num_steps,
+        )
         self._changed = threading.Condition()  # guards what follows
         self._version = 0
         self._answers: dict[int, Future] = {}  # by position, until it is graded
@@ -145,17 +185,23 @@ class Rollout:
         step = self._version
         staleness = [(step - v, n) for group, _, _ in entries for r in group.responses for v, n in r.versions]
         return Step(
-            groups=[group for group, _, _ in entries], verdicts=[v for _, _, verdicts in entries for v in verdicts], rewards_PG=[rewards for _, rewards, _ in entries],
-            positions=taken.positions, cursor=self._admission.cursor,
+            groups=[group for group, _, _ in entries],
+            verdicts=[v for _, _, verdicts in entries for v in verdicts],
+            rewards_PG=[rewards for _, rewards, _ in entries],
+            positions=taken.positions,
+            cursor=self._admission.cursor,
             metrics={
-                "rollout/staleness_mean": metrics.Mean(float(sum(s * n for s, n in staleness)), sum(n for _, n in staleness)),
+                "rollout/staleness_mean": metrics.Mean(
+                    float(sum(s * n for s, n in staleness)), sum(n for _, n in staleness)
+                ),
                 "rollout/staleness_max": metrics.Max(float(max(s for s, _ in staleness))),
                 "rollout/groups_passed_over": metrics.Sum(float(taken.passed_over)),
                 "rollout/groups_without_variance": metrics.Sum(float(taken.kept)),
                 "rollout/groups_dropped": metrics.Sum(float(num_dropped)),
                 "rollout/engine_failures": metrics.Max(float(self._engines.num_failures)),
                 "reward/seconds": metrics.Sum(grading_s),
-            })
+            },
+        )
 
     def close(self) -> None:
         self._arrived.put(None)
@@ -165,8 +211,15 @@ class Rollout:
         r = self._cfg.rollout
         for position in positions:
             prompt = self._stream.at(position)
-            sampling = Sampling(r.group_size, r.temperature, self._cfg.response_tokens(len(prompt.token_ids)), seed_of(self._cfg.seed, "rollout", position, prompt))
-            self._answers[position] = answer = self._engines.submit((TRAINING, position), prompt.token_ids, sampling, "rollout")
+            sampling = Sampling(
+                r.group_size,
+                r.temperature,
+                self._cfg.response_tokens(len(prompt.token_ids)),
+                seed_of(self._cfg.seed, "rollout", position, prompt),
+            )
+            self._answers[position] = answer = self._engines.submit(
+                (TRAINING, position), prompt.token_ids, sampling, "rollout"
+            )
             answer.add_done_callback(lambda answer, position=position: self._arrived.put((position, answer)))
 
     def _serve(self) -> None:
@@ -186,9 +239,17 @@ class Rollout:
     def _grade(self, items: list[tuple[int, Future]]) -> None:
         start = time.perf_counter()
         with self._changed:
-            items = [(position, answer) for position, answer in items if self._answers.get(position) is answer]  # not dropped since
-            newest, oldest = self._version + 1, self._version - self._cfg.rollout.max_staleness  # a refit may be under way
-        groups = [group_of(self._stream.at(position), answer.result(), oldest=oldest, newest=newest) for position, answer in items]
+            items = [
+                (position, answer) for position, answer in items if self._answers.get(position) is answer
+            ]  # not dropped since
+            newest, oldest = (
+                self._version + 1,
+                self._version - self._cfg.rollout.max_staleness,
+            )  # a refit may be under way
+        groups = [
+            group_of(self._stream.at(position), answer.result(), oldest=oldest, newest=newest)
+            for position, answer in items
+        ]
         rewards_PG, verdicts = grade(groups, self._tokenizer, self._grader)
         G = self._cfg.rollout.group_size
         with self._changed:
@@ -197,6 +258,8 @@ class Rollout:
                     continue
                 del self._answers[position]
                 self._graded[position] = group, rewards, verdicts[i * G : (i + 1) * G]
-                self._submit(self._admission.arrived(position, has_variance=len(set(rewards)) > 1 and not group.prompt.masked))
+                self._submit(
+                    self._admission.arrived(position, has_variance=len(set(rewards)) > 1 and not group.prompt.masked)
+                )
             self._grading_s += time.perf_counter() - start
             self._changed.notify()

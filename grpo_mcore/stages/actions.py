@@ -54,7 +54,16 @@ class Launcher:
         if self.ranks == 1 and not self.torchrun:
             return self.program("train.py", *args)
         how = self.torchrun or ("--standalone",)
-        return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(self.ranks), *how, str(self.programs / "train.py"), *args]
+        return [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            str(self.ranks),
+            *how,
+            str(self.programs / "train.py"),
+            *args,
+        ]
 
 
 def run(plan: Plan, launcher: Launcher, redo_from: int | None = None) -> None:
@@ -76,7 +85,12 @@ def alone(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
-            raise InputError("dir", str(folder), "is being worked on by another launch/stages.py, or by a command that one has started", "wait until it ends, or stop it") from e
+            raise InputError(
+                "dir",
+                str(folder),
+                "is being worked on by another launch/stages.py, or by a command that one has started",
+                "wait until it ends, or stop it",
+            ) from e
         os.set_inheritable(f.fileno(), True)
         yield
 
@@ -99,21 +113,46 @@ def go_on(plan: Plan, launcher: Launcher, lineage: Lineage) -> None:
 def check(plan: Plan, lineage: Lineage) -> None:
     """Whether the lineage is this plan's, before anything starts. Raises InputError."""
     if len(lineage.stages) > len(plan.file.stages):
-        raise InputError("stages", len(plan.file.stages), f"are fewer than the {len(lineage.stages)} of {plan.dir / FILE}", "put them back, or name another dir")
-    stray = [p for number in range(len(lineage.stages), len(plan.file.stages)) if (p := plan.export_of(number)).exists()]
+        raise InputError(
+            "stages",
+            len(plan.file.stages),
+            f"are fewer than the {len(lineage.stages)} of {plan.dir / FILE}",
+            "put them back, or name another dir",
+        )
+    stray = [
+        p for number in range(len(lineage.stages), len(plan.file.stages)) if (p := plan.export_of(number)).exists()
+    ]
     if stray:
-        raise InputError("dir", plan.file.dir, f"holds {stray[0].name}, of which its {FILE} knows nothing", "remove that folder, or name another dir")
+        raise InputError(
+            "dir",
+            plan.file.dir,
+            f"holds {stray[0].name}, of which its {FILE} knows nothing",
+            "remove that folder, or name another dir",
+        )
     for number, record in enumerate(lineage.stages):
-        check_unchanged(record, number, plain(plan.file.stages[number]), plan.config(number, overrides_of(plan, lineage, number)))
-        if "export" in record and next_stage_needs(plan, lineage, number) and folder_digest(record["export"]["folder"]) != record["export"]["digest"]:
-            raise InputError("dir", plan.file.dir, f"its {record['export']['folder']} is not what stage {record['name']} exported", f"use --redo-from {number + 1}")
+        check_unchanged(
+            record, number, plain(plan.file.stages[number]), plan.config(number, overrides_of(plan, lineage, number))
+        )
+        if (
+            "export" in record
+            and next_stage_needs(plan, lineage, number)
+            and folder_digest(record["export"]["folder"]) != record["export"]["digest"]
+        ):
+            raise InputError(
+                "dir",
+                plan.file.dir,
+                f"its {record['export']['folder']} is not what stage {record['name']} exported",
+                f"use --redo-from {number + 1}",
+            )
     stages.check_model(plan)
 
 
 def next_stage_needs(plan: Plan, lineage: Lineage, number: int) -> bool:
     """Whether a stage's export is still to be used."""
     after = lineage.stages[number + 1] if number + 1 < len(lineage.stages) else {}
-    return next_action(lineage.stages[number]) is not None or (number + 1 < len(plan.file.stages) and "train" not in after)
+    return next_action(lineage.stages[number]) is not None or (
+        number + 1 < len(plan.file.stages) and "train" not in after
+    )
 
 
 def check_run_dir(config) -> None:
@@ -122,25 +161,41 @@ def check_run_dir(config) -> None:
     if not saved.is_file() or not checkpoint.published(config.run_dir):
         return
     began = yaml.safe_load(saved.read_text())
-    for name, before, now in (("model", began["model"], config.model), ("data.skip_prompts", began["data"]["skip_prompts"], config.data.skip_prompts)):
+    for name, before, now in (
+        ("model", began["model"], config.model),
+        ("data.skip_prompts", began["data"]["skip_prompts"], config.data.skip_prompts),
+    ):
         if before != now:
-            raise InputError("run_dir", config.run_dir, f"holds checkpoints of a run with {name} = {before}, and the stage begins with {now}", "name another run_dir, or move that one away")
+            raise InputError(
+                "run_dir",
+                config.run_dir,
+                f"holds checkpoints of a run with {name} = {before}, and the stage begins with {now}",
+                "name another run_dir, or move that one away",
+            )
 
 
 def overrides_of(plan: Plan, lineage: Lineage, number: int) -> list[str]:
     if number == 0:
         return []
     before = lineage.stages[number - 1]
-    return stages.carry_over(plan, number, checkpoint=before["choose"]["checkpoint"], prompts_taken=before["choose"]["prompts_taken"])
+    return stages.carry_over(
+        plan, number, checkpoint=before["choose"]["checkpoint"], prompts_taken=before["choose"]["prompts_taken"]
+    )
 
 
 def taken_over(plan: Plan, lineage: Lineage, number: int, taken: list[str]) -> dict:
     """What the record says of how the stage begins."""
     config, stage = plan.config(number, taken), plan.file.stages[number]
     return {
-        "overrides": taken, "model": config.model, "model_digest": lineage.stages[number - 1]["export"]["digest"] if number else None, "reference_policy": stages.reference(config),
-        "optimizer": "fresh" if stage.optimizer == "fresh" else f"of {config.checkpoint.start_from}", "step": 0, "warmup_steps": config.optimizer.warmup_steps,
-        "skip_prompts": config.data.skip_prompts}
+        "overrides": taken,
+        "model": config.model,
+        "model_digest": lineage.stages[number - 1]["export"]["digest"] if number else None,
+        "reference_policy": stages.reference(config),
+        "optimizer": "fresh" if stage.optimizer == "fresh" else f"of {config.checkpoint.start_from}",
+        "step": 0,
+        "warmup_steps": config.optimizer.warmup_steps,
+        "skip_prompts": config.data.skip_prompts,
+    }
 
 
 def train(plan: Plan, launcher: Launcher, number: int, record: dict, taken: list[str], lineage: Lineage) -> dict:
@@ -154,7 +209,13 @@ def train(plan: Plan, launcher: Launcher, number: int, record: dict, taken: list
         record["carry_over"]["model_digest"] = folder_digest(local_folder(config.model))
     last = checkpoint.progress_of(found[0])
     why = stop.reason(config.stop, metrics.read(config.run_dir), last.step)
-    return {"command": shlex.join(command), "run_dir": config.run_dir, "steps": last.step, "ended_by": why or f"num_steps = {config.num_steps}", "run_seconds": round(last.seconds, 1)}
+    return {
+        "command": shlex.join(command),
+        "run_dir": config.run_dir,
+        "steps": last.step,
+        "ended_by": why or f"num_steps = {config.num_steps}",
+        "run_seconds": round(last.seconds, 1),
+    }
 
 
 def choose(plan: Plan, launcher: Launcher, number: int, record: dict, taken: list[str], lineage: Lineage) -> dict:
@@ -165,36 +226,71 @@ def choose(plan: Plan, launcher: Launcher, number: int, record: dict, taken: lis
         name = config.checkpoint.best_metric
         ranked = checkpoint.ranked(config.run_dir, name)
         if not ranked:
-            raise InputError("checkpoint.best_metric", name, f"is known of no checkpoint of {config.run_dir}", "choose the last, or name another metric")
+            raise InputError(
+                "checkpoint.best_metric",
+                name,
+                f"is known of no checkpoint of {config.run_dir}",
+                "choose the last, or name another metric",
+            )
         folder, why = ranked[0][0], f"{name} = {ranked[0][1]:.4g}, the highest of {len(ranked)} checkpoints"
     progress = checkpoint.progress_of(folder)
-    return {"checkpoint": str(folder), "step": progress.step, "why": why, "prompts_taken": config.data.skip_prompts + progress.cursor}
+    return {
+        "checkpoint": str(folder),
+        "step": progress.step,
+        "why": why,
+        "prompts_taken": config.data.skip_prompts + progress.cursor,
+    }
 
 
 def export(plan: Plan, launcher: Launcher, number: int, record: dict, taken: list[str], lineage: Lineage) -> dict:
     folder = plan.export_of(number)
     shutil.rmtree(folder, ignore_errors=True)  # of an export whose end was not recorded
-    command = launcher.program("convert.py", "to-hf", "--checkpoint", record["choose"]["checkpoint"], "--out", str(folder))
+    command = launcher.program(
+        "convert.py", "to-hf", "--checkpoint", record["choose"]["checkpoint"], "--out", str(folder)
+    )
     execute(command, f"stage {record['name']}: the export", CONVERT_TIMEOUT_S)
     return {"command": shlex.join(command), "folder": str(folder), "digest": folder_digest(folder)}
 
 
 def prove(plan: Plan, launcher: Launcher, number: int, record: dict, taken: list[str], lineage: Lineage) -> dict:
     out = plan.dir / f"{record['name']}_parity.json"
-    command = launcher.program("convert.py", "prove", "--checkpoint", record["choose"]["checkpoint"], "--hf", record["export"]["folder"], "--out", str(out))
+    command = launcher.program(
+        "convert.py",
+        "prove",
+        "--checkpoint",
+        record["choose"]["checkpoint"],
+        "--hf",
+        record["export"]["folder"],
+        "--out",
+        str(out),
+    )
     execute(command, f"stage {record['name']}: the proof of its export", CONVERT_TIMEOUT_S)
     return {"command": shlex.join(command), **json.loads(out.read_text())}
 
 
-def evaluate_export(plan: Plan, launcher: Launcher, number: int, record: dict, taken: list[str], lineage: Lineage) -> dict:
+def evaluate_export(
+    plan: Plan, launcher: Launcher, number: int, record: dict, taken: list[str], lineage: Lineage
+) -> dict:
     if plan.config(number, taken, evaluation=True).eval.data is None:
         return {"skipped": "eval.data names nothing"}
     out = plan.dir / f"{record['name']}_eval.json"
     command = launcher.program(
-        "evaluate.py", "--cfg", str(plan.config_path(number)), "--model", record["export"]["folder"], "--out", str(out), *plan.overrides(number, taken, evaluation=True))
+        "evaluate.py",
+        "--cfg",
+        str(plan.config_path(number)),
+        "--model",
+        record["export"]["folder"],
+        "--out",
+        str(out),
+        *plan.overrides(number, taken, evaluation=True),
+    )
     execute(command, f"stage {record['name']}: the evaluation")
     seen = json.loads(out.read_text())
-    result = {"command": shlex.join(command), "file": str(out), **{k: v for k, v in seen.items() if k.startswith("eval/") or k == "num_problems"}}
+    result = {
+        "command": shlex.join(command),
+        "file": str(out),
+        **{k: v for k, v in seen.items() if k.startswith("eval/") or k == "num_problems"},
+    }
     if number and "file" in (before := lineage.stages[number - 1]["evaluate"]):
         mine, other = (evaluate.read_problems(path)[0] for path in (str(out), before["file"]))
         if {(p.id, p.answer) for p in mine} == {(p.id, p.answer) for p in other}:
@@ -225,8 +321,12 @@ def execute(command: list[str], what: str, timeout_s: float | None = None) -> No
     try:
         # A session of its own: the terminal's Ctrl-C comes once, by pass_on.
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, start_new_session=True, close_fds=False,  # Python's own are not inherited, but the lock's is
-            preexec_fn=lambda: entry.die_with_parent(how))
+            command,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            close_fds=False,  # Python's own are not inherited, but the lock's is
+            preexec_fn=lambda: entry.die_with_parent(how),
+        )
         if asked:
             process.send_signal(asked[0])
         code = _wait(process, asked, timeout_s, what)
@@ -241,7 +341,10 @@ def execute(command: list[str], what: str, timeout_s: float | None = None) -> No
     if signal.SIGINT in asked or code == 130:
         raise KeyboardInterrupt
     if code:
-        raise ActionFailed(f"{what} ended with {code}; its own words stand above. When that is mended, the same command goes on from there", 2 if code == 2 else 1)
+        raise ActionFailed(
+            f"{what} ended with {code}; its own words stand above. When that is mended, the same command goes on from there",
+            2 if code == 2 else 1,
+        )
 
 
 def _wait(process: subprocess.Popen, asked: list[int], timeout_s: float | None, what: str) -> int:
@@ -254,17 +357,28 @@ def _wait(process: subprocess.Popen, asked: list[int], timeout_s: float | None, 
             now = time.monotonic()
             leave = leave or (now + STOPPED_TIMEOUT_S if asked else None)
             if now > (end or now) or now > (leave or now):
-                raise ActionFailed(f"{what} did not end within {STOPPED_TIMEOUT_S if asked else timeout_s:.0f} s and was killed", 1) from None
+                raise ActionFailed(
+                    f"{what} did not end within {STOPPED_TIMEOUT_S if asked else timeout_s:.0f} s and was killed", 1
+                ) from None
 
 
 def forget(plan: Plan, lineage: Lineage, number: int) -> None:
     """Before stages are done again: their run folders and exports are moved aside, never removed. Raises InputError."""
     if not 0 <= number < len(lineage.stages):
-        raise InputError("--redo-from", number + 1, f"must be between 1 and {len(lineage.stages)}, the stages that were begun", "name one of them")
+        raise InputError(
+            "--redo-from",
+            number + 1,
+            f"must be between 1 and {len(lineage.stages)}, the stages that were begun",
+            "name one of them",
+        )
     for record in lineage.stages[number:]:
         for folder in (Path(record["config"]["run_dir"]), plan.dir / f"{record['name']}_hf"):
             if folder.exists():
-                aside = next(p for i in range(1, 10_000) if not (p := folder.with_name(f"{folder.name}.before_redo_{i}")).exists())
+                aside = next(
+                    p
+                    for i in range(1, 10_000)
+                    if not (p := folder.with_name(f"{folder.name}.before_redo_{i}")).exists()
+                )
                 folder.rename(aside)
                 print(f"{folder} is now {aside}", flush=True)
     lineage.cut(number)
@@ -274,8 +388,13 @@ def summary(lineage: Lineage) -> str:
     lines = []
     for record in lineage.stages:
         seen = record["evaluate"]
-        score = ", ".join(f"{k.removeprefix('eval/')} {v:.3f}" for k, v in seen.items() if k.startswith("eval/")) or seen["skipped"]
-        lines.append(f"stage {record['name']}: {record['train']['steps']} steps ({record['train']['ended_by']}); step {record['choose']['step']} in {record['export']['folder']}; {score}")
+        score = (
+            ", ".join(f"{k.removeprefix('eval/')} {v:.3f}" for k, v in seen.items() if k.startswith("eval/"))
+            or seen["skipped"]
+        )
+        lines.append(
+            f"stage {record['name']}: {record['train']['steps']} steps ({record['train']['ended_by']}); step {record['choose']['step']} in {record['export']['folder']}; {score}"
+        )
         if "minus_stage_before" in seen:
             lines.append(f"    minus the stage before: {seen['minus_stage_before']}")
     return "\n".join(lines)

@@ -30,14 +30,24 @@ class Lineage:
         try:
             self.stages: list[dict] = json.loads(self._path.read_text())["stages"] if self._path.is_file() else []
         except (ValueError, KeyError, TypeError) as e:
-            raise InputError("dir", str(folder), f"its {FILE} is damaged ({e})", "restore it, or name another dir") from e
+            raise InputError(
+                "dir", str(folder), f"its {FILE} is damaged ({e})", "restore it, or name another dir"
+            ) from e
 
     def begin(self, name: str, spec: dict, config: Config, carry_over: dict) -> dict:
         """The record of the stage that is to be trained, made or brought up to date."""
         if not self.stages or self.stages[-1]["name"] != name:
             self.stages.append({"name": name})
         record = self.stages[-1]
-        record |= {"status": "train", "spec": spec, "config": plain(config), "config_digest": config_digest(config), "versions": versions(), "commit": commit(), "carry_over": carry_over}
+        record |= {
+            "status": "train",
+            "spec": spec,
+            "config": plain(config),
+            "config_digest": config_digest(config),
+            "versions": versions(),
+            "commit": commit(),
+            "carry_over": carry_over,
+        }
         self.write()
         return record
 
@@ -75,10 +85,17 @@ def check_unchanged(record: dict, number: int, spec: dict, config: Config) -> No
         raise InputError(f"stages[{number}].name", spec["name"], f"was {record['name']!r} in the lineage", remedy)
     for key, action in STEERS.items():
         if action in record and record["spec"].get(key, spec[key]) != spec[key]:
-            raise InputError(f"stages[{number}].{key}", spec[key], f"was {record['spec'][key]!r} when stage {record['name']} was done", remedy)
+            raise InputError(
+                f"stages[{number}].{key}",
+                spec[key],
+                f"was {record['spec'][key]!r} when stage {record['name']} was done",
+                remedy,
+            )
     if "train" in record:
         for dotted, before, now in differences(record["config"], plain(config)):
-            raise InputError(f"stage {record['name']}: {dotted}", now, f"was {before!r} when the stage was trained", remedy)
+            raise InputError(
+                f"stage {record['name']}: {dotted}", now, f"was {before!r} when the stage was trained", remedy
+            )
 
 
 def differences(before: dict, now: dict, prefix: str = "") -> list[tuple[str, object, object]]:
@@ -86,7 +103,13 @@ def differences(before: dict, now: dict, prefix: str = "") -> list[tuple[str, ob
     out = []
     for key in before.keys() & now.keys():
         a, b = before[key], now[key]
-        out += differences(a, b, f"{prefix}{key}.") if isinstance(a, dict) and isinstance(b, dict) else [(prefix + key, a, b)] if a != b else []
+        out += (
+            differences(a, b, f"{prefix}{key}.")
+            if isinstance(a, dict) and isinstance(b, dict)
+            else [(prefix + key, a, b)]
+            if a != b
+            else []
+        )
     return sorted(out, key=lambda one: one[0])
 
 
@@ -97,4 +120,3 @@ def plain(value: object) -> dict:
 
 def config_digest(config: Config) -> str:
     return hashlib.sha256(json.dumps(plain(config), sort_keys=True).encode()).hexdigest()[:16]
-

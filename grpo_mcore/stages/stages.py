@@ -25,7 +25,11 @@ from grpo_mcore.policy.hf_weights import local_folder
 
 # What the order of prompts depends on.
 ORDER = ("data.train", "data.problem_key", "data.answer_key", "data.overlong_prompts")
-FILTER = ("data.max_prompt_tokens", "data.prompt_template", "data.chat_template")  # besides, where over-long prompts are left out
+FILTER = (
+    "data.max_prompt_tokens",
+    "data.prompt_template",
+    "data.chat_template",
+)  # besides, where over-long prompts are left out
 
 
 @dataclass(frozen=True)
@@ -35,9 +39,13 @@ class Stage:
     name: str  # of its files in `dir`
     cfg: str  # its configuration, a path from the stages file's folder
     overrides: tuple[str, ...] = ()  # key.sub=value over it
-    choose: Literal["last", "best"] = "last"  # the checkpoint to go on with: the last, or that with the highest checkpoint.best_metric
+    choose: Literal["last", "best"] = (
+        "last"  # the checkpoint to go on with: the last, or that with the highest checkpoint.best_metric
+    )
     optimizer: Literal["fresh", "carried"] = "fresh"
-    prompts: Literal["continue", "own"] = "continue"  # go on in the order of the stage before; own: from the configuration's data.skip_prompts
+    prompts: Literal["continue", "own"] = (
+        "continue"  # go on in the order of the stage before; own: from the configuration's data.skip_prompts
+    )
     evaluate: tuple[str, ...] = ()  # key.sub=value, of the evaluation of the export alone
 
 
@@ -81,9 +89,11 @@ def carry_over(plan: Plan, number: int, *, checkpoint: str, prompts_taken: int) 
         return []
     stage = plan.file.stages[number]
     return [
-        f"model={plan.export_of(number - 1)}", "warm_start=null",
+        f"model={plan.export_of(number - 1)}",
+        "warm_start=null",
         *([f"data.skip_prompts={prompts_taken}"] if stage.prompts == "continue" else []),
-        *([f"checkpoint.start_from={checkpoint}"] if stage.optimizer == "carried" else [])]
+        *([f"checkpoint.start_from={checkpoint}"] if stage.optimizer == "carried" else []),
+    ]
 
 
 def load(path: str | Path, ranks: int | None) -> Plan:
@@ -96,7 +106,11 @@ def load(path: str | Path, ranks: int | None) -> Plan:
     for number, stage in enumerate(file.stages):
         _check_stage(file, number)
         with naming(stage):
-            taken = configs[-1].data.skip_prompts + configs[-1].num_steps * configs[-1].rollout.prompts_per_step if configs else 0
+            taken = (
+                configs[-1].data.skip_prompts + configs[-1].num_steps * configs[-1].rollout.prompts_per_step
+                if configs
+                else 0
+            )
             config = plan.config(number, carry_over(plan, number, checkpoint="the stage before's", prompts_taken=taken))
             plan.config(number, evaluation=True)
             _check_config(stage, config)
@@ -123,18 +137,30 @@ def naming(stage: Stage) -> Iterator[None]:
 def _check_stage(file: StagesFile, number: int) -> None:
     stage = file.stages[number]
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", stage.name):
-        raise InputError(f"stages[{number}].name", stage.name, "is part of file names: letters, digits, ., _ and -", "choose another")
+        raise InputError(
+            f"stages[{number}].name", stage.name, "is part of file names: letters, digits, ., _ and -", "choose another"
+        )
     if stage.name in [s.name for s in file.stages[:number]]:
         raise InputError(f"stages[{number}].name", stage.name, "is another stage's too", "choose another")
     if number == 0 and stage.optimizer == "carried":
-        raise InputError("stages[0].optimizer", stage.optimizer, "has no stage before it to be carried from", "set it to fresh (checkpoint.start_from begins from another run)")
+        raise InputError(
+            "stages[0].optimizer",
+            stage.optimizer,
+            "has no stage before it to be carried from",
+            "set it to fresh (checkpoint.start_from begins from another run)",
+        )
 
 
 def _check_config(stage: Stage, config: Config) -> None:
     if not config.checkpoint.every:
         raise InputError("checkpoint.every", 0, "keeps no checkpoint, and a stage's is exported", "raise it")
     if stage.choose == "best" and not config.checkpoint.keep_best:
-        raise InputError("checkpoint.keep_best", 0, "may remove the best checkpoint, which `choose: best` takes", "raise it, or choose the last")
+        raise InputError(
+            "checkpoint.keep_best",
+            0,
+            "may remove the best checkpoint, which `choose: best` takes",
+            "raise it, or choose the last",
+        )
 
 
 def _check_pair(stage: Stage, before: Sequence[Config], config: Config) -> None:
@@ -146,11 +172,21 @@ def _check_pair(stage: Stage, before: Sequence[Config], config: Config) -> None:
     last = before[-1]
     seeds = [c.seed if c.data.shuffle_seed is None else c.data.shuffle_seed for c in (last, config)]
     if seeds[0] != seeds[1]:
-        raise InputError("data.shuffle_seed", seeds[1], f"makes another order of prompts than the stage before's {seeds[0]}, so that prompts would come again", "give both the same, or set prompts: own")
+        raise InputError(
+            "data.shuffle_seed",
+            seeds[1],
+            f"makes another order of prompts than the stage before's {seeds[0]}, so that prompts would come again",
+            "give both the same, or set prompts: own",
+        )
     for dotted in (*ORDER, *(FILTER if config.data.overlong_prompts == "filter" else ())):
         a, b = (recipe.key(dotted)(c) for c in (last, config))
         if a != b:
-            raise InputError(dotted, b, f"makes another order of prompts than the stage before's {a!r}, so that prompts would come again", "give both the same, or set prompts: own")
+            raise InputError(
+                dotted,
+                b,
+                f"makes another order of prompts than the stage before's {a!r}, so that prompts would come again",
+                "give both the same, or set prompts: own",
+            )
 
 
 def check_model(plan: Plan) -> None:
@@ -194,12 +230,20 @@ def _ranks(plan: Plan, number: int) -> str:
 
 
 def _chosen(plan: Plan, number: int) -> str:
-    return "last" if plan.file.stages[number].choose == "last" else f"best by {plan.configs[number].checkpoint.best_metric}"
+    return (
+        "last"
+        if plan.file.stages[number].choose == "last"
+        else f"best by {plan.configs[number].checkpoint.best_metric}"
+    )
 
 
 def _evaluation(plan: Plan, number: int) -> str:
     c = plan.config(number, evaluation=True)
-    return f"{c.eval.samples_per_prompt} x {c.response_tokens(0, evaluation=True)} tokens at T={c.eval.temperature:g}, top_p={c.eval.top_p:g}" if c.eval.data else "none"
+    return (
+        f"{c.eval.samples_per_prompt} x {c.response_tokens(0, evaluation=True)} tokens at T={c.eval.temperature:g}, top_p={c.eval.top_p:g}"
+        if c.eval.data
+        else "none"
+    )
 
 
 # Quantity -> its value of a plan's stage.
@@ -209,16 +253,22 @@ QUANTITIES = {
     "model": lambda plan, n: plan.configs[n].model,
     "follows": lambda plan, n: plan.configs[n].recipe or "no recipe",
     "ends after": lambda plan, n: stop_rule(plan.configs[n]),
-    "a step": lambda plan, n: f"{plan.configs[n].rollout.prompts_per_step} prompts x {plan.configs[n].rollout.group_size} responses",
+    "a step": lambda plan, n: (
+        f"{plan.configs[n].rollout.prompts_per_step} prompts x {plan.configs[n].rollout.group_size} responses"
+    ),
     "optimizer steps": lambda plan, n: recipe.optimizer_steps(plan.configs[n]),
     "longest sequence": lambda plan, n: f"{plan.configs[n].longest_train_tokens} tokens",
     "longest response": lambda plan, n: f"{plan.configs[n].response_tokens(0)} tokens",
-    "learning rate": lambda plan, n: f"{plan.configs[n].optimizer.lr:g} {plan.configs[n].optimizer.lr_schedule}, warm-up {recipe.warm_up(plan.configs[n])}",
+    "learning rate": lambda plan, n: (
+        f"{plan.configs[n].optimizer.lr:g} {plan.configs[n].optimizer.lr_schedule}, warm-up {recipe.warm_up(plan.configs[n])}"
+    ),
     "optimizer": lambda plan, n: plan.file.stages[n].optimizer,
     "reference policy": lambda plan, n: reference(plan.configs[n]),
     "KL coefficient": lambda plan, n: f"{plan.configs[n].loss.kl_coef:g}",
     "ratio clip": lambda plan, n: f"{plan.configs[n].loss.clip_low:g} / {plan.configs[n].loss.clip_high:g}",
-    "prompts skipped": lambda plan, n: f"{plan.configs[n].data.skip_prompts}{' if all steps before are done' if n and plan.file.stages[n].prompts == 'continue' else ''}",
+    "prompts skipped": lambda plan, n: (
+        f"{plan.configs[n].data.skip_prompts}{' if all steps before are done' if n and plan.file.stages[n].prompts == 'continue' else ''}"
+    ),
     "ranks by axis": _ranks,
     "goes on with": _chosen,
     "export": lambda plan, n: plan.export_of(n),

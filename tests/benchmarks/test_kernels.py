@@ -30,15 +30,43 @@ def test_its_truth_is_what_autograd_says_in_float64(monkeypatch):
 
 def test_every_implementation_is_measured_or_says_why_not(tmp_path):
     out = tmp_path / "out.json"
-    command = [sys.executable, "benchmarks/kernels.py", "--rows", "5", "--vocabulary", "300", "--rounds", "2", "--only", "naive,chunked,quack (sum of the loss only),triton", "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="0"), capture_output=True, text=True, timeout=200)
+    command = [
+        sys.executable,
+        "benchmarks/kernels.py",
+        "--rows",
+        "5",
+        "--vocabulary",
+        "300",
+        "--rounds",
+        "2",
+        "--only",
+        "naive,chunked,quack (sum of the loss only),triton",
+        "--out",
+        str(out),
+    ]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment(CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="0"),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text())
     naive, chunked, quack, triton = report["results"]
-    assert quack["status"] == triton["status"] == "skipped" and "ModuleNotFoundError" in quack["reason"] and "cannot run" in triton["reason"]
+    assert (
+        quack["status"] == triton["status"] == "skipped"
+        and "ModuleNotFoundError" in quack["reason"]
+        and "cannot run" in triton["reason"]
+    )
     assert naive["forward"]["time_of_naive"] == naive["forward_backward"]["time_of_naive"] == 1
     for r in (naive, chunked):
-        assert r["status"] == "ok" and r["has_entropy"] and set(r["error"]) == {"logprob", "entropy", "d_hidden", "d_weight"}
+        assert (
+            r["status"] == "ok"
+            and r["has_entropy"]
+            and set(r["error"]) == {"logprob", "entropy", "d_hidden", "d_weight"}
+        )
         assert 0 < max(r["error"].values()) < 0.05
         for pass_, products in (("forward", 1), ("forward_backward", 3)):
             flops = products * 2 * 5 * 1536 * 300

@@ -36,20 +36,65 @@ def test_forward_flops_are_those_torch_counts_but_for_the_half_of_attention_that
 @pytest.mark.parametrize("ranks, overrides", [(1, []), pytest.param(2, ["parallel.tp=2"], marks=pytest.mark.slow)])
 def test_every_case_is_reported_and_those_that_cannot_run_say_why(tmp_path, ranks, overrides):
     out = tmp_path / "out.json"
-    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    command = [sys.executable, *launcher, "benchmarks/train_step.py", "--model", "tiny", "--precision", "fp32,fp8-delayed", "--sequence-tokens", "64,100",
-               "--prompt-tokens", "80", "--tokens-per-step", "400", "--max-tokens-per-microbatch", "200", "--steps", "1", "--out", str(out), "device=cpu", *overrides]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120)
+    launcher = (
+        []
+        if ranks == 1
+        else [
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            str(ranks),
+            "--master-port",
+            "0",
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-endpoint",
+            "localhost:0",
+        ]
+    )
+    command = [
+        sys.executable,
+        *launcher,
+        "benchmarks/train_step.py",
+        "--model",
+        "tiny",
+        "--precision",
+        "fp32,fp8-delayed",
+        "--sequence-tokens",
+        "64,100",
+        "--prompt-tokens",
+        "80",
+        "--tokens-per-step",
+        "400",
+        "--max-tokens-per-microbatch",
+        "200",
+        "--steps",
+        "1",
+        "--out",
+        str(out),
+        "device=cpu",
+        *overrides,
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text())
     status = {(r["precision"], r["sequence_tokens"]): r["status"] for r in report["results"]}
-    assert status == {("fp32", 64): "skipped", ("fp32", 100): "ok", ("fp8-delayed", 64): "skipped", ("fp8-delayed", 100): "skipped"}
+    assert status == {
+        ("fp32", 64): "skipped",
+        ("fp32", 100): "ok",
+        ("fp8-delayed", 64): "skipped",
+        ("fp8-delayed", 100): "skipped",
+    }
     short, ok, _, fp8 = report["results"]
     assert "max_response_tokens = -16" in short["reason"] and "FP8" in fp8["reason"]
     # 4 sequences of 100 tokens, two a microbatch; no prompt is shared.
     assert (ok["sequences"], ok["microbatches_per_rank"], ok["packed_frac"]) == (4, 2, 1.0)
     phases, (step,) = ok["phases"], ok["s_of_steps"]
-    assert list(phases) == [*train_step.PHASES, "step"] and step["step"] == pytest.approx(sum(step[p] for p in train_step.PHASES), abs=3e-4)
+    assert list(phases) == [*train_step.PHASES, "step"] and step["step"] == pytest.approx(
+        sum(step[p] for p in train_step.PHASES), abs=3e-4
+    )
     for p in phases.values():
         assert p["s"] > 0 and p["peak_memory_bytes"] > 0 and p["tokens_per_s"] == pytest.approx(400 / p["s"], rel=0.1)
     peak = report["measured_matmul_flops_per_s"]["float32"]

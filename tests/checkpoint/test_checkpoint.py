@@ -72,9 +72,21 @@ def restore_then_go_on(folder: str, run_dir: str, axes: dict, dtype: str):
         ((1, {}), (1, {}), "bfloat16"),
         ((4, {"tp": 2}), (4, {"tp": 2}), "float32"),  # tp 2 x dp 2
         ((4, {"tp": 2}), (2, {"pp": 2}), "float32"),
-        pytest.param((2, {"pp": 2, "virtual_pp": 2}), (2, {"tp": 2, "sequence_parallel": True}), "bfloat16", marks=pytest.mark.slow),
-        pytest.param((2, {"overlap_grad_reduce": True, "overlap_param_gather": True}), (2, {"cp": 2}), "float32", marks=pytest.mark.slow),
-    ], ids=str)
+        pytest.param(
+            (2, {"pp": 2, "virtual_pp": 2}),
+            (2, {"tp": 2, "sequence_parallel": True}),
+            "bfloat16",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            (2, {"overlap_grad_reduce": True, "overlap_param_gather": True}),
+            (2, {"cp": 2}),
+            "float32",
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=str,
+)
 def test_restoring_and_stepping_equals_never_having_stopped(model_folders, tmp_path, before, after, dtype):
     folder = model_folders["qwen2_deep"]
     ranks_before = spawn(save_then_go_on, before[0], folder, str(tmp_path), before[1], dtype)
@@ -153,7 +165,9 @@ def test_a_save_is_published_when_it_is_written_and_not_before(policy, tmp_path)
 
 def test_the_newest_are_kept_and_the_best(policy, tmp_path):
     rewards = {1: 0.5, 2: 0.9, 3: 0.7, 4: 0.1, 5: 0.2}
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": s, "reward/mean": r}) + "\n" for s, r in rewards.items()))
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": s, "reward/mean": r}) + "\n" for s, r in rewards.items())
+    )
     for step in rewards:
         save(policy, tmp_path, step, keep=1, keep_best=2)
     # 4 was the newest when 5 came: neither is among the two best, 2 and 3.
@@ -205,14 +219,20 @@ def test_one_flipped_bit_of_the_weights_on_their_way_to_the_disk_is_caught(polic
 
     monkeypatch.setattr(dist_checkpointing, "save", corrupting)
     checkpoints.save(Progress(1))
-    with pytest.raises(AttestationError, match="step_000001 is not published: what was written differs from the policy in"):
+    with pytest.raises(
+        AttestationError, match="step_000001 is not published: what was written differs from the policy in"
+    ):
         checkpoints.wait()
     assert names(tmp_path) == ["step_000001.partial"]
 
 
 def test_a_save_that_writes_the_weights_of_the_one_before_is_caught(policy, tmp_path, monkeypatch):
     save(policy, tmp_path, 1)
-    first = {name: tensor.clone() for name, tensor in policy.chunks[0].state_dict().items() if tensor is not None and torch.is_tensor(tensor)}
+    first = {
+        name: tensor.clone()
+        for name, tensor in policy.chunks[0].state_dict().items()
+        if tensor is not None and torch.is_tensor(tensor)
+    }
     steps(policy, policy.topology, [2])
     checkpoints = Checkpoints(tmp_path, policy, settings())
     honest = dist_checkpointing.save
@@ -226,7 +246,9 @@ def test_a_save_that_writes_the_weights_of_the_one_before_is_caught(policy, tmp_
 
     monkeypatch.setattr(dist_checkpointing, "save", stale)
     checkpoints.save(Progress(2))
-    with pytest.raises(AttestationError, match="holds the weights of .*step_000001, although the policy has moved since"):
+    with pytest.raises(
+        AttestationError, match="holds the weights of .*step_000001, although the policy has moved since"
+    ):
         checkpoints.wait()
     assert names(tmp_path) == ["step_000001", "step_000002.partial"]
 
@@ -239,7 +261,9 @@ def test_a_save_that_never_ends_is_a_time_out(policy, tmp_path, monkeypatch):
     with pytest.raises(TimeoutError, match="step_000001 was still being written after 0 s"):
         checkpoints.wait()
     monkeypatch.undo()
-    checkpoints._writing.wait(30)  # its result would be taken for the next test's save: Megatron has one queue a process
+    checkpoints._writing.wait(
+        30
+    )  # its result would be taken for the next test's save: Megatron has one queue a process
 
 
 @pytest.fixture
@@ -280,4 +304,6 @@ def test_the_size_asked_of_the_disk_is_the_size_written(policy, tmp_path):
     weights = checkpoint._weights(policy)
     state = {**weights, "optimizer": policy.optimizer.sharded_state_dict(weights, metadata=checkpoint.METADATA)}
     written = sum(f.stat().st_size for f in checkpoint.published(tmp_path)[0].glob("*.distcp"))
-    assert written == pytest.approx(checkpoint.num_bytes(state), rel=0.2)  # 20%: the files' own headers, in a model of 0.5 MB
+    assert written == pytest.approx(
+        checkpoint.num_bytes(state), rel=0.2
+    )  # 20%: the files' own headers, in a model of 0.5 MB

@@ -83,7 +83,15 @@ def test_converting_holds_the_model_once_on_the_way_in_and_one_tensor_on_the_way
 
     torch.manual_seed(0)
     # 12 layers of 12.8 MB and two vocabulary matrices of 16.4 MB: 187 MB
-    size = dict(vocab_size=8000, hidden_size=512, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=256)
+    size = dict(
+        vocab_size=8000,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+    )
     model = tf.LlamaForCausalLM(tf.LlamaConfig(**size, tie_word_embeddings=False))
     model_bytes, layer_bytes = (sum(p.numel() * 4 for p in m.parameters()) for m in (model, model.model.layers[0]))
     model.save_pretrained(tmp_path / "hf")
@@ -91,11 +99,20 @@ def test_converting_holds_the_model_once_on_the_way_in_and_one_tensor_on_the_way
     script.write_text(PEAK)
 
     def peak(source: str, out: str, direction: str) -> int:
-        done = subprocess.run([sys.executable, "-W", "ignore", script, tmp_path / source, tmp_path / out, direction], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", script, tmp_path / source, tmp_path / out, direction],
+            cwd=ROOT,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert done.returncode == 0, done.stderr[-2000:]
         return int(done.stdout.split("PEAK")[1])
 
     largest = max(layer_bytes, 8000 * 512 * 4)
     assert peak("hf", "megatron", "from_hf") < model_bytes + 2 * largest
-    assert peak("megatron", "again", "to_hf") < 4 * largest  # the part read, what it is read from, the bytes that are written, and a little
+    assert (
+        peak("megatron", "again", "to_hf") < 4 * largest
+    )  # the part read, what it is read from, the bytes that are written, and a little
     assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "hf/model.safetensors").read_bytes()

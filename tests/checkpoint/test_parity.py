@@ -56,12 +56,22 @@ def test_an_export_is_proved_whatever_layout_wrote_the_checkpoint(model_folders,
     spawn(save_with_tp2, 2, model_folders[KIND], str(tmp_path / "run"))
     saved = tmp_path / "run/checkpoints/step_000001"
     convert.to_hf(saved, tmp_path / "hf")
-    assert parity.compare_weights(saved, tmp_path / "hf") > proof["equal_parts"]  # one a rank, where there was one in all
+    assert (
+        parity.compare_weights(saved, tmp_path / "hf") > proof["equal_parts"]
+    )  # one a rank, where there was one in all
     with pytest.raises(parity.ParityError, match="is not what the policy held"):  # before the step
         parity.compare_weights(saved, exported[1])
 
 
-@pytest.mark.parametrize("name, index", [("model.layers.1.self_attn.k_proj.weight", 5), ("model.layers.0.mlp.up_proj.weight", -1), ("model.embed_tokens.weight", 90 * 128), ("model.norm.weight", 0)])
+@pytest.mark.parametrize(
+    "name, index",
+    [
+        ("model.layers.1.self_attn.k_proj.weight", 5),
+        ("model.layers.0.mlp.up_proj.weight", -1),
+        ("model.embed_tokens.weight", 90 * 128),
+        ("model.norm.weight", 0),
+    ],
+)
 def test_a_weight_that_was_not_trained_so_is_named(exported, tmp_path, name, index):
     shutil.copytree(exported[1], tmp_path / "hf")
     change(tmp_path / "hf", name, index)
@@ -76,7 +86,10 @@ def test_a_checkpoint_that_attests_only_a_part_proves_nothing(exported, tmp_path
     name = next(name for name in attest["weights"] if "linear_fc1.weight" in name)
     del attest["weights"][name]
     (tmp_path / "checkpoint/attest.json").write_text(json.dumps(attest))
-    with pytest.raises(parity.ParityError, match="attests 12288 of the 24576 elements of model.layers.0.mlp.gate_proj.weight, model.layers.0.mlp.up_proj.weight"):
+    with pytest.raises(
+        parity.ParityError,
+        match="attests 12288 of the 24576 elements of model.layers.0.mlp.gate_proj.weight, model.layers.0.mlp.up_proj.weight",
+    ):
         parity.compare_weights(tmp_path / "checkpoint", exported[1])
     with pytest.raises(InputError, match="has no attest.json"):
         parity.compare_weights(exported[1], exported[1])
@@ -86,5 +99,7 @@ def test_a_model_that_computes_something_else_with_the_same_weights_is_refused(e
     """The trainer's side scores other tokens than Hugging Face's: their log-probs differ, and the proof must see it."""
     score = parity.policy_logprobs
     monkeypatch.setattr(parity, "policy_logprobs", lambda folder, sequences: score(folder, sequences[::-1]))
-    with pytest.raises(parity.ParityError, match="log-probs of the same tokens by transformers and by the trainer differ by"):
+    with pytest.raises(
+        parity.ParityError, match="log-probs of the same tokens by transformers and by the trainer differ by"
+    ):
         parity.prove(*exported)

@@ -42,7 +42,9 @@ def refused(function, *args) -> str:
 
 
 def test_every_configuration_of_the_repository_loads_and_comes_back_from_what_is_printed(tmp_path):
-    paths = [path for path in sorted(CONFIGS.rglob("*.yaml")) if "stages" not in yaml.safe_load(path.read_text())]  # test_stages.py has those
+    paths = [
+        path for path in sorted(CONFIGS.rglob("*.yaml")) if "stages" not in yaml.safe_load(path.read_text())
+    ]  # test_stages.py has those
     assert QUICKSTART in paths
     for path in paths:
         cfg = load(path)
@@ -58,7 +60,10 @@ def test_what_is_not_given_has_the_default(minimal):
 
 
 def test_overrides_reach_any_depth_and_are_read_as_yaml(minimal):
-    cfg = load(minimal, ["seed=7", "optimizer.lr=1e-5", "data.chat_template=false", "eval.data=null", "warm_start.task=two_digit_sums"])
+    cfg = load(
+        minimal,
+        ["seed=7", "optimizer.lr=1e-5", "data.chat_template=false", "eval.data=null", "warm_start.task=two_digit_sums"],
+    )
     assert (cfg.seed, cfg.optimizer.lr, cfg.data.chat_template, cfg.eval.data) == (7, 1e-5, False, None)
     assert cfg.warm_start == config.WarmStart(task="two_digit_sums")
 
@@ -81,33 +86,51 @@ def test_a_configuration_cannot_be_written_to(minimal):
             setattr(node, name, getattr(node, name))
 
 
-@pytest.mark.parametrize("override, message", [
-    ("nun_steps=3", "nun_steps = 3: there is no such key. Remedy: did you mean num_steps."),
-    ("rollout.group_sise=3", "rollout.group_sise = 3: there is no such key. Remedy: did you mean rollout.group_size."),
-    ("optimiser.lr=1.0", "optimiser = {'lr': 1.0}: there is no such key. Remedy: did you mean optimizer."),
-    # Nothing is near: all keys of the section are shown.
-    ("checkpoint.xyzzy=3", "checkpoint.xyzzy = 3: there is no such key. Remedy: known keys here: every, keep, keep_best, best_metric, start_from, asynchronous, timeout_s."),
-])
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("nun_steps=3", "nun_steps = 3: there is no such key. Remedy: did you mean num_steps."),
+        (
+            "rollout.group_sise=3",
+            "rollout.group_sise = 3: there is no such key. Remedy: did you mean rollout.group_size.",
+        ),
+        ("optimiser.lr=1.0", "optimiser = {'lr': 1.0}: there is no such key. Remedy: did you mean optimizer."),
+        # Nothing is near: all keys of the section are shown.
+        (
+            "checkpoint.xyzzy=3",
+            "checkpoint.xyzzy = 3: there is no such key. Remedy: known keys here: every, keep, keep_best, best_metric, start_from, asynchronous, timeout_s.",
+        ),
+    ],
+)
 def test_an_unknown_key_is_refused_with_a_suggestion(minimal, override, message):
     assert refused(load, minimal, [override]) == message
 
 
-@pytest.mark.parametrize("override, message", [
-    ("num_steps=many", "num_steps = 'many': must be of type int. Remedy: write a value of type int."),
-    ("num_steps=1.5", "num_steps = 1.5: must be of type int. Remedy: write a value of type int."),
-    ("num_steps=true", "num_steps = True: must be of type int. Remedy: write a value of type int."),  # bool is an int to Python
-    ("optimizer.lr=fast", "optimizer.lr = 'fast': must be of type float. Remedy: write a value of type float."),
-    ("optimizer.lr=true", "optimizer.lr = True: must be of type float. Remedy: write a value of type float."),
-    ("optimizer.lr=[1.0]", "optimizer.lr = [1.0]: must be of type float. Remedy: write a value of type float."),
-    ("data.chat_template=1", "data.chat_template = 1: must be of type bool. Remedy: write a value of type bool."),
-    ("model=7", "model = 7: must be of type str. Remedy: write a value of type str."),
-    ("eval.max_prompts=x", "eval.max_prompts = 'x': must be of type int. Remedy: write a value of type int."),
-    ("num_steps=null", "num_steps = None: must be of type int. Remedy: write a value of type int."),  # null is for the optional ones
-    ("rollout=5", "rollout = 5: must be a section of keys. Remedy: write its keys below `rollout:`."),
-    ("data=null", "data = None: must be a section of keys. Remedy: write its keys below `data:`."),
-    ("loss.kl_estimator=k4", "loss.kl_estimator = 'k4': must be one of k1, k2, k3. Remedy: choose one of them."),
-    ("warm_start.lr=1.0", "warm_start.task = None: is required. Remedy: add `task:` to the configuration."),
-])
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("num_steps=many", "num_steps = 'many': must be of type int. Remedy: write a value of type int."),
+        ("num_steps=1.5", "num_steps = 1.5: must be of type int. Remedy: write a value of type int."),
+        (
+            "num_steps=true",
+            "num_steps = True: must be of type int. Remedy: write a value of type int.",
+        ),  # bool is an int to Python
+        ("optimizer.lr=fast", "optimizer.lr = 'fast': must be of type float. Remedy: write a value of type float."),
+        ("optimizer.lr=true", "optimizer.lr = True: must be of type float. Remedy: write a value of type float."),
+        ("optimizer.lr=[1.0]", "optimizer.lr = [1.0]: must be of type float. Remedy: write a value of type float."),
+        ("data.chat_template=1", "data.chat_template = 1: must be of type bool. Remedy: write a value of type bool."),
+        ("model=7", "model = 7: must be of type str. Remedy: write a value of type str."),
+        ("eval.max_prompts=x", "eval.max_prompts = 'x': must be of type int. Remedy: write a value of type int."),
+        (
+            "num_steps=null",
+            "num_steps = None: must be of type int. Remedy: write a value of type int.",
+        ),  # null is for the optional ones
+        ("rollout=5", "rollout = 5: must be a section of keys. Remedy: write its keys below `rollout:`."),
+        ("data=null", "data = None: must be a section of keys. Remedy: write its keys below `data:`."),
+        ("loss.kl_estimator=k4", "loss.kl_estimator = 'k4': must be one of k1, k2, k3. Remedy: choose one of them."),
+        ("warm_start.lr=1.0", "warm_start.task = None: is required. Remedy: add `task:` to the configuration."),
+    ],
+)
 def test_a_value_of_the_wrong_type_is_refused_by_name(minimal, override, message):
     assert refused(load, minimal, [override]) == message
 
@@ -121,7 +144,22 @@ def test_a_number_becomes_a_float_where_the_field_is_one(tmp_path, text, value):
     assert text != "1e-6" or isinstance(yaml.safe_load(text), str)  # why this is needed at all
 
 
-@pytest.mark.parametrize("name", ["engine.kv_cache_bytes", "refit.canary_tolerance", "eval.data", "eval.max_prompts", "eval.max_response_tokens", "rollout.max_total_tokens", "data.shuffle_seed", "warm_start", "stop.plateau_window", "stop.truncated_above", "checkpoint.start_from"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "engine.kv_cache_bytes",
+        "refit.canary_tolerance",
+        "eval.data",
+        "eval.max_prompts",
+        "eval.max_response_tokens",
+        "rollout.max_total_tokens",
+        "data.shuffle_seed",
+        "warm_start",
+        "stop.plateau_window",
+        "stop.truncated_above",
+        "checkpoint.start_from",
+    ],
+)
 def test_null_is_a_value_of_the_optional_fields(minimal, name):
     value = load(minimal, [f"{name}=null"])
     for key in name.split("."):
@@ -129,26 +167,41 @@ def test_null_is_a_value_of_the_optional_fields(minimal, name):
     assert value is None
 
 
-@pytest.mark.parametrize("override, message", [
-    ("seed", "override = 'seed': must read key.sub=value. Remedy: write it without spaces around '='."),
-    ("=7", "override = '=7': must read key.sub=value. Remedy: write it without spaces around '='."),
-    ("seed=[1", "seed = '[1': must be of type int. Remedy: write a value of type int."),  # what is not YAML is a string
-    ("num_steps.x=1", "override = 'num_steps.x': 'num_steps' is a value, not a section. Remedy: name a key of the configuration."),
-])
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("seed", "override = 'seed': must read key.sub=value. Remedy: write it without spaces around '='."),
+        ("=7", "override = '=7': must read key.sub=value. Remedy: write it without spaces around '='."),
+        (
+            "seed=[1",
+            "seed = '[1': must be of type int. Remedy: write a value of type int.",
+        ),  # what is not YAML is a string
+        (
+            "num_steps.x=1",
+            "override = 'num_steps.x': 'num_steps' is a value, not a section. Remedy: name a key of the configuration.",
+        ),
+    ],
+)
 def test_a_malformed_override_is_refused(minimal, override, message):
     assert refused(load, minimal, [override]) == message
 
 
 def test_a_missing_file_is_named(tmp_path):
     path = str(tmp_path / "gone.yaml")
-    assert refused(load, path) == f"--cfg = {path!r}: there is no such file. Remedy: give the path of a YAML file, such as configs/quickstart.yaml."
+    assert (
+        refused(load, path)
+        == f"--cfg = {path!r}: there is no such file. Remedy: give the path of a YAML file, such as configs/quickstart.yaml."
+    )
 
 
-@pytest.mark.parametrize("text, constraint", [
-    ("model: [a\nrun_dir: b", r"is not valid YAML \(.*line 2.*\)\. Remedy: mend the line it names"),
-    ("- a\n- b", "must hold a mapping of keys. Remedy: see configs/quickstart.yaml"),
-    ("", "must hold a mapping of keys"),
-])
+@pytest.mark.parametrize(
+    "text, constraint",
+    [
+        ("model: [a\nrun_dir: b", r"is not valid YAML \(.*line 2.*\)\. Remedy: mend the line it names"),
+        ("- a\n- b", "must hold a mapping of keys. Remedy: see configs/quickstart.yaml"),
+        ("", "must hold a mapping of keys"),
+    ],
+)
 def test_a_file_that_is_no_mapping_in_yaml_is_refused(tmp_path, text, constraint):
     path = tmp_path / "c.yaml"
     path.write_text(text)
@@ -176,76 +229,188 @@ MAY_BE_ZERO = "data.skip_prompts loss.kl_coef loss.entropy_coef shaping.overlong
 @pytest.mark.parametrize("name", MUST_BE_POSITIVE)
 @pytest.mark.parametrize("value", [0, -1])
 def test_a_size_or_time_must_be_positive(minimal, name, value):
-    assert re.fullmatch(rf"{name} = {value}(\.0)?: must be greater than 0\. Remedy: raise it\.", refused(load, minimal, [f"{name}={value}"]))
+    assert re.fullmatch(
+        rf"{name} = {value}(\.0)?: must be greater than 0\. Remedy: raise it\.",
+        refused(load, minimal, [f"{name}={value}"]),
+    )
 
 
 @pytest.mark.parametrize("name", ["warm_start.batch_size", "warm_start.lr", "warm_start.max_steps"])
 def test_sizes_of_a_warm_start_must_be_positive(minimal, name):
-    assert re.fullmatch(rf"{name} = 0(\.0)?: must be greater than 0\. Remedy: raise it\.", refused(load, minimal, ["warm_start.task=two_digit_sums", f"{name}=0"]))
+    assert re.fullmatch(
+        rf"{name} = 0(\.0)?: must be greater than 0\. Remedy: raise it\.",
+        refused(load, minimal, ["warm_start.task=two_digit_sums", f"{name}=0"]),
+    )
 
 
 @pytest.mark.parametrize("name", MAY_BE_ZERO)
 def test_a_coefficient_may_be_zero_but_not_negative(minimal, name):
     load(minimal, [f"{name}=0"])
-    assert re.fullmatch(rf"{name} = -1(\.0)?: must be 0 or more\. Remedy: raise it\.", refused(load, minimal, [f"{name}=-1"]))
+    assert re.fullmatch(
+        rf"{name} = -1(\.0)?: must be 0 or more\. Remedy: raise it\.", refused(load, minimal, [f"{name}=-1"])
+    )
 
 
-@pytest.mark.parametrize("overrides, message", [
-    (["rollout.group_size=1"], "rollout.group_size = 1: a group needs 2 responses to compare. Remedy: set it to 2 or more."),
-    # 128 prompts x 8 responses
-    (["batch.global_batch_size=100"], "batch.global_batch_size = 100: must divide the 1024 responses of a step "
-                                      "(rollout.prompts_per_step x rollout.group_size). Remedy: choose a divisor."),
-    (["batch.max_tokens_per_microbatch=8191"], "batch.max_tokens_per_microbatch = 8191: must hold the longest sequence, 8192 tokens "
-                                               "(data.max_prompt_tokens + rollout.max_response_tokens). Remedy: set it to 8192 or more, or shorten the sequences."),
-    (["rollout.max_total_tokens=9000", "rollout.max_response_tokens=9000"], "batch.max_tokens_per_microbatch = 8192: must hold the longest sequence, 9000 tokens "
-                                               "(rollout.max_total_tokens). Remedy: set it to 9000 or more, or shorten the sequences."),
-    (["rollout.max_total_tokens=1024"], "data.max_prompt_tokens = 1024: must leave room for a response in rollout.max_total_tokens = 1024. Remedy: lower it."),
-    (["data.prompt_template=Solve it."], "data.prompt_template = 'Solve it.': must contain {problem}. Remedy: add it where the problem goes."),
-    # 8192 tokens on 4 context ranks: 2048 each; aligned to sequence parallelism over 3 tp ranks, 2 zigzag chunks: 6 * 342 = 2052
-    (["parallel.cp=4", "parallel.tp=3", "parallel.sequence_parallel=true", "batch.max_tokens_per_microbatch=2051"],
-     "batch.max_tokens_per_microbatch = 2051: must hold the longest sequence, 8192 tokens (data.max_prompt_tokens + rollout.max_response_tokens); "
-     "with its padding 2052 on each of 4 context ranks. Remedy: set it to 2052 or more, or shorten the sequences."),
-    (["parallel.ep=2"], "parallel.ep = 2: expert parallelism is not built: the model families here are dense. Remedy: leave it at 1."),
-    (["parallel.sequence_parallel=true"], "parallel.sequence_parallel = True: splits what tp ranks would each hold whole, and parallel.tp is 1. Remedy: raise parallel.tp, or set it to false."),
-    (["parallel.virtual_pp=2"], "parallel.virtual_pp = 2: cuts a pipeline stage into chunks, and parallel.pp is 1. Remedy: raise parallel.pp, or set it to 1."),
-    (["parallel.overlap_param_gather=true"], "parallel.overlap_param_gather = True: needs parallel.overlap_grad_reduce. Remedy: set both, or neither."),
-    (["parallel.recompute_modules=[core_attn, moe]"], "parallel.recompute_modules = 'moe': must be of core_attn, mlp. Remedy: choose among them."),
-    (["precision.fp8=tensorwise", "precision.params=float32"], "precision.fp8 = 'tensorwise': needs precision.params = bfloat16, which is float32. Remedy: change one of them."),
-    (["precision.fp8=blockwise", "device=cpu"], "precision.fp8 = 'blockwise': needs a GPU with FP8 matrix products (Hopper or newer), and this is a CPU. "
-                                                "Remedy: set precision.fp8=null, or run on a GPU."),
-    (["precision.fp8=delayed", "precision.fp8_last_layers_bf16=1", "device=cuda"], "precision.fp8 = 'delayed': cannot leave single layers in bfloat16: its scales are kept for the whole model. "
-     "Remedy: set fp8_first_layers_bf16 and fp8_last_layers_bf16 to 0, or choose tensorwise or blockwise."),
-    (["checkpoint.keep_best=2", "checkpoint.best_metric=eval/mean@8"], "checkpoint.best_metric = 'eval/mean@8': is known of a checkpoint only if eval.every = 10 divides checkpoint.every = 10, "
-     "and eval.data is given. Remedy: change one of them."),
-    (["kernels.linear_logprob=triton", "device=cpu"], "kernels.linear_logprob = 'triton': needs a GPU, and this is a CPU. Remedy: set it to auto, or run on a GPU."),
-    (["loss.clip_dual=1.0"], "loss.clip_dual = 1.0: must be more than 1, the ratio on policy. Remedy: raise it, or set it to null."),
-    (["loss.clip_dual=3.0", "loss.policy_loss=cispo"], "loss.clip_dual = 3.0: has no meaning for policy_loss = cispo, whose ratio is clipped whatever the advantage's sign. "
-                                                       "Remedy: set it to null."),
-    (["shaping.overlong_buffer_tokens=7169"], "shaping.overlong_buffer_tokens = 7169: must be at most rollout.max_response_tokens = 7168, at whose end it stands. Remedy: lower it."),
-    (["loss.kl_limit=0"], "loss.kl_limit = 0.0: must be greater than 0. Remedy: raise it."),
-    (["loss.importance_cap=0.5"], "loss.importance_cap = 0.5: must be 1 or more: at weight 1 there is nothing to correct. Remedy: raise it."),
-    (["stop.truncated_above=1.5"], "stop.truncated_above = 1.5: must be between 0 and 1. Remedy: lower it."),
-    (["stop.plateau_window=2", "stop.plateau_metric=eval/mean@8"], "stop.plateau_metric = 'eval/mean@8': is never known without eval.data. Remedy: set eval.data, or name another metric."),
-    (["eval.top_p=1.5"], "eval.top_p = 1.5: must be between 0 and 1. Remedy: lower it."),
-])
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (
+            ["rollout.group_size=1"],
+            "rollout.group_size = 1: a group needs 2 responses to compare. Remedy: set it to 2 or more.",
+        ),
+        # 128 prompts x 8 responses
+        (
+            ["batch.global_batch_size=100"],
+            "batch.global_batch_size = 100: must divide the 1024 responses of a step "
+            "(rollout.prompts_per_step x rollout.group_size). Remedy: choose a divisor.",
+        ),
+        (
+            ["batch.max_tokens_per_microbatch=8191"],
+            "batch.max_tokens_per_microbatch = 8191: must hold the longest sequence, 8192 tokens "
+            "(data.max_prompt_tokens + rollout.max_response_tokens). Remedy: set it to 8192 or more, or shorten the sequences.",
+        ),
+        (
+            ["rollout.max_total_tokens=9000", "rollout.max_response_tokens=9000"],
+            "batch.max_tokens_per_microbatch = 8192: must hold the longest sequence, 9000 tokens "
+            "(rollout.max_total_tokens). Remedy: set it to 9000 or more, or shorten the sequences.",
+        ),
+        (
+            ["rollout.max_total_tokens=1024"],
+            "data.max_prompt_tokens = 1024: must leave room for a response in rollout.max_total_tokens = 1024. Remedy: lower it.",
+        ),
+        (
+            ["data.prompt_template=Solve it."],
+            "data.prompt_template = 'Solve it.': must contain {problem}. Remedy: add it where the problem goes.",
+        ),
+        # 8192 tokens on 4 context ranks: 2048 each; aligned to sequence parallelism over 3 tp ranks, 2 zigzag chunks: 6 * 342 = 2052
+        (
+            [
+                "parallel.cp=4",
+                "parallel.tp=3",
+                "parallel.sequence_parallel=true",
+                "batch.max_tokens_per_microbatch=2051",
+            ],
+            "batch.max_tokens_per_microbatch = 2051: must hold the longest sequence, 8192 tokens (data.max_prompt_tokens + rollout.max_response_tokens); "
+            "with its padding 2052 on each of 4 context ranks. Remedy: set it to 2052 or more, or shorten the sequences.",
+        ),
+        (
+            ["parallel.ep=2"],
+            "parallel.ep = 2: expert parallelism is not built: the model families here are dense. Remedy: leave it at 1.",
+        ),
+        (
+            ["parallel.sequence_parallel=true"],
+            "parallel.sequence_parallel = True: splits what tp ranks would each hold whole, and parallel.tp is 1. Remedy: raise parallel.tp, or set it to false.",
+        ),
+        (
+            ["parallel.virtual_pp=2"],
+            "parallel.virtual_pp = 2: cuts a pipeline stage into chunks, and parallel.pp is 1. Remedy: raise parallel.pp, or set it to 1.",
+        ),
+        (
+            ["parallel.overlap_param_gather=true"],
+            "parallel.overlap_param_gather = True: needs parallel.overlap_grad_reduce. Remedy: set both, or neither.",
+        ),
+        (
+            ["parallel.recompute_modules=[core_attn, moe]"],
+            "parallel.recompute_modules = 'moe': must be of core_attn, mlp. Remedy: choose among them.",
+        ),
+        (
+            ["precision.fp8=tensorwise", "precision.params=float32"],
+            "precision.fp8 = 'tensorwise': needs precision.params = bfloat16, which is float32. Remedy: change one of them.",
+        ),
+        (
+            ["precision.fp8=blockwise", "device=cpu"],
+            "precision.fp8 = 'blockwise': needs a GPU with FP8 matrix products (Hopper or newer), and this is a CPU. "
+            "Remedy: set precision.fp8=null, or run on a GPU.",
+        ),
+        (
+            ["precision.fp8=delayed", "precision.fp8_last_layers_bf16=1", "device=cuda"],
+            "precision.fp8 = 'delayed': cannot leave single layers in bfloat16: its scales are kept for the whole model. "
+            "Remedy: set fp8_first_layers_bf16 and fp8_last_layers_bf16 to 0, or choose tensorwise or blockwise.",
+        ),
+        (
+            ["checkpoint.keep_best=2", "checkpoint.best_metric=eval/mean@8"],
+            "checkpoint.best_metric = 'eval/mean@8': is known of a checkpoint only if eval.every = 10 divides checkpoint.every = 10, "
+            "and eval.data is given. Remedy: change one of them.",
+        ),
+        (
+            ["kernels.linear_logprob=triton", "device=cpu"],
+            "kernels.linear_logprob = 'triton': needs a GPU, and this is a CPU. Remedy: set it to auto, or run on a GPU.",
+        ),
+        (
+            ["loss.clip_dual=1.0"],
+            "loss.clip_dual = 1.0: must be more than 1, the ratio on policy. Remedy: raise it, or set it to null.",
+        ),
+        (
+            ["loss.clip_dual=3.0", "loss.policy_loss=cispo"],
+            "loss.clip_dual = 3.0: has no meaning for policy_loss = cispo, whose ratio is clipped whatever the advantage's sign. "
+            "Remedy: set it to null.",
+        ),
+        (
+            ["shaping.overlong_buffer_tokens=7169"],
+            "shaping.overlong_buffer_tokens = 7169: must be at most rollout.max_response_tokens = 7168, at whose end it stands. Remedy: lower it.",
+        ),
+        (["loss.kl_limit=0"], "loss.kl_limit = 0.0: must be greater than 0. Remedy: raise it."),
+        (
+            ["loss.importance_cap=0.5"],
+            "loss.importance_cap = 0.5: must be 1 or more: at weight 1 there is nothing to correct. Remedy: raise it.",
+        ),
+        (["stop.truncated_above=1.5"], "stop.truncated_above = 1.5: must be between 0 and 1. Remedy: lower it."),
+        (
+            ["stop.plateau_window=2", "stop.plateau_metric=eval/mean@8"],
+            "stop.plateau_metric = 'eval/mean@8': is never known without eval.data. Remedy: set eval.data, or name another metric.",
+        ),
+        (["eval.top_p=1.5"], "eval.top_p = 1.5: must be between 0 and 1. Remedy: lower it."),
+    ],
+)
 def test_rules_between_fields_name_field_value_constraint_and_remedy(minimal, overrides, message):
     assert refused(load, minimal, overrides) == message
 
 
 def test_what_just_fits_is_accepted(minimal):
-    load(minimal, ["rollout.group_size=2", "batch.global_batch_size=256", "batch.max_tokens_per_microbatch=8192", "eval.top_p=1.0"])
+    load(
+        minimal,
+        [
+            "rollout.group_size=2",
+            "batch.global_batch_size=256",
+            "batch.max_tokens_per_microbatch=8192",
+            "eval.top_p=1.0",
+        ],
+    )
 
 
-@pytest.mark.parametrize("overrides, world_size, message", [
-    (["parallel.tp=3"], 4, "parallel.tp = 3: tp 3 x pp 1 x cp 1 must divide the number of ranks, 4. Remedy: change an axis or --nproc-per-node."),
-    (["parallel.tp=4"], 2, "parallel.tp = 4: tp 4 x pp 1 x cp 1 must divide the number of ranks, 2. Remedy: change an axis or --nproc-per-node."),
-    (["parallel.tp=2", "parallel.cp=4"], 12, "parallel.cp = 4: tp 2 x pp 1 x cp 4 must divide the number of ranks, 12. Remedy: change an axis or --nproc-per-node."),
-    # 6 ranks / tp 2 = dp 3
-    # 6 ranks / pp 2 = dp 3, with interleaved stages of 2: 64 is no multiple of 6
-    (["parallel.pp=2", "parallel.virtual_pp=2"], 12, "batch.global_batch_size = 64: must be a multiple of the 6 data-parallel ranks x the 2 pipeline stages, which are interleaved. "
-                                                      "Remedy: change one of them."),
-    (["parallel.tp=2"], 6, "batch.global_batch_size = 64: must be a multiple of the 3 data-parallel ranks. Remedy: change one of them."),
-])
+@pytest.mark.parametrize(
+    "overrides, world_size, message",
+    [
+        (
+            ["parallel.tp=3"],
+            4,
+            "parallel.tp = 3: tp 3 x pp 1 x cp 1 must divide the number of ranks, 4. Remedy: change an axis or --nproc-per-node.",
+        ),
+        (
+            ["parallel.tp=4"],
+            2,
+            "parallel.tp = 4: tp 4 x pp 1 x cp 1 must divide the number of ranks, 2. Remedy: change an axis or --nproc-per-node.",
+        ),
+        (
+            ["parallel.tp=2", "parallel.cp=4"],
+            12,
+            "parallel.cp = 4: tp 2 x pp 1 x cp 4 must divide the number of ranks, 12. Remedy: change an axis or --nproc-per-node.",
+        ),
+        # 6 ranks / tp 2 = dp 3
+        # 6 ranks / pp 2 = dp 3, with interleaved stages of 2: 64 is no multiple of 6
+        (
+            ["parallel.pp=2", "parallel.virtual_pp=2"],
+            12,
+            "batch.global_batch_size = 64: must be a multiple of the 6 data-parallel ranks x the 2 pipeline stages, which are interleaved. "
+            "Remedy: change one of them.",
+        ),
+        (
+            ["parallel.tp=2"],
+            6,
+            "batch.global_batch_size = 64: must be a multiple of the 3 data-parallel ranks. Remedy: change one of them.",
+        ),
+    ],
+)
 def test_rules_between_configuration_and_ranks(minimal, overrides, world_size, message):
     assert refused(check_ranks, load(minimal, overrides), world_size) == message
 
@@ -273,7 +438,9 @@ def test_the_description_of_the_quickstart_shows_its_derived_sizes_with_units():
 def test_the_longest_sequence_is_that_of_training_or_of_evaluation(minimal):
     assert load(minimal, ["eval.max_response_tokens=9000"]).longest_tokens == 1024 + 9000
     assert load(minimal, ["eval.max_response_tokens=10"]).longest_tokens == 1024 + 7168
-    both = load(minimal, ["rollout.max_total_tokens=8000", "eval.max_response_tokens=7500"])  # evaluation has a limit of its own
+    both = load(
+        minimal, ["rollout.max_total_tokens=8000", "eval.max_response_tokens=7500"]
+    )  # evaluation has a limit of its own
     assert (both.longest_train_tokens, both.longest_tokens) == (8000, 1024 + 7500)
     assert load(minimal, ["rollout.max_total_tokens=9000"]).longest_tokens == 1024 + 7168
 
@@ -312,9 +479,16 @@ def write(folder: Path, **files: str) -> Path:
 
 def test_an_heir_changes_what_it_names_key_by_key_and_keeps_the_rest(tmp_path):
     (tmp_path / "sub").mkdir()
-    write(tmp_path, base=MINIMAL + "optimizer: {lr: 1e-5, eps: 1e-7}\nwarm_start: {task: two_digit_sums}\nparallel: {recompute_modules: [core_attn, mlp]}\n")
+    write(
+        tmp_path,
+        base=MINIMAL
+        + "optimizer: {lr: 1e-5, eps: 1e-7}\nwarm_start: {task: two_digit_sums}\nparallel: {recompute_modules: [core_attn, mlp]}\n",
+    )
     write(tmp_path, middle="inherit: base.yaml\nnum_steps: 4\noptimizer: {lr: 1e-4}\nseed: 1\n")
-    top = write(tmp_path / "sub", top="inherit: ../middle.yaml\nwarm_start: null\nseed: 2\nparallel: {recompute_modules: [mlp]}\neval: {data: x.jsonl}\n")
+    top = write(
+        tmp_path / "sub",
+        top="inherit: ../middle.yaml\nwarm_start: null\nseed: 2\nparallel: {recompute_modules: [mlp]}\neval: {data: x.jsonl}\n",
+    )
     cfg = load(top, ["optimizer.beta1=0.8"])
     assert (cfg.model, cfg.num_steps, cfg.seed, cfg.warm_start) == ("some/folder", 4, 2, None)
     assert cfg.optimizer == config.Optimizer(lr=1e-4, eps=1e-7, beta1=0.8)
@@ -323,14 +497,26 @@ def test_an_heir_changes_what_it_names_key_by_key_and_keeps_the_rest(tmp_path):
     assert load(tmp_path / "middle.yaml").warm_start == config.WarmStart(task="two_digit_sums")
 
 
-@pytest.mark.parametrize("files, message", [
-    ({"a": "inherit: b.yaml", "b": "inherit: c.yaml", "c": "inherit: a.yaml"}, r"inherit = '.*/a\.yaml \(in .*/c\.yaml\)': inherits itself, by way of others or at once\. Remedy: break the circle\."),
-    ({"a": "inherit: a.yaml"}, r"inherit = '.*/a\.yaml \(in .*/a\.yaml\)': inherits itself"),
-    ({"a": "inherit: gone.yaml"}, r"inherit = '.*/gone\.yaml \(in .*/a\.yaml\)': there is no such file"),
-    ({"a": "inherit: [b.yaml]"}, r"inherit = \['b\.yaml'\]: must be one file's path"),
-    ({"a": "inherit: b.yaml", "b": "- 1"}, r"inherit = '.*/b\.yaml \(in .*/a\.yaml\)': must hold a mapping"),
-    ({"a": "inherit: b.yaml", "b": MINIMAL + "rollout: {group_sise: 3}"}, r"rollout\.group_sise = 3: there is no such key"),
-    ({"a": "inherit: b.yaml\nrollout: 5", "b": MINIMAL + "rollout: {group_size: 4}"}, r"rollout = 5: must be a section of keys"),
-])
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        (
+            {"a": "inherit: b.yaml", "b": "inherit: c.yaml", "c": "inherit: a.yaml"},
+            r"inherit = '.*/a\.yaml \(in .*/c\.yaml\)': inherits itself, by way of others or at once\. Remedy: break the circle\.",
+        ),
+        ({"a": "inherit: a.yaml"}, r"inherit = '.*/a\.yaml \(in .*/a\.yaml\)': inherits itself"),
+        ({"a": "inherit: gone.yaml"}, r"inherit = '.*/gone\.yaml \(in .*/a\.yaml\)': there is no such file"),
+        ({"a": "inherit: [b.yaml]"}, r"inherit = \['b\.yaml'\]: must be one file's path"),
+        ({"a": "inherit: b.yaml", "b": "- 1"}, r"inherit = '.*/b\.yaml \(in .*/a\.yaml\)': must hold a mapping"),
+        (
+            {"a": "inherit: b.yaml", "b": MINIMAL + "rollout: {group_sise: 3}"},
+            r"rollout\.group_sise = 3: there is no such key",
+        ),
+        (
+            {"a": "inherit: b.yaml\nrollout: 5", "b": MINIMAL + "rollout: {group_size: 4}"},
+            r"rollout = 5: must be a section of keys",
+        ),
+    ],
+)
 def test_an_inheritance_that_cannot_be_followed_is_refused(tmp_path, files, message):
     assert re.match(message, refused(load, write(tmp_path, **files)))

@@ -20,23 +20,55 @@ STAGES = ("8k", "16k", "24k")
 
 # Key -> the publication's value of each stage.
 GUIDE = {
-    "rollout.prompts_per_step": (128, 128, 128), "rollout.group_size": (8, 8, 8), "batch.global_batch_size": (64, 64, 64),
-    "num_steps": (240, 290, 50), "optimizer.lr": (2e-6, 2e-6, 5e-7), "optimizer.warmup_steps": (50, 50, 50), "optimizer.warmup_start_frac": (0.1, 0.1, 0.1),
-    "optimizer.weight_decay": (0.01, 0.01, 0.01), "optimizer.clip_grad": (1.0, 1.0, 1.0), "optimizer.eps": (1e-8, 1e-8, 1e-8),
-    "optimizer.beta1": (0.9, 0.9, 0.9), "optimizer.beta2": (0.999, 0.999, 0.999),
-    "loss.kl_coef": (0.0, 0.001, 0.0001), "loss.clip_low": (0.2, 0.2, 0.2), "loss.clip_high": (0.2, 0.28, 0.28),
-    "rollout.max_total_tokens": (8192, 16384, 24576), "rollout.temperature": (1.0, 1.0, 1.0), "eval.temperature": (1.0, 1.0, 1.0), "eval.top_p": (1.0, 1.0, 1.0),
-    "eval.samples_per_prompt": (16, 16, 16), "eval.every": (10, 10, 10), "checkpoint.every": (10, 10, 10), "checkpoint.keep_best": (10, 10, 10),
-    "checkpoint.best_metric": ("eval/mean@16",) * 3, "advantage.baseline": ("leave_one_out",) * 3, "data.overlong_prompts": ("mask",) * 3,
-    "parallel.tp": (1, 2, 2), "seed": (42, 42, 42),
+    "rollout.prompts_per_step": (128, 128, 128),
+    "rollout.group_size": (8, 8, 8),
+    "batch.global_batch_size": (64, 64, 64),
+    "num_steps": (240, 290, 50),
+    "optimizer.lr": (2e-6, 2e-6, 5e-7),
+    "optimizer.warmup_steps": (50, 50, 50),
+    "optimizer.warmup_start_frac": (0.1, 0.1, 0.1),
+    "optimizer.weight_decay": (0.01, 0.01, 0.01),
+    "optimizer.clip_grad": (1.0, 1.0, 1.0),
+    "optimizer.eps": (1e-8, 1e-8, 1e-8),
+    "optimizer.beta1": (0.9, 0.9, 0.9),
+    "optimizer.beta2": (0.999, 0.999, 0.999),
+    "loss.kl_coef": (0.0, 0.001, 0.0001),
+    "loss.clip_low": (0.2, 0.2, 0.2),
+    "loss.clip_high": (0.2, 0.28, 0.28),
+    "rollout.max_total_tokens": (8192, 16384, 24576),
+    "rollout.temperature": (1.0, 1.0, 1.0),
+    "eval.temperature": (1.0, 1.0, 1.0),
+    "eval.top_p": (1.0, 1.0, 1.0),
+    "eval.samples_per_prompt": (16, 16, 16),
+    "eval.every": (10, 10, 10),
+    "checkpoint.every": (10, 10, 10),
+    "checkpoint.keep_best": (10, 10, 10),
+    "checkpoint.best_metric": ("eval/mean@16",) * 3,
+    "advantage.baseline": ("leave_one_out",) * 3,
+    "data.overlong_prompts": ("mask",) * 3,
+    "parallel.tp": (1, 2, 2),
+    "seed": (42, 42, 42),
 }
 ORIGINAL = {
-    "rollout.prompts_per_step": (128, 128, 128), "rollout.group_size": (8, 16, 16), "batch.global_batch_size": (512, 1024, 1024),
-    "num_steps": (1040, 480, 230), "optimizer.lr": (1e-6, 1e-6, 1e-6), "optimizer.warmup_steps": (0, 0, 0),
-    "loss.kl_coef": (0.001, 0.001, 0.001), "loss.clip_low": (0.2, 0.2, 0.2), "loss.clip_high": (0.2, 0.2, 0.2),
-    "rollout.max_total_tokens": ("none",) * 3, "rollout.max_response_tokens": (8192, 16384, 24576), "data.max_prompt_tokens": (1024, 1024, 1024),
-    "rollout.temperature": (0.6, 0.6, 0.6), "eval.temperature": (0.6, 0.6, 0.6), "eval.samples_per_prompt": (8, 16, 16), "eval.every": (20, 10, 10),
-    "checkpoint.every": (20, 10, 10), "advantage.baseline": ("mean",) * 3, "data.overlong_prompts": ("filter",) * 3,
+    "rollout.prompts_per_step": (128, 128, 128),
+    "rollout.group_size": (8, 16, 16),
+    "batch.global_batch_size": (512, 1024, 1024),
+    "num_steps": (1040, 480, 230),
+    "optimizer.lr": (1e-6, 1e-6, 1e-6),
+    "optimizer.warmup_steps": (0, 0, 0),
+    "loss.kl_coef": (0.001, 0.001, 0.001),
+    "loss.clip_low": (0.2, 0.2, 0.2),
+    "loss.clip_high": (0.2, 0.2, 0.2),
+    "rollout.max_total_tokens": ("none",) * 3,
+    "rollout.max_response_tokens": (8192, 16384, 24576),
+    "data.max_prompt_tokens": (1024, 1024, 1024),
+    "rollout.temperature": (0.6, 0.6, 0.6),
+    "eval.temperature": (0.6, 0.6, 0.6),
+    "eval.samples_per_prompt": (8, 16, 16),
+    "eval.every": (20, 10, 10),
+    "checkpoint.every": (20, 10, 10),
+    "advantage.baseline": ("mean",) * 3,
+    "data.overlong_prompts": ("filter",) * 3,
 }
 
 
@@ -47,7 +79,12 @@ def test_presets_say_what_their_publication_says(folder, published):
         for dotted, values in published.items():
             assert recipe.key(dotted)(cfg) == values[index], (stage, dotted)
         assert cfg.eval.max_response_tokens is None and cfg.rollout.max_response_tokens == (8192, 16384, 24576)[index]
-        assert cfg.advantage.normalize_by_std and cfg.loss.kl_estimator == "k3" and cfg.loss.aggregation == "token_mean" and cfg.data.chat_template
+        assert (
+            cfg.advantage.normalize_by_std
+            and cfg.loss.kl_estimator == "k3"
+            and cfg.loss.aggregation == "token_mean"
+            and cfg.data.chat_template
+        )
 
 
 def test_the_prompts_are_those_of_the_publications_byte_by_byte():
@@ -75,15 +112,23 @@ def test_a_later_stage_takes_up_the_prompts_where_the_former_stopped():
 def test_an_undeclared_deviation_is_marked_and_said_at_the_start():
     path = CONFIGS / "deepscaler_8k.yaml"
     lines = recipe.describe(load(path, ["optimizer.lr=1e-6"])).splitlines()
-    assert [line.split()[1:] for line in lines if line.startswith("# DEVIATES ")] == [["DEVIATES", "learning", "rate", "1e-06", "2e-06", "1e-06"]]
-    assert recipe.summary(load(path, ["optimizer.lr=1e-6", "seed=1"])) == "16 optimizer steps per step of 64 responses; recipe guide/8k, deviating in learning rate, seed"
+    assert [line.split()[1:] for line in lines if line.startswith("# DEVIATES ")] == [
+        ["DEVIATES", "learning", "rate", "1e-06", "2e-06", "1e-06"]
+    ]
+    assert (
+        recipe.summary(load(path, ["optimizer.lr=1e-6", "seed=1"]))
+        == "16 optimizer steps per step of 64 responses; recipe guide/8k, deviating in learning rate, seed"
+    )
     # One byte of the prompt.
     text = load(path).data.prompt_template.replace("\\\\", "\\")
     assert "user prompt" in recipe.summary(load(path, [f"data.prompt_template={text!r}"]))
 
 
 def test_a_declared_deviation_must_be_a_quantity():
-    with pytest.raises(InputError, match="recipe_deviations = 'learnign rate': is no quantity of the recipe. Remedy: name one of: model, "):
+    with pytest.raises(
+        InputError,
+        match="recipe_deviations = 'learnign rate': is no quantity of the recipe. Remedy: name one of: model, ",
+    ):
         recipe.summary(load(CONFIGS / "quickstart.yaml", ["recipe_deviations=[learnign rate]"]))
 
 
@@ -98,16 +143,33 @@ def test_a_dry_run_needs_no_torchrun_to_show_a_layout_of_several_ranks():
 
 
 def dry_run(path: Path) -> str:
-    out = subprocess.run([sys.executable, str(ROOT / "launch/train.py"), "--cfg", str(path), "--dry-run"], env=environment(), text=True, capture_output=True, timeout=120)
+    out = subprocess.run(
+        [sys.executable, str(ROOT / "launch/train.py"), "--cfg", str(path), "--dry-run"],
+        env=environment(),
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
     assert out.returncode == 0, out.stderr
     return out.stdout
 
 
-@pytest.mark.parametrize("preset, words", [
-    ("deepscaler_8k.yaml", "16 optimizer steps per step of 64 responses"),
-    ("original/deepscaler_8k.yaml", "2 optimizer steps per step of 512 responses"),
-])
+@pytest.mark.parametrize(
+    "preset, words",
+    [
+        ("deepscaler_8k.yaml", "16 optimizer steps per step of 64 responses"),
+        ("original/deepscaler_8k.yaml", "2 optimizer steps per step of 512 responses"),
+    ],
+)
 def test_a_dry_run_prints_the_optimizer_steps_and_both_publications(preset, words):
-    (line,) = [line for line in dry_run(CONFIGS / preset).splitlines() if line.split()[1:3] == ["optimizer", "steps"] and "per step of" in line]
+    (line,) = [
+        line
+        for line in dry_run(CONFIGS / preset).splitlines()
+        if line.split()[1:3] == ["optimizer", "steps"] and "per step of" in line
+    ]
     cells = [cell for cell in line.split("  ") if cell.strip()]
-    assert [cell.strip() for cell in cells[2:]] == [words, "16 optimizer steps per step of 64 responses", "2 optimizer steps per step of 512 responses"]
+    assert [cell.strip() for cell in cells[2:]] == [
+        words,
+        "16 optimizer steps per step of 64 responses",
+        "2 optimizer steps per step of 512 responses",
+    ]

@@ -24,10 +24,17 @@ def folder(tmp_path_factory) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("task, expected", [
-    ("two_digit_sums", {f"{a}+{b}": a + b for a, b in PAIRS}),
-    ("one_digit", {f"{a} + {b}": a + b for a in range(1, 11) for b in range(1, 11)} | {f"{a} * {b}": a * b for a in range(1, 10) for b in range(1, 10)}),
-])
+@pytest.mark.parametrize(
+    "task, expected",
+    [
+        ("two_digit_sums", {f"{a}+{b}": a + b for a, b in PAIRS}),
+        (
+            "one_digit",
+            {f"{a} + {b}": a + b for a in range(1, 11) for b in range(1, 11)}
+            | {f"{a} * {b}": a * b for a in range(1, 10) for b in range(1, 10)},
+        ),
+    ],
+)
 def test_train_and_heldout_are_disjoint_and_cover_the_task_with_right_answers(task, expected):
     train, heldout = arithmetic.rows(f"{task}/train"), arithmetic.rows(f"{task}/heldout")
     assert not {problem for problem, _ in train} & {problem for problem, _ in heldout}
@@ -83,7 +90,10 @@ def test_a_corrupted_demonstration_differs_in_exactly_one_digit_of_its_final_ans
 def test_the_tokenizer_gives_every_prompt_and_demonstration_back_and_they_fit_40_tokens(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rng = random.Random(0)
-    texts = [(f"{a}+{b}=", arithmetic.demonstration(f"{a}+{b}", corrupt=rng if n % 2 else None)) for n, (a, b) in enumerate(PAIRS)]
+    texts = [
+        (f"{a}+{b}=", arithmetic.demonstration(f"{a}+{b}", corrupt=rng if n % 2 else None))
+        for n, (a, b) in enumerate(PAIRS)
+    ]
     prompts, demonstrations = (tokenizer(list(column), add_special_tokens=False).input_ids for column in zip(*texts))
     unknown = tokenizer.convert_tokens_to_ids("?")
     for prompt_ids, ids in zip(prompts, demonstrations, strict=True):
@@ -91,7 +101,13 @@ def test_the_tokenizer_gives_every_prompt_and_demonstration_back_and_they_fit_40
         assert ids.index(tokenizer.eos_token_id) == len(ids) - 1
         assert len(prompt_ids) + len(ids) <= 40
     for row in range(0, len(texts), 90):  # 90 at a time: 8,100 calls take seconds
-        decoded = tokenizer.decode([t for prompt_ids, ids in zip(prompts[row : row + 90], demonstrations[row : row + 90]) for t in prompt_ids + ids])
+        decoded = tokenizer.decode(
+            [
+                t
+                for prompt_ids, ids in zip(prompts[row : row + 90], demonstrations[row : row + 90])
+                for t in prompt_ids + ids
+            ]
+        )
         assert decoded == "".join(prompt + demonstration for prompt, demonstration in texts[row : row + 90])
 
 
@@ -101,7 +117,6 @@ def test_tags_are_one_token_each_and_every_character_is_its_own(folder):
     for character in arithmetic.CHARACTERS.replace(" ", ""):
         (token,) = tokenizer.encode_plain(character)
         assert tokenizer.decode([token]) == character
-
 
 
 def test_the_same_seed_makes_the_same_model_and_another_seed_another(tmp_path):

@@ -48,14 +48,17 @@ def test_columns_are_read_by_the_configured_names(tmp_path):
     assert prompts.read_rows(source, data, "data.train") == [("1+2", "3")]
 
 
-@pytest.mark.parametrize("row, message", [
-    ({"problem": "1+2"}, "has no column 'answer'. Remedy: set data.answer_key"),
-    ({"question": "1+2", "answer": "3"}, "has no column 'problem'. Remedy: set data.problem_key"),
-    ([1, 2], "has no column 'problem'"),
-    ({"problem": "1+2", "answer": " "}, "its 'answer' is empty. Remedy: mend or remove the row"),
-    ({"problem": "1+2", "answer": None}, "its 'answer' is empty"),
-    ({"problem": "", "answer": "3"}, "its 'problem' is empty"),
-])
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"problem": "1+2"}, "has no column 'answer'. Remedy: set data.answer_key"),
+        ({"question": "1+2", "answer": "3"}, "has no column 'problem'. Remedy: set data.problem_key"),
+        ([1, 2], "has no column 'problem'"),
+        ({"problem": "1+2", "answer": " "}, "its 'answer' is empty. Remedy: mend or remove the row"),
+        ({"problem": "1+2", "answer": None}, "its 'answer' is empty"),
+        ({"problem": "", "answer": "3"}, "its 'problem' is empty"),
+    ],
+)
 def test_a_bad_row_is_named_by_field_file_and_line(tmp_path, row, message):
     source = jsonl(tmp_path / "d.jsonl", GOOD, "", row, GOOD)
     with pytest.raises(InputError) as e:
@@ -126,7 +129,11 @@ def test_over_long_prompts_may_keep_their_place_cut_and_masked(tmp_path, tokeniz
     data = config.Data(train="", chat_template=False, max_prompt_tokens=5)
     kept, too_long = prompts.load(source, data, tokenizer, "data.train", overlong="mask")
     assert too_long == 1
-    assert [(p.id, tokenizer.decode(p.token_ids), p.masked) for p in kept] == [(0, "1+2", False), (1, "111+2", True), (2, "3+4", False)]
+    assert [(p.id, tokenizer.decode(p.token_ids), p.masked) for p in kept] == [
+        (0, "1+2", False),
+        (1, "111+2", True),
+        (2, "3+4", False),
+    ]
 
 
 @pytest.mark.parametrize("overlong", ["filter", "mask"])
@@ -137,19 +144,24 @@ def test_a_file_without_a_prompt_that_fits_is_refused(tmp_path, tokenizer, overl
         prompts.load(source, data, tokenizer, "data.train", overlong=overlong)
 
 
-@pytest.mark.parametrize("template, text", [
-    ("{problem}=", "1+2="),
-    (r"\boxed{}{problem}", r"\boxed{}1+2"),  # str.format would take {} for a field
-    (r"\boxed{{problem}}", r"\boxed{1+2}"),  # and {{ for a brace
-    ("{problem}?{problem}", "1+2?1+2"),
-])
+@pytest.mark.parametrize(
+    "template, text",
+    [
+        ("{problem}=", "1+2="),
+        (r"\boxed{}{problem}", r"\boxed{}1+2"),  # str.format would take {} for a field
+        (r"\boxed{{problem}}", r"\boxed{1+2}"),  # and {{ for a brace
+        ("{problem}?{problem}", "1+2?1+2"),
+    ],
+)
 def test_only_problem_is_replaced_in_a_template_and_other_braces_are_literal(tokenizer, template, text):
     data = config.Data(train="", chat_template=False, prompt_template=template)
     assert tokenizer.decode(tokenizer.encode("1+2", data)) == text
 
 
 def test_a_chat_template_that_the_tokenizer_lacks_is_refused(tokenizer):
-    with pytest.raises(InputError, match="data.chat_template = True: .*has no chat template. Remedy: set data.chat_template=false"):
+    with pytest.raises(
+        InputError, match="data.chat_template = True: .*has no chat template. Remedy: set data.chat_template=false"
+    ):
         tokenizer.encode("1+2", config.Data(train=""))
 
 

@@ -34,17 +34,20 @@ def test_pass_at_j_of_a_worked_example():
     assert problem([1] + [0] * 63).pass_at(32) == pytest.approx(0.5, rel=1e-12)
 
 
-@pytest.mark.parametrize("answers, rewards, expected", [
-    (["5", "5", "6"], [1, 1, 0], 1.0),
-    (["6", "6", "5"], [0, 0, 1], 0.0),  # right now and then, but outvoted
-    (["5", "6"], [1, 0], 0.5),  # a tie
-    (["6", "5", "7"], [0, 1, 0], 1 / 3),  # of three, whatever came first
-    (["5", "7", "5", "7", "6"], [1, 0, 1, 0, 0], 0.5),  # of the two that lead
-    ([None, None, "5"], [0, 0, 1], 1.0),  # no answer is no vote
-    ([None, None], [0, 0], 0.0),
-    (["5", "5.0", "6", "6"], [1, 1, 0, 0], 0.0),  # spelled differently they do not add up
-    (["5", "5", "6"], [1, 0, 0], 1.0),  # one of two equal comparisons was stopped: it is right still
-])
+@pytest.mark.parametrize(
+    "answers, rewards, expected",
+    [
+        (["5", "5", "6"], [1, 1, 0], 1.0),
+        (["6", "6", "5"], [0, 0, 1], 0.0),  # right now and then, but outvoted
+        (["5", "6"], [1, 0], 0.5),  # a tie
+        (["6", "5", "7"], [0, 1, 0], 1 / 3),  # of three, whatever came first
+        (["5", "7", "5", "7", "6"], [1, 0, 1, 0, 0], 0.5),  # of the two that lead
+        ([None, None, "5"], [0, 0, 1], 1.0),  # no answer is no vote
+        ([None, None], [0, 0], 0.0),
+        (["5", "5.0", "6", "6"], [1, 1, 0, 0], 0.0),  # spelled differently they do not add up
+        (["5", "5", "6"], [1, 0, 0], 1.0),  # one of two equal comparisons was stopped: it is right still
+    ],
+)
 def test_the_majority_and_its_ties(answers, rewards, expected):
     assert problem(rewards, answers).majority == pytest.approx(expected)
 
@@ -87,27 +90,41 @@ def test_estimates_name_every_j():
     seen = estimates([problem([1, 0, 0]), problem([1, 1, 1])])
     assert list(seen) == ["mean@3", "maj@3", "pass@1", "pass@2", "pass@3"]
     # pass@2 of 1 in 3: 1 - 1/3. maj@3 of one right and two wrong answers, all different: 1/3.
-    assert {name: e.value for name, e in seen.items()} == pytest.approx({"mean@3": 2 / 3, "maj@3": 2 / 3, "pass@1": 2 / 3, "pass@2": 5 / 6, "pass@3": 1.0})
+    assert {name: e.value for name, e in seen.items()} == pytest.approx(
+        {"mean@3": 2 / 3, "maj@3": 2 / 3, "pass@1": 2 / 3, "pass@2": 5 / 6, "pass@3": 1.0}
+    )
 
 
 def test_a_paired_comparison_of_a_worked_example():
     mine = [problem([1, 1], id=0), problem([1, 0], id=1), problem([0, 0], id=2), problem([1, 0], id=3)]
-    other = [problem([0, 0, 0, 1], id=3), problem([0, 0], id=2), problem([0, 0], id=1), problem([1, 1], id=0)]  # another order, another k
+    other = [
+        problem([0, 0, 0, 1], id=3),
+        problem([0, 0], id=2),
+        problem([0, 0], id=1),
+        problem([1, 1], id=0),
+    ]  # another order, another k
     c = compare(mine, other)
     # differences 0, 1/2, 0, 1/4: mean 3/16; squares about it 9 + 25 + 9 + 1 = 44 over 256, over 3 and 4
     assert c.difference.value == 3 / 16
     assert c.difference.standard_error == pytest.approx(math.sqrt(44 / 256 / 12), rel=1e-12)
     assert (c.num_better, c.num_worse, c.num_problems) == (2, 0, 4)
     back = compare(other, mine)
-    assert (back.difference.value, back.difference.low, back.difference.high) == pytest.approx((-3 / 16, -c.difference.high, -c.difference.low))
+    assert (back.difference.value, back.difference.low, back.difference.high) == pytest.approx(
+        (-3 / 16, -c.difference.high, -c.difference.low)
+    )
 
 
 def test_pairing_removes_what_is_hard_for_both():
     rng = random.Random(1)
     levels = [rng.random() for _ in range(30)]
-    mine, other = ([problem([rng.random() < p + gain for _ in range(64)], id=i) for i, p in enumerate(levels)] for gain in (0.05, 0.0))
+    mine, other = (
+        [problem([rng.random() < p + gain for _ in range(64)], id=i) for i, p in enumerate(levels)]
+        for gain in (0.05, 0.0)
+    )
     c = compare(mine, other)
-    alone = math.hypot(*(estimates(x)["mean@64"].standard_error for x in (mine, other)))  # as if the problems were others
+    alone = math.hypot(
+        *(estimates(x)["mean@64"].standard_error for x in (mine, other))
+    )  # as if the problems were others
     assert c.difference.standard_error < alone / 3
     assert c.difference.low <= 0.05 <= c.difference.high
 
@@ -117,7 +134,14 @@ def test_a_model_against_itself_differs_by_exactly_nothing():
     assert compare(mine, mine).difference == Estimate(0.0, 0.0, 0.0, 0.0)
 
 
-@pytest.mark.parametrize("other", [[problem([1], id=0)], [problem([1], id=0), problem([1], id=2)], [problem([1], id=0), Problem(1, "other", (1.0,), ("r",), (1,), (False,))]])
+@pytest.mark.parametrize(
+    "other",
+    [
+        [problem([1], id=0)],
+        [problem([1], id=0), problem([1], id=2)],
+        [problem([1], id=0), Problem(1, "other", (1.0,), ("r",), (1,), (False,))],
+    ],
+)
 def test_other_problems_are_refused(other):
     with pytest.raises(ValueError, match="not the same ones"):
         compare([problem([1], id=0), problem([1], id=1)], other)

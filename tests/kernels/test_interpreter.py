@@ -10,11 +10,16 @@ import torch
 
 from tests.dist import ROOT, environment
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available() or importlib.util.find_spec("triton") is None, reason="the kernels run on the GPU, or triton is missing")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available() or importlib.util.find_spec("triton") is None,
+    reason="the kernels run on the GPU, or triton is missing",
+)
 
 
 @pytest.mark.parametrize("name", ["linear_logprob", "logprob"])
 def test_the_triton_kernels_hold_under_the_interpreter(name):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/kernels/test_{name}.py"]
-    done = subprocess.run(command, cwd=ROOT, env=environment(TRITON_INTERPRET="1"), capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(TRITON_INTERPRET="1"), capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-5000:] + done.stderr[-2000:]

@@ -60,14 +60,18 @@ def differentiate(function, hidden, weight, upstream):
 
 
 def ours(hidden, weight, target, upstream, temperature: float = 1.0):
-    return differentiate(lambda h, w: kernel.linear_logprob(h, w, target, temperature=temperature), hidden, weight, upstream)
+    return differentiate(
+        lambda h, w: kernel.linear_logprob(h, w, target, temperature=temperature), hidden, weight, upstream
+    )
 
 
 @functools.cache
 def truth(dtype, temperature: float, *shape: int):
     hidden, weight, target, upstream = (x if isinstance(x, dict) else x.cpu() for x in inputs(dtype, *shape))
     upstream = {name: g.cpu() for name, g in upstream.items()}
-    out = differentiate(lambda h, w: oracle.partials(h, w, target.tolist(), temperature), hidden.double(), weight.double(), upstream)
+    out = differentiate(
+        lambda h, w: oracle.partials(h, w, target.tolist(), temperature), hidden.double(), weight.double(), upstream
+    )
     return tuple({name: x.to(DEVICE) for name, x in part.items()} for part in out)
 
 
@@ -91,7 +95,9 @@ def test_float32_values_and_gradients_equal_the_float64_oracles(shape, temperatu
     # Where one token has all probability the true gradient is smaller than the terms it is made of: they count then.
     for name, factor in (("hidden", weight), ("weight", hidden)):
         terms = factor.abs().max() / temperature * max(upstream[output].abs().max() for output in OUTPUTS)
-        assert (gradients[name].double() - true_gradients[name]).abs().max() <= tolerance * max(true_gradients[name].abs().max(), terms), name
+        assert (gradients[name].double() - true_gradients[name]).abs().max() <= tolerance * max(
+            true_gradients[name].abs().max(), terms
+        ), name
 
 
 def naive(hidden, weight, target, temperature: float):
@@ -128,14 +134,21 @@ def test_each_output_has_its_own_gradient(output):
     hidden, weight, target, upstream = inputs()
     only = {output: upstream[output]}
     _, mine = ours(hidden, weight, target, only, 0.7)
-    _, plain = differentiate(lambda h, w: reference.linear_logprob_full(h, w, target, temperature=0.7), hidden.double(), weight.double(), only)
+    _, plain = differentiate(
+        lambda h, w: reference.linear_logprob_full(h, w, target, temperature=0.7),
+        hidden.double(),
+        weight.double(),
+        only,
+    )
     for name in plain:
         assert (mine[name] - plain[name]).abs().max() <= noise(hidden, weight, 0.7) * plain[name].abs().max(), name
 
 
 def test_a_target_outside_the_shard_gives_zero_and_moves_nothing():
     hidden, weight, _, upstream = inputs()
-    outside = torch.tensor([-1, -2, -V, -(10**6), V, V + 1, V + 28, V + 29, 10 * V, 2**31 - 1] * 3)[:T].to(DEVICE)  # V + 28 ends the last block
+    outside = torch.tensor([-1, -2, -V, -(10**6), V, V + 1, V + 28, V + 29, 10 * V, 2**31 - 1] * 3)[:T].to(
+        DEVICE
+    )  # V + 28 ends the last block
     values, gradients = ours(hidden, weight, outside, {"target": upstream["target"]})
     assert values["target"].tolist() == [0.0] * T
     assert not gradients["hidden"].any() and not gradients["weight"].any()
@@ -160,15 +173,25 @@ def test_extreme_logits_give_finite_and_right_values_and_gradients(name, tempera
     weight[:, 1:] = 0
     target = torch.arange(4) * spread  # each of the four rows asks for another logit
     upstream = {output: torch.tensor([1.0, -0.5, 2.0, 0.25]) for output in OUTPUTS}
-    values, gradients = ours(hidden.to(DEVICE), weight.to(DEVICE), target.to(DEVICE), {k: v.to(DEVICE) for k, v in upstream.items()}, temperature)
-    true_values, true_gradients = differentiate(lambda h, w: oracle.partials(h, w, target.tolist(), temperature), hidden.double(), weight.double(), upstream)
+    values, gradients = ours(
+        hidden.to(DEVICE),
+        weight.to(DEVICE),
+        target.to(DEVICE),
+        {k: v.to(DEVICE) for k, v in upstream.items()},
+        temperature,
+    )
+    true_values, true_gradients = differentiate(
+        lambda h, w: oracle.partials(h, w, target.tolist(), temperature), hidden.double(), weight.double(), upstream
+    )
     # The products are exact; their factor log2(e) / temperature, the product with it and the way back to natural units are rounded.
     ulps = 2 * 2.0**-23 * 1e4 / temperature
     for output in OUTPUTS:
         assert (values[output].cpu().double() - true_values[output]).abs().max() <= ulps, output
     # dz carries 1 + z - mean, each off by those; the weight's sums 4 rows, the hidden state's is multiplied by up to 1e4.
     assert (gradients["weight"].cpu().double() - true_gradients["weight"]).abs().max() <= 4 * 2 * 2 * ulps / temperature
-    assert (gradients["hidden"].cpu().double() - true_gradients["hidden"]).abs().max() <= 4 * 2 * 2 * ulps / temperature * 1e4
+    assert (
+        gradients["hidden"].cpu().double() - true_gradients["hidden"]
+    ).abs().max() <= 4 * 2 * 2 * ulps / temperature * 1e4
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
@@ -189,7 +212,9 @@ def test_no_rows_give_empty_outputs_and_zero_gradients(dtype):
 def test_a_shard_without_rows_has_no_probability():
     hidden, weight, target, upstream = inputs()
     values, gradients = ours(hidden, weight[:0], target, upstream)
-    assert (values["logsumexp"] == float("-inf")).all() and not values["target"].any() and not values["mean_logit"].any()
+    assert (
+        (values["logsumexp"] == float("-inf")).all() and not values["target"].any() and not values["mean_logit"].any()
+    )
     assert not gradients["hidden"].any() and gradients["weight"].shape == (0, D)
 
 
@@ -209,7 +234,12 @@ def test_main_grad_is_added_to_in_float32_and_nothing_is_returned(monkeypatch, d
     _, plain = ours(hidden, weight, target, upstream)
     main_grad = torch.full((V, D), 0.5, device=DEVICE)
     for _ in range(2):
-        _, fused = differentiate(lambda h, w: kernel.linear_logprob(h, w, target, temperature=1.0, main_grad_VD=main_grad), hidden, weight, upstream)
+        _, fused = differentiate(
+            lambda h, w: kernel.linear_logprob(h, w, target, temperature=1.0, main_grad_VD=main_grad),
+            hidden,
+            weight,
+            upstream,
+        )
     assert fused["weight"] is None and torch.equal(fused["hidden"], plain["hidden"])
     exact = truth(dtype, 1.0)[1]["weight"]
     # dz is rounded to the dtype, half an ulp: at random over T rows, but it may be at most that of the largest gradient in each.
@@ -256,7 +286,11 @@ def test_the_vocabulary_is_split_until_the_programs_end_together():
 
 def test_what_the_kernel_cannot_take_is_refused():
     hidden, weight, target, _ = inputs()
-    for h, w, words in ((hidden.half(), weight.half(), "float16"), (hidden, weight.bfloat16(), "both"), (hidden[:, :3], weight[:, :3], "D = 3")):
+    for h, w, words in (
+        (hidden.half(), weight.half(), "float16"),
+        (hidden, weight.bfloat16(), "both"),
+        (hidden[:, :3], weight[:, :3], "D = 3"),
+    ):
         with pytest.raises(ValueError, match=words):
             kernel.linear_logprob(h, w, target, temperature=1.0)
 
@@ -270,7 +304,9 @@ def in_float64(hidden, weight, target, temperature: float, upstream):
         h = hidden[rows].double()
         z = (h @ weight.T / temperature).requires_grad_()
         outputs = naive_of_logits(z, target[rows])
-        (dz,) = torch.autograd.grad(sum((upstream[name][rows].double() * x).sum() for name, x in zip(OUTPUTS, outputs, strict=True)), z)
+        (dz,) = torch.autograd.grad(
+            sum((upstream[name][rows].double() * x).sum() for name, x in zip(OUTPUTS, outputs, strict=True)), z
+        )
         dz /= temperature
         d_weight += dz.T @ h
         parts.append([*(x.detach() for x in outputs), dz @ weight])

@@ -38,7 +38,11 @@ def differentiate(function, logits, upstream):
 
 
 def ours(logits, target, upstream, temperature: float, in_place: bool = False):
-    return differentiate(lambda z: kernel.logprob(z, target.to(DEVICE), temperature=temperature, in_place=in_place), logits.to(DEVICE), upstream)
+    return differentiate(
+        lambda z: kernel.logprob(z, target.to(DEVICE), temperature=temperature, in_place=in_place),
+        logits.to(DEVICE),
+        upstream,
+    )
 
 
 def truth(logits, target, upstream, temperature: float):
@@ -59,7 +63,9 @@ def test_float32_values_and_gradients_equal_the_float64_oracles(V, temperature, 
     for name in OUTPUTS:
         assert values[name].dtype == torch.float32
         assert (values[name].double() - true_values[name]).abs().max() <= tolerance, name
-    assert (gradient.double() - true_gradient).abs().max() <= tolerance * max(true_gradient.abs().max(), 1 / temperature)
+    assert (gradient.double() - true_gradient).abs().max() <= tolerance * max(
+        true_gradient.abs().max(), 1 / temperature
+    )
 
 
 @pytest.mark.parametrize("in_place", [False, True])
@@ -75,7 +81,9 @@ def test_bfloat16_errs_by_no_more_than_the_rounding_of_the_gradient(in_place):
     assert ((gradient.double() - true_gradient).abs() <= rounding * true_gradient.abs() + noise).all()
 
 
-@pytest.mark.parametrize("row", [[1e4, -1e4, 0.0, 3.0], [-1e4, 0.0, 3.0, 1e4], [-1e4, 1e4, 0.0, 1e4], [-1e4] * 4], ids=str)
+@pytest.mark.parametrize(
+    "row", [[1e4, -1e4, 0.0, 3.0], [-1e4, 0.0, 3.0, 1e4], [-1e4, 1e4, 0.0, 1e4], [-1e4] * 4], ids=str
+)
 @pytest.mark.parametrize("temperature", [0.1, 1.0])
 def test_extreme_logits_give_finite_and_right_values_and_gradients(row, temperature):
     logits = torch.full((4, 132), -1e4)
@@ -103,7 +111,10 @@ def test_in_place_the_gradient_is_the_logits_memory_and_a_second_backward_is_ref
 def test_rows_may_lie_apart():
     logits, target, upstream = inputs(129)
     apart = torch.cat([logits, torch.full((T, 7), 9.0)], 1).to(DEVICE)[:, :129]
-    assert torch.equal(kernel.logprob(apart, target.to(DEVICE), temperature=1.0)[0].cpu(), ours(logits, target, upstream, 1.0)[0]["logsumexp"])
+    assert torch.equal(
+        kernel.logprob(apart, target.to(DEVICE), temperature=1.0)[0].cpu(),
+        ours(logits, target, upstream, 1.0)[0]["logsumexp"],
+    )
 
 
 def test_no_rows_and_no_upstream_gradient():

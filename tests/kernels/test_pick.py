@@ -17,14 +17,20 @@ def test_on_a_cpu_auto_is_the_reference(capsys):
     for _ in range(2):
         assert pick.pick("linear_logprob", "auto", CPU) is reference.linear_logprob
     assert pick.pick("logprob", "reference", CPU) is reference.logprob
-    assert capsys.readouterr().out.splitlines() == ["kernels: linear_logprob is reference's (the tensors are on cpu)", "kernels: logprob is reference's (as asked)"]
+    assert capsys.readouterr().out.splitlines() == [
+        "kernels: linear_logprob is reference's (the tensors are on cpu)",
+        "kernels: logprob is reference's (as asked)",
+    ]
 
 
-@pytest.mark.parametrize("name, impl, words", [
-    ("linear_logprob", "triton", "the tensors are on cpu.*Remedy: impl = auto or reference"),
-    ("linear_logprob", "cuda", "must be one of auto, reference, triton"),
-    ("attention", "auto", "must be one of linear_logprob, logprob"),
-])
+@pytest.mark.parametrize(
+    "name, impl, words",
+    [
+        ("linear_logprob", "triton", "the tensors are on cpu.*Remedy: impl = auto or reference"),
+        ("linear_logprob", "cuda", "must be one of auto, reference, triton"),
+        ("attention", "auto", "must be one of linear_logprob, logprob"),
+    ],
+)
 def test_what_cannot_run_is_refused(monkeypatch, name, impl, words):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     pick._pick.cache_clear()
@@ -43,5 +49,12 @@ assert "triton" not in sys.modules
 picked = pick("linear_logprob", "triton", torch.device("cpu"))
 assert "triton" in sys.modules and picked.__module__ == "grpo_mcore.kernels.linear_logprob"
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment(TRITON_INTERPRET="1"), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=environment(TRITON_INTERPRET="1"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr

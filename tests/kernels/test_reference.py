@@ -47,7 +47,9 @@ def noise(hidden, weight, temperature: float) -> float:
 @pytest.mark.parametrize("temperature", [0.1, 1.0, 2.0])
 def test_values_equal_the_float64_oracles(chunk_V, temperature):
     hidden, weight, target = inputs()
-    ours = dict(zip(OUTPUTS, linear_logprob(hidden, weight, target, temperature=temperature, chunk_V=chunk_V), strict=True))
+    ours = dict(
+        zip(OUTPUTS, linear_logprob(hidden, weight, target, temperature=temperature, chunk_V=chunk_V), strict=True)
+    )
     truth = dict(zip(OUTPUTS, oracle.partials(hidden, weight, target.tolist(), temperature), strict=True))
     assert all(x.dtype == torch.float32 for x in ours.values())
     for name in OUTPUTS:
@@ -64,16 +66,24 @@ def test_a_target_outside_the_shard_gives_zero_and_moves_no_weight(chunk_V):
     assert not weight.grad.any() and not hidden.grad.any()
 
 
-@pytest.mark.parametrize("outputs", [("logsumexp",), ("target",), ("mean_logit",), OUTPUTS], ids=lambda names: "+".join(names))
+@pytest.mark.parametrize(
+    "outputs", [("logsumexp",), ("target",), ("mean_logit",), OUTPUTS], ids=lambda names: "+".join(names)
+)
 @pytest.mark.parametrize("chunk_V", [1, 7, V, V + 5])
 @pytest.mark.parametrize("temperature", [0.1, 1.0, 2.0])
 def test_gradients_equal_autograd_of_the_float64_oracle(outputs, chunk_V, temperature):
     hidden, weight, target = inputs()
     upstream = {name: g for name, g in upstreams().items() if name in outputs}
-    _, ours = differentiate(lambda h, w: linear_logprob(h, w, target, temperature=temperature, chunk_V=chunk_V), hidden, weight, upstream)
-    _, truth = differentiate(lambda h, w: oracle.partials(h, w, target.tolist(), temperature), hidden.double(), weight.double(), upstream)
+    _, ours = differentiate(
+        lambda h, w: linear_logprob(h, w, target, temperature=temperature, chunk_V=chunk_V), hidden, weight, upstream
+    )
+    _, truth = differentiate(
+        lambda h, w: oracle.partials(h, w, target.tolist(), temperature), hidden.double(), weight.double(), upstream
+    )
     for name in truth:
-        assert (ours[name].double() - truth[name]).abs().max() <= noise(hidden, weight, temperature) * truth[name].abs().max(), name
+        assert (ours[name].double() - truth[name]).abs().max() <= noise(hidden, weight, temperature) * truth[
+            name
+        ].abs().max(), name
 
 
 # One row each; hidden is 1, so these are the logits.
@@ -93,8 +103,12 @@ def test_extreme_logits_give_finite_and_right_values_and_gradients(name, chunk_V
     hidden, weight = torch.ones(4, 1), torch.tensor(EXTREMES[name])[:, None]
     target = torch.arange(4)  # each of the four rows asks for another logit
     upstream = {output: torch.tensor([1.0, -0.5, 2.0, 0.25]) for output in OUTPUTS}
-    values, gradients = differentiate(lambda h, w: linear_logprob(h, w, target, temperature=temperature, chunk_V=chunk_V), hidden, weight, upstream)
-    true_values, true_gradients = differentiate(lambda h, w: oracle.partials(h, w, target.tolist(), temperature), hidden.double(), weight.double(), upstream)
+    values, gradients = differentiate(
+        lambda h, w: linear_logprob(h, w, target, temperature=temperature, chunk_V=chunk_V), hidden, weight, upstream
+    )
+    true_values, true_gradients = differentiate(
+        lambda h, w: oracle.partials(h, w, target.tolist(), temperature), hidden.double(), weight.double(), upstream
+    )
     # The logits are exact but for the division; what is left is one ulp of numbers of the size of the largest.
     ulp = ULP * 1e4 / temperature
     for output in OUTPUTS:
@@ -118,9 +132,13 @@ def naive(hidden, weight, target, temperature: float):
 def test_bfloat16_errs_no_more_than_the_naive_form_in_bfloat16(chunk_V, temperature, seed):
     hidden, weight, target = inputs(torch.bfloat16, seed)
     upstream = upstreams()
-    ours = differentiate(lambda h, w: linear_logprob(h, w, target, temperature=temperature, chunk_V=chunk_V), hidden, weight, upstream)
+    ours = differentiate(
+        lambda h, w: linear_logprob(h, w, target, temperature=temperature, chunk_V=chunk_V), hidden, weight, upstream
+    )
     coarse = differentiate(lambda h, w: naive(h, w, target, temperature), hidden, weight, upstream)
-    truth = differentiate(lambda h, w: oracle.partials(h, w, target.tolist(), temperature), hidden.double(), weight.double(), upstream)
+    truth = differentiate(
+        lambda h, w: oracle.partials(h, w, target.tolist(), temperature), hidden.double(), weight.double(), upstream
+    )
     for mine, other, exact in zip(ours, coarse, truth, strict=True):
         for name in exact:
             my_error, budget = (mine[name].double() - exact[name]).abs(), (other[name].double() - exact[name]).abs()
@@ -148,39 +166,58 @@ def test_the_forms_with_logits_equal_the_float64_oracles(form, temperature):
         return logprob(h @ w.T, target, temperature=temperature)
 
     values, gradients = differentiate(function, hidden, weight, upstreams())
-    true_values, true_gradients = differentiate(lambda h, w: oracle.partials(h, w, target.tolist(), temperature), hidden.double(), weight.double(), upstreams())
+    true_values, true_gradients = differentiate(
+        lambda h, w: oracle.partials(h, w, target.tolist(), temperature), hidden.double(), weight.double(), upstreams()
+    )
     for name in OUTPUTS:
         assert (values[name].double() - true_values[name]).abs().max() <= noise(hidden, weight, temperature), name
     for name in gradients:
-        assert (gradients[name].double() - true_gradients[name]).abs().max() <= noise(hidden, weight, temperature) * true_gradients[name].abs().max(), name
+        assert (gradients[name].double() - true_gradients[name]).abs().max() <= noise(
+            hidden, weight, temperature
+        ) * true_gradients[name].abs().max(), name
 
 
 def test_no_rows_give_empty_outputs_and_zero_gradients():
     hidden, weight, target = inputs()
     upstream = {name: g[:0] for name, g in upstreams().items()}
-    values, gradients = differentiate(lambda h, w: linear_logprob(h, w, target[:0], temperature=1.0), hidden[:0], weight, upstream)
+    values, gradients = differentiate(
+        lambda h, w: linear_logprob(h, w, target[:0], temperature=1.0), hidden[:0], weight, upstream
+    )
     assert [x.shape for x in values.values()] == [(0,)] * 3
     assert gradients["hidden"].shape == (0, D) and not gradients["weight"].any()
 
 
 def test_a_shard_without_rows_has_no_probability():
     hidden, weight, target = inputs()
-    values, gradients = differentiate(lambda h, w: linear_logprob(h, w, target, temperature=1.0), hidden, weight[:0], upstreams())
-    assert (values["logsumexp"] == float("-inf")).all() and not values["target"].any() and not values["mean_logit"].any()
+    values, gradients = differentiate(
+        lambda h, w: linear_logprob(h, w, target, temperature=1.0), hidden, weight[:0], upstreams()
+    )
+    assert (
+        (values["logsumexp"] == float("-inf")).all() and not values["target"].any() and not values["mean_logit"].any()
+    )
     assert not gradients["hidden"].any() and gradients["weight"].shape == (0, D)
 
 
 def test_no_upstream_gradient_gives_none():
     hidden, weight, target = inputs()
     upstream = {name: torch.zeros(R) for name in OUTPUTS}
-    _, gradients = differentiate(lambda h, w: linear_logprob(h, w, target, temperature=1.0, chunk_V=7), hidden, weight, upstream)
+    _, gradients = differentiate(
+        lambda h, w: linear_logprob(h, w, target, temperature=1.0, chunk_V=7), hidden, weight, upstream
+    )
     assert not gradients["hidden"].any() and not gradients["weight"].any()
 
 
 def test_main_grad_is_added_to_and_nothing_is_returned():
     hidden, weight, target = inputs()
-    _, plain = differentiate(lambda h, w: linear_logprob(h, w, target, temperature=1.0, chunk_V=7), hidden, weight, upstreams())
+    _, plain = differentiate(
+        lambda h, w: linear_logprob(h, w, target, temperature=1.0, chunk_V=7), hidden, weight, upstreams()
+    )
     main_grad = torch.full((V, D), 0.5)
-    _, fused = differentiate(lambda h, w: linear_logprob(h, w, target, temperature=1.0, chunk_V=7, main_grad_VD=main_grad), hidden, weight, upstreams())
+    _, fused = differentiate(
+        lambda h, w: linear_logprob(h, w, target, temperature=1.0, chunk_V=7, main_grad_VD=main_grad),
+        hidden,
+        weight,
+        upstreams(),
+    )
     assert fused["weight"] is None and torch.equal(fused["hidden"], plain["hidden"])
     assert torch.equal(main_grad, 0.5 + plain["weight"])

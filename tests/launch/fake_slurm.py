@@ -27,8 +27,16 @@ def sbatch(*args: str) -> int:
     copy.parent.mkdir(exist_ok=True)
     for restarts in range(5):
         shutil.copy(script, copy)
-        environment = {**os.environ, "SLURM_NNODES": nodes, "SLURM_RESTART_COUNT": str(restarts), "SLURM_CPUS_ON_NODE": "1", "SLURM_NODEID": "0"}
-        batch = subprocess.Popen(["bash", copy, *args[args.index(script) + 1 :]], env=environment, start_new_session=True)
+        environment = {
+            **os.environ,
+            "SLURM_NNODES": nodes,
+            "SLURM_RESTART_COUNT": str(restarts),
+            "SLURM_CPUS_ON_NODE": "1",
+            "SLURM_NODEID": "0",
+        }
+        batch = subprocess.Popen(
+            ["bash", copy, *args[args.index(script) + 1 :]], env=environment, start_new_session=True
+        )
         (FOLDER / "batch.pid").write_text(str(batch.pid))
         code = batch.wait()
         print(f"batch script ended with {code}", flush=True)
@@ -42,8 +50,11 @@ def srun(*args: str) -> int:
     options = dict(a.removeprefix("--").split("=") for a in args if a.startswith("--") and "=" in a)
     program = list(args[next(i for i, a in enumerate(args) if not a.startswith("--")) :])
     tasks = [
-        subprocess.Popen(program, start_new_session=True, env={**os.environ, "SLURM_NODEID": str(i), "SLURM_PROCID": str(i)})
-        for i in range(int(options["ntasks"]))]
+        subprocess.Popen(
+            program, start_new_session=True, env={**os.environ, "SLURM_NODEID": str(i), "SLURM_PROCID": str(i)}
+        )
+        for i in range(int(options["ntasks"]))
+    ]
     (FOLDER / "tasks").mkdir(exist_ok=True)
     for task in tasks:
         (FOLDER / "tasks" / str(task.pid)).touch()

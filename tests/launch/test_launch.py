@@ -16,8 +16,14 @@ from tests.dist import ROOT, environment
 
 def launch(program: str, *args, cwd: Path, code: int = 0) -> str:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "launch" / program), *map(str, args)], cwd=cwd, env=environment(), text=True, timeout=240,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        [sys.executable, str(ROOT / "launch" / program), *map(str, args)],
+        cwd=cwd,
+        env=environment(),
+        text=True,
+        timeout=240,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     assert done.returncode == code, done.stdout[-3000:]
     return done.stdout
 
@@ -27,7 +33,9 @@ def test_convert_there_and_back_gives_the_same_bytes(model_folders, tmp_path):
     launch("convert.py", "to-megatron", "--hf", folder, "--out", tmp_path / "megatron", cwd=tmp_path)
     launch("convert.py", "to-hf", "--checkpoint", tmp_path / "megatron", "--out", tmp_path / "hf", cwd=tmp_path)
     assert (tmp_path / "hf/model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
-    out = launch("convert.py", "to-hf", "--checkpoint", tmp_path / "megatron", "--out", tmp_path / "hf", cwd=tmp_path, code=2)
+    out = launch(
+        "convert.py", "to-hf", "--checkpoint", tmp_path / "megatron", "--out", tmp_path / "hf", cwd=tmp_path, code=2
+    )
     assert "--out" in out and "exists already" in out and "Traceback" not in out
 
 
@@ -47,7 +55,17 @@ eval: {{data: "arithmetic:two_digit_sums/heldout", max_prompts: 5, samples_per_p
 """)
     seen = []
     for i, source in enumerate(("model", "checkpoint")):
-        out = launch("evaluate.py", "--cfg", "cfg.yaml", "--model", tmp_path / source, "--out", f"{i}.json", *(["--compare", "0.json"] if i else []), cwd=tmp_path)
+        out = launch(
+            "evaluate.py",
+            "--cfg",
+            "cfg.yaml",
+            "--model",
+            tmp_path / source,
+            "--out",
+            f"{i}.json",
+            *(["--compare", "0.json"] if i else []),
+            cwd=tmp_path,
+        )
         assert "mean@4" in out and "5 problems" in out
         seen.append(json.loads((tmp_path / f"{i}.json").read_text()))
     assert "protocols differ in: nothing" in out and seen[1].pop("comparison")["difference"]["value"] == 0

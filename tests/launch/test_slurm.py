@@ -32,14 +32,27 @@ class Job:
         programs = folder / "programs"
         programs.mkdir()
         for name in ("sbatch", "srun", "scancel", "scontrol", "hostname"):
-            (programs / name).write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT}/tests/launch/fake_slurm.py {name} "$@"\n')
+            (programs / name).write_text(
+                f'#!/bin/sh\nexec {sys.executable} {ROOT}/tests/launch/fake_slurm.py {name} "$@"\n'
+            )
             (programs / name).chmod(0o755)
         self.marker = f"TEST_MARKER=job_{self.id}"
         nowhere = folder / "no_venv"  # the one that runs this test is first on PATH
         self.process = subprocess.Popen(
-            ["sbatch", *(["--nodes", str(nodes)] if nodes else []), f"launch/slurm/{script}", str(cfg), *args], cwd=ROOT, stdout=self.log.open("w"), stderr=subprocess.STDOUT,
-            env=environment(TEST_MARKER=f"job_{self.id}", FAKE_SLURM=str(folder), SLURM_JOB_ID=self.id, GPUS_PER_NODE="1", VENV=str(nowhere),
-                            PATH=f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}", **variables))
+            ["sbatch", *(["--nodes", str(nodes)] if nodes else []), f"launch/slurm/{script}", str(cfg), *args],
+            cwd=ROOT,
+            stdout=self.log.open("w"),
+            stderr=subprocess.STDOUT,
+            env=environment(
+                TEST_MARKER=f"job_{self.id}",
+                FAKE_SLURM=str(folder),
+                SLURM_JOB_ID=self.id,
+                GPUS_PER_NODE="1",
+                VENV=str(nowhere),
+                PATH=f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+                **variables,
+            ),
+        )
 
     def signal_batch_script(self, how: signal.Signals) -> None:
         os.kill(int((self.folder / "batch.pid").read_text()), how)
@@ -55,7 +68,11 @@ class Job:
         """Its exit status, when no process of it is left."""
         try:
             code = self.process.wait(500)
-            wait_until(lambda: not processes_with(self.marker), 60, lambda: f"all processes to end; there remain {processes_with(self.marker)}")
+            wait_until(
+                lambda: not processes_with(self.marker),
+                60,
+                lambda: f"all processes to end; there remain {processes_with(self.marker)}",
+            )
             assert not list(Path("/tmp").glob(f"ray_{self.id}*"))
             return code
         finally:
@@ -67,7 +84,11 @@ class Job:
 def cfg(tmp_path, taught) -> Path:
     path = tmp_path / "cfg.yaml"
     text = CONFIG.format(model=taught, run_dir=tmp_path / "run")
-    path.write_text(text.replace("num_steps: 4", f"num_steps: {NUM_STEPS}").replace("checkpoint: {every: 1}", "checkpoint: {every: 0}"))
+    path.write_text(
+        text.replace("num_steps: 4", f"num_steps: {NUM_STEPS}").replace(
+            "checkpoint: {every: 1}", "checkpoint: {every: 0}"
+        )
+    )
     return path
 
 
@@ -109,7 +130,9 @@ def test_scancel_saves_and_does_not_requeue_and_the_same_command_goes_on_with_an
             os.killpg(int(task.name), signal.SIGTERM)
     finally:
         code = job.end()
-    assert code != 0 and "requeueing" not in job.log.read_text() and job.log.read_text().count("batch script ended") == 1, job.text()
+    assert (
+        code != 0 and "requeueing" not in job.log.read_text() and job.log.read_text().count("batch script ended") == 1
+    ), job.text()
     (saved,) = checkpoint.published(tmp_path / "run")
     assert checkpoint.progress_of(saved).step == steps_done(tmp_path / "run") >= 1
 

@@ -22,15 +22,21 @@ def group(prompt_id: int, prompt: tuple[int, ...], *responses: tuple[int, ...]) 
     """Its tokens' rollout log-probs are minus the tokens, so that a mix-up shows."""
     return Group(
         Prompt(prompt_id, "", "", prompt),
-        tuple(Response(r, tuple(-float(t) for t in r), truncated=r[-1] != EOS) for r in responses))
+        tuple(Response(r, tuple(-float(t) for t in r), truncated=r[-1] != EOS) for r in responses),
+    )
 
 
 def test_the_worked_example_of_types():
     seven, plus, five, equals = 7, 10, 5, 11
     prompt = (seven, plus, five, equals)
     (batch,) = assemble(
-        [group(0, prompt, (1, 2, EOS), (1, 3))], torch.tensor([[0.5, -0.5]]),
-        global_batch_size=2, aggregation="token_mean", max_response_tokens=4, packing=Packing(max_tokens=13))
+        [group(0, prompt, (1, 2, EOS), (1, 3))],
+        torch.tensor([[0.5, -0.5]]),
+        global_batch_size=2,
+        aggregation="token_mean",
+        max_response_tokens=4,
+        packing=Packing(max_tokens=13),
+    )
     (m,) = batch.microbatches
     assert m.token_ids_T.tolist() == [*prompt, 1, 2, EOS, *prompt, 1, 3]
     assert m.position_ids_T.tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4, 5]
@@ -46,8 +52,19 @@ def test_the_worked_example_of_types():
     assert m.index_R.tolist() == [0, 1, 2, 3, 4]
     assert m.old_logprobs_R is None and m.ref_logprobs_R is None
     assert (batch.num_loss_tokens, batch.num_tokens) == (5, 13)
-    dtypes = {name: getattr(m, name).dtype for name in (
-        "token_ids_T", "position_ids_T", "branch_T", "position_R", "target_R", "sequence_R", "index_R", "cu_seqlens")}
+    dtypes = {
+        name: getattr(m, name).dtype
+        for name in (
+            "token_ids_T",
+            "position_ids_T",
+            "branch_T",
+            "position_R",
+            "target_R",
+            "sequence_R",
+            "index_R",
+            "cu_seqlens",
+        )
+    }
     assert dtypes.pop("cu_seqlens") == torch.int32  # what flash attention demands
     assert set(dtypes.values()) == {torch.int64}
 
@@ -55,8 +72,13 @@ def test_the_worked_example_of_types():
 def test_the_worked_example_with_a_shared_prompt():
     prompt = (7, 10, 5, 11)
     (batch,) = assemble(
-        [group(0, prompt, (1, 2, EOS), (1, 3))], torch.tensor([[0.5, -0.5]]),
-        global_batch_size=2, aggregation="token_mean", max_response_tokens=4, packing=Packing(max_tokens=9, share_prompts=True))
+        [group(0, prompt, (1, 2, EOS), (1, 3))],
+        torch.tensor([[0.5, -0.5]]),
+        global_batch_size=2,
+        aggregation="token_mean",
+        max_response_tokens=4,
+        packing=Packing(max_tokens=9, share_prompts=True),
+    )
     (m,) = batch.microbatches
     assert m.token_ids_T.tolist() == [*prompt, 1, 2, EOS, 1, 3]
     assert m.branch_T.tolist() == [0, 0, 0, 0, 1, 1, 1, 2, 2]
@@ -74,9 +96,15 @@ def test_the_worked_example_on_two_context_ranks():
     prompt = (7, 10, 5, 11)
     m0, m1 = (
         assemble(
-            [group(0, prompt, (1, 2, EOS), (1, 3))], torch.tensor([[0.5, -0.5]]),
-            global_batch_size=2, aggregation="token_mean", max_response_tokens=4, packing=Packing(max_tokens=8, cp=2, cp_rank=rank))[0].microbatches[0]
-        for rank in range(2))
+            [group(0, prompt, (1, 2, EOS), (1, 3))],
+            torch.tensor([[0.5, -0.5]]),
+            global_batch_size=2,
+            aggregation="token_mean",
+            max_response_tokens=4,
+            packing=Packing(max_tokens=8, cp=2, cp_rank=rank),
+        )[0].microbatches[0]
+        for rank in range(2)
+    )
     # 7 and 6 tokens, padded to multiples of 2 * cp = 4: 8 and 8, cut in chunks of 2. Rank 0: chunks 0 and 3, rank 1: 1 and 2.
     assert m0.token_ids_T.tolist() == [7, 10, EOS, 0, 7, 10, 0, 0]
     assert m1.token_ids_T.tolist() == [5, 11, 1, 2, 5, 11, 1, 3]
@@ -128,8 +156,15 @@ def test_shared_packing_keeps_every_sample_once_within_the_bound_and_order(ranks
         seen, counts = [], set()
         for rank in range(ranks):
             (batch,) = assemble(
-                groups, advantages, global_batch_size=32, aggregation="token_mean", max_response_tokens=20,
-                packing=Packing(max_tokens=60, dp=ranks, dp_rank=rank, align_tokens=8, microbatch_multiple=2, share_prompts=True))
+                groups,
+                advantages,
+                global_batch_size=32,
+                aggregation="token_mean",
+                max_response_tokens=20,
+                packing=Packing(
+                    max_tokens=60, dp=ranks, dp_rank=rank, align_tokens=8, microbatch_multiple=2, share_prompts=True
+                ),
+            )
             counts.add(len(batch.microbatches))
             for m in batch.microbatches:
                 assert 0 < m.token_ids_T.numel() <= 60 and m.token_ids_T.numel() % 8 == 0
@@ -157,7 +192,9 @@ def random_groups(rng: random.Random, P: int, G: int) -> tuple[list[Group], torc
 
 def over_ranks(groups: list[Group], advantages: torch.Tensor, packing: Packing, **kwargs) -> list[list[GlobalBatch]]:
     """[data rank][optimizer step] of one context rank"""
-    return [assemble(groups, advantages, packing=replace(packing, dp_rank=rank), **kwargs) for rank in range(packing.dp)]
+    return [
+        assemble(groups, advantages, packing=replace(packing, dp_rank=rank), **kwargs) for rank in range(packing.dp)
+    ]
 
 
 def sequences(batch: GlobalBatch) -> list[tuple[tuple[int, ...], tuple[int, ...], float]]:
@@ -180,8 +217,19 @@ def test_every_response_is_packed_once_into_its_optimizer_step_with_its_prompt_a
     rng = random.Random(seed)
     P, G, ranks, size = rng.choice([(4, 4, 1, 8), (4, 4, 2, 8), (6, 4, 4, 12), (2, 3, 3, 6), (3, 5, 1, 5)])
     groups, advantages = random_groups(rng, P, G)
-    expected = [(g.prompt.token_ids, r.token_ids, a) for g, row in zip(groups, advantages.tolist()) for r, a in zip(g.responses, row)]
-    by_rank = over_ranks(groups, advantages, Packing(max_tokens=60, dp=ranks), global_batch_size=size, aggregation="token_mean", max_response_tokens=20)
+    expected = [
+        (g.prompt.token_ids, r.token_ids, a)
+        for g, row in zip(groups, advantages.tolist())
+        for r, a in zip(g.responses, row)
+    ]
+    by_rank = over_ranks(
+        groups,
+        advantages,
+        Packing(max_tokens=60, dp=ranks),
+        global_batch_size=size,
+        aggregation="token_mean",
+        max_response_tokens=20,
+    )
     for step in range(P * G // size):
         share = expected[step * size : (step + 1) * size]
         packed = [s for batches in by_rank for s in sequences(batches[step])]
@@ -199,13 +247,25 @@ def test_every_response_is_packed_once_into_its_optimizer_step_with_its_prompt_a
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "constant"])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("max_tokens, cp, align_tokens", [(26, 1, 1), (60, 1, 1), (10_000, 1, 1), (60, 1, 16), (32, 2, 8), (20, 3, 1)])
-def test_weights_of_all_ranks_and_microbatches_sum_to_the_aggregations_total(aggregation, ranks, max_tokens, cp, align_tokens):
+@pytest.mark.parametrize(
+    "max_tokens, cp, align_tokens", [(26, 1, 1), (60, 1, 1), (10_000, 1, 1), (60, 1, 16), (32, 2, 8), (20, 3, 1)]
+)
+def test_weights_of_all_ranks_and_microbatches_sum_to_the_aggregations_total(
+    aggregation, ranks, max_tokens, cp, align_tokens
+):
     groups, advantages = random_groups(random.Random(1), 4, 4)
     by_rank = [
-        batches for cp_rank in range(cp) for batches in over_ranks(
-            groups, advantages, Packing(max_tokens, dp=ranks, cp=cp, cp_rank=cp_rank, align_tokens=align_tokens),
-            global_batch_size=8, aggregation=aggregation, max_response_tokens=20)]
+        batches
+        for cp_rank in range(cp)
+        for batches in over_ranks(
+            groups,
+            advantages,
+            Packing(max_tokens, dp=ranks, cp=cp, cp_rank=cp_rank, align_tokens=align_tokens),
+            global_batch_size=8,
+            aggregation=aggregation,
+            max_response_tokens=20,
+        )
+    ]
     for step in range(2):
         microbatches = [m for batches in by_rank for m in batches[step].microbatches]
         total = sum(m.weight_R.double().sum().item() for m in microbatches)
@@ -216,20 +276,34 @@ def test_weights_of_all_ranks_and_microbatches_sum_to_the_aggregations_total(agg
         length_of = {t: len(r.token_ids) for g in groups for r in g.responses for t in r.token_ids}
         for m in microbatches:
             own = [length_of[t] for t in m.target_R.tolist()]
-            per_token = {"token_mean": lambda n: 1 / tokens, "sequence_mean": lambda n: 1 / (8 * n), "constant": lambda n: 1 / (20 * 8)}[aggregation]
+            per_token = {
+                "token_mean": lambda n: 1 / tokens,
+                "sequence_mean": lambda n: 1 / (8 * n),
+                "constant": lambda n: 1 / (20 * 8),
+            }[aggregation]
             assert m.weight_R.tolist() == pytest.approx([per_token(n) for n in own], rel=1.2e-7)
 
 
-@pytest.mark.parametrize("aggregation, expected", [
-    # 3 + 2 + 1 tokens, of which the second response was cut off
-    ("token_mean", [1 / 4] * 3 + [0] * 2 + [1 / 4]),
-    ("sequence_mean", [1 / 6] * 3 + [0] * 2 + [1 / 2]),  # 1 / (length x 2 responses)
-    ("constant", [1 / 12] * 3 + [0] * 2 + [1 / 12]),  # 1 / (4 tokens x 3 responses): a constant
-])
+@pytest.mark.parametrize(
+    "aggregation, expected",
+    [
+        # 3 + 2 + 1 tokens, of which the second response was cut off
+        ("token_mean", [1 / 4] * 3 + [0] * 2 + [1 / 4]),
+        ("sequence_mean", [1 / 6] * 3 + [0] * 2 + [1 / 2]),  # 1 / (length x 2 responses)
+        ("constant", [1 / 12] * 3 + [0] * 2 + [1 / 12]),  # 1 / (4 tokens x 3 responses): a constant
+    ],
+)
 def test_truncated_responses_that_are_skipped_weigh_nothing_and_are_not_counted(aggregation, expected):
     groups = [group(0, (7,), (1, 2, EOS), (1, 3), (EOS,))]
     (b,) = assemble(
-        groups, torch.tensor([[1.0, 2.0, 3.0]]), global_batch_size=3, aggregation=aggregation, max_response_tokens=4, packing=Packing(max_tokens=20), skip_truncated=True)
+        groups,
+        torch.tensor([[1.0, 2.0, 3.0]]),
+        global_batch_size=3,
+        aggregation=aggregation,
+        max_response_tokens=4,
+        packing=Packing(max_tokens=20),
+        skip_truncated=True,
+    )
     assert b.microbatches[0].weight_R.tolist() == pytest.approx(expected)
     assert (b.num_loss_tokens, b.num_tokens) == (4, 9)
     assert b.microbatches[0].advantage_R.tolist() == [1.0] * 3 + [2.0] * 2 + [3.0]
@@ -237,7 +311,15 @@ def test_truncated_responses_that_are_skipped_weigh_nothing_and_are_not_counted(
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "constant"])
 def test_a_batch_of_nothing_but_skipped_responses_weighs_nothing(aggregation):
-    (b,) = assemble([group(0, (7,), (1, 2), (1, 3))], torch.zeros(1, 2), global_batch_size=2, aggregation=aggregation, max_response_tokens=4, packing=Packing(max_tokens=20), skip_truncated=True)
+    (b,) = assemble(
+        [group(0, (7,), (1, 2), (1, 3))],
+        torch.zeros(1, 2),
+        global_batch_size=2,
+        aggregation=aggregation,
+        max_response_tokens=4,
+        packing=Packing(max_tokens=20),
+        skip_truncated=True,
+    )
     assert b.microbatches[0].weight_R.tolist() == [0.0] * 4 and b.num_loss_tokens == 0
 
 
@@ -246,7 +328,14 @@ def test_averaging_the_microbatches_token_means_is_another_number():
     groups, advantages = [group(0, (5,), (1,), (2, 3, 4))], torch.tensor([[1.0, 0.0]])
     right, wrong = [], []
     for max_tokens in (6, 4):  # 2 + 4 tokens: in one microbatch, in two
-        (batch,) = assemble(groups, advantages, global_batch_size=2, aggregation="token_mean", max_response_tokens=3, packing=Packing(max_tokens))
+        (batch,) = assemble(
+            groups,
+            advantages,
+            global_batch_size=2,
+            aggregation="token_mean",
+            max_response_tokens=3,
+            packing=Packing(max_tokens),
+        )
         losses = [m.advantage_R for m in batch.microbatches]  # 1, 0, 0, 0
         right.append(sum((m.weight_R * loss).sum().item() for m, loss in zip(batch.microbatches, losses, strict=True)))
         wrong.append(sum(loss.mean().item() for loss in losses) / len(losses))
@@ -273,7 +362,9 @@ def test_context_ranks_together_hold_what_one_rank_would(share_prompts):
             assert torch.equal(merged(lambda m: getattr(m, name)), getattr(plain, name)), name
         # The hidden state that predicts a token is that of the same token at the same place of its sequence.
         for name in ("token_ids_T", "position_ids_T", "branch_T"):
-            assert torch.equal(merged(lambda m: getattr(m, name)[m.position_R]), getattr(plain, name)[plain.position_R]), name
+            assert torch.equal(
+                merged(lambda m: getattr(m, name)[m.position_R]), getattr(plain, name)[plain.position_R]
+            ), name
         tokens = sorted(t for m in parts for t in m.token_ids_T.tolist())
         padding = len(tokens) - plain.token_ids_T.numel()
         assert tokens == [0] * padding + sorted(plain.token_ids_T.tolist())
@@ -285,8 +376,14 @@ def test_pack_keeps_its_promises_for_any_lengths():
         rng = random.Random(seed)
         dp, cp, multiple = rng.randint(1, 6), rng.choice([1, 1, 2, 3]), rng.choice([1, 1, 2])
         packing = Packing(
-            rng.randint(24, 200), dp=dp, cp=cp, align_tokens=rng.choice([1, 1, 8]), microbatch_multiple=multiple, one_sequence=rng.random() < 0.2,
-            cost=Cost(0.0, rng.choice([0.0, 0.01, 1.0])))
+            rng.randint(24, 200),
+            dp=dp,
+            cp=cp,
+            align_tokens=rng.choice([1, 1, 8]),
+            microbatch_multiple=multiple,
+            one_sequence=rng.random() < 0.2,
+            cost=Cost(0.0, rng.choice([0.0, 0.01, 1.0])),
+        )
         block, whole = (2 * cp if cp > 1 else 1), math.lcm(cp * packing.align_tokens, 2 * cp if cp > 1 else 1)
         longest = cp * packing.max_tokens // whole * whole
         longest = rng.choice([longest, max(1, longest // 8)])
@@ -295,7 +392,9 @@ def test_pack_keeps_its_promises_for_any_lengths():
         plan = pack(lengths, costs, packing)
         case = f"seed {seed}: pack({lengths}, {packing})"
         assert sorted(i for bins in plan for b in bins for i in b) == list(range(len(lengths))), case
-        assert len(plan) == dp and len({len(bins) for bins in plan}) == 1, f"{case}: ranks with unequal numbers of microbatches wait for each other for ever"
+        assert len(plan) == dp and len({len(bins) for bins in plan}) == 1, (
+            f"{case}: ranks with unequal numbers of microbatches wait for each other for ever"
+        )
         assert len(plan[0]) % multiple == 0, case
         assert all(b for bins in plan for b in bins), case
         assert all(len(b) == 1 for bins in plan for b in bins) or not packing.one_sequence, case
@@ -312,9 +411,18 @@ def test_what_pack_bounds_is_what_microbatch_makes():
         packing = Packing(36, dp=dp, cp=cp, align_tokens=rng.choice([1, 5, 6]), cost=Cost(0.2, 0.1))
         groups, advantages = random_groups(rng, P=4, G=4)
         ranks = [replace(packing, dp_rank=i, cp_rank=j) for i in range(dp) for j in range(cp)]
-        built = [assemble(groups, advantages, global_batch_size=16, aggregation="token_mean", max_response_tokens=20, packing=p)[0] for p in ranks]
+        built = [
+            assemble(
+                groups, advantages, global_batch_size=16, aggregation="token_mean", max_response_tokens=20, packing=p
+            )[0]
+            for p in ranks
+        ]
         assert len({(len(b.microbatches), b.packed_frac, b.imbalance) for b in built}) == 1
-        assert all(m.token_ids_T.numel() <= 36 and m.token_ids_T.numel() % packing.align_tokens == 0 for b in built for m in b.microbatches)
+        assert all(
+            m.token_ids_T.numel() <= 36 and m.token_ids_T.numel() % packing.align_tokens == 0
+            for b in built
+            for m in b.microbatches
+        )
         targets = sorted(t for b in built for m in b.microbatches for t in m.target_R.tolist())
         assert targets == sorted(t for g in groups for r in g.responses for t in r.token_ids)
 
@@ -377,7 +485,11 @@ def test_a_rank_whose_one_sequence_is_dear_still_fills_as_many_microbatches_as_t
 def test_the_number_of_microbatches_is_a_multiple_of_what_interleaved_stages_ask_for():
     assert [len(b) for b in plan_of([5] * 4, Packing(10, microbatch_multiple=1))[0]] == [2, 2]
     assert [len(b) for b in plan_of([5] * 4, Packing(10, microbatch_multiple=4))[0]] == [1, 1, 1, 1]
-    assert [len(b) for b in plan_of([5] * 6, Packing(25, microbatch_multiple=3))[0]] == [2, 2, 2]  # 30 tokens would do with 2
+    assert [len(b) for b in plan_of([5] * 6, Packing(25, microbatch_multiple=3))[0]] == [
+        2,
+        2,
+        2,
+    ]  # 30 tokens would do with 2
 
 
 def test_without_packing_every_microbatch_holds_one_sequence_and_ranks_are_balanced_still():
@@ -387,16 +499,35 @@ def test_without_packing_every_microbatch_holds_one_sequence_and_ranks_are_balan
     assert [sum(lengths[i] for b in bins for i in b) for bins in plan] == [11, 10]  # 6 + 3 + 2 and 5 + 4 + 1
 
 
-@pytest.mark.parametrize("lengths, packing, message", [
-    ([3, 11, 4], Packing(10), "a sequence of 11 tokens does not fit max_tokens_per_microbatch = 10"),
-    ([21, 4], Packing(10, cp=2), "a sequence of 21 tokens does not fit max_tokens_per_microbatch = 10 on 2 context ranks"),
-    ([17], Packing(10, cp=2, align_tokens=8), "multiple of 16, at most 16 do"),  # 2 * 10 tokens, but whole 16s of them
-    ([1, 1, 1], Packing(10, dp=4), "3 sequences do not make equal numbers of microbatches on 4 data ranks"),
-    ([1, 1, 1], Packing(10, dp=2, microbatch_multiple=2), "3 sequences .* 2 data ranks, a multiple of 2 on each"),
-    ([1, 1, 1], Packing(10, dp=2, one_sequence=True), "3 sequences, one a microbatch, do not make equal numbers"),
-    ([1, 1, 1], Packing(10, microbatch_multiple=2, one_sequence=True), "3 sequences, one a microbatch, .* a multiple of 2"),
-    ([6, 6, 6], Packing(10, microbatch_multiple=2), "no plan found for 3 sequences on 1 data ranks in microbatches of at most 10 tokens"),
-])
+@pytest.mark.parametrize(
+    "lengths, packing, message",
+    [
+        ([3, 11, 4], Packing(10), "a sequence of 11 tokens does not fit max_tokens_per_microbatch = 10"),
+        (
+            [21, 4],
+            Packing(10, cp=2),
+            "a sequence of 21 tokens does not fit max_tokens_per_microbatch = 10 on 2 context ranks",
+        ),
+        (
+            [17],
+            Packing(10, cp=2, align_tokens=8),
+            "multiple of 16, at most 16 do",
+        ),  # 2 * 10 tokens, but whole 16s of them
+        ([1, 1, 1], Packing(10, dp=4), "3 sequences do not make equal numbers of microbatches on 4 data ranks"),
+        ([1, 1, 1], Packing(10, dp=2, microbatch_multiple=2), "3 sequences .* 2 data ranks, a multiple of 2 on each"),
+        ([1, 1, 1], Packing(10, dp=2, one_sequence=True), "3 sequences, one a microbatch, do not make equal numbers"),
+        (
+            [1, 1, 1],
+            Packing(10, microbatch_multiple=2, one_sequence=True),
+            "3 sequences, one a microbatch, .* a multiple of 2",
+        ),
+        (
+            [6, 6, 6],
+            Packing(10, microbatch_multiple=2),
+            "no plan found for 3 sequences on 1 data ranks in microbatches of at most 10 tokens",
+        ),
+    ],
+)
 def test_pack_names_what_does_not_fit(lengths, packing, message):
     with pytest.raises(ValueError, match=message):
         plan_of(lengths, packing)
@@ -413,13 +544,23 @@ def test_packed_frac_and_imbalance_of_a_worked_example(rank, max_tokens, cp, roo
     # 1 + 3 and 1 + 1 tokens cost 4 + 3 + 0.5 * 16 = 15 and 2 + 1 + 0.5 * 4 = 5: the dearest is 15 of a mean of 10.
     # One microbatch on each of two data ranks: 6 of 2 * 9 or of 2 * 2 * 5 tokens, however many of the rest are padding.
     (b,) = assemble(
-        [group(0, (5,), (1, 2, 3), (4,))], torch.zeros(1, 2), global_batch_size=2, aggregation="token_mean", max_response_tokens=3,
-        packing=Packing(max_tokens, dp=2, dp_rank=rank, cp=cp, align_tokens=2, cost=Cost(head=1.0, quadratic=0.5)))
+        [group(0, (5,), (1, 2, 3), (4,))],
+        torch.zeros(1, 2),
+        global_batch_size=2,
+        aggregation="token_mean",
+        max_response_tokens=3,
+        packing=Packing(max_tokens, dp=2, dp_rank=rank, cp=cp, align_tokens=2, cost=Cost(head=1.0, quadratic=0.5)),
+    )
     assert b.packed_frac == 6 / room
     assert b.imbalance == 15 / 10 - 1
     (b,) = assemble(
-        [group(0, (5,), (1, 2, 3), (4,))], torch.zeros(1, 2), global_batch_size=2, aggregation="token_mean", max_response_tokens=3,
-        packing=Packing(max_tokens, cp=cp, one_sequence=True))
+        [group(0, (5,), (1, 2, 3), (4,))],
+        torch.zeros(1, 2),
+        global_batch_size=2,
+        aggregation="token_mean",
+        max_response_tokens=3,
+        packing=Packing(max_tokens, cp=cp, one_sequence=True),
+    )
     assert b.packed_frac == 6 / room and b.imbalance == 0.0  # two microbatches on one rank
 
 
@@ -429,7 +570,9 @@ def test_shared_packing_cuts_where_cost_is_halved_and_counts_a_shared_prompt_onc
     # Ranks: 17.5 and 7.5 + 12 = 19.5, of a mean of 18.5; 5 and 3 + 4 tokens of 2 * 8. Halves by number would be 24 and 12.
     groups = [group(0, (7, 10), (1, 2, 3), (4,)), group(1, (8, 11), (5,), (6,))]
     packing = Packing(8, dp=2, share_prompts=True, cost=Cost(quadratic=0.5))
-    (b0,), (b1,) = over_ranks(groups, torch.zeros(2, 2), packing, global_batch_size=4, aggregation="token_mean", max_response_tokens=3)
+    (b0,), (b1,) = over_ranks(
+        groups, torch.zeros(2, 2), packing, global_batch_size=4, aggregation="token_mean", max_response_tokens=3
+    )
     assert [m.token_ids_T.tolist() for m in b0.microbatches] == [[7, 10, 1, 2, 3]]
     assert [m.token_ids_T.tolist() for m in b1.microbatches] == [[7, 10, 4, 8, 11, 5, 6]]
     for b in (b0, b1):
@@ -439,7 +582,9 @@ def test_shared_packing_cuts_where_cost_is_halved_and_counts_a_shared_prompt_onc
 
 def test_cuts_in_order_balance_cost_and_leave_no_part_empty():
     def cut(lengths: list[int], packing: Packing) -> list[list[list[int]]]:
-        return pack_in_order([s for i, n in enumerate(lengths) for s in samples_of((1,) * (n - 1), prompt=(i,))], packing)
+        return pack_in_order(
+            [s for i, n in enumerate(lengths) for s in samples_of((1,) * (n - 1), prompt=(i,))], packing
+        )
 
     lengths, packing = [10, 3, 3, 3, 3, 3], Packing(100, dp=2, share_prompts=True)
     # 25 tokens, half of them nearest to 10 + 3; n + 0.5 * n**2: 60 + 5 * 7.5 = 97.5, half of it nearest to 60
@@ -453,17 +598,26 @@ def test_cuts_in_order_balance_cost_and_leave_no_part_empty():
 GROUPS = [group(0, (5,), (1,), (2, 3)), group(1, (6,), (4,), (7, 8))]
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(global_batch_size=3), "4 samples, global_batch_size 3"),
-    (dict(global_batch_size=2, packing=Packing(10, dp=4)), "global_batch_size 2, 4 data ranks"),
-    (dict(advantages=torch.zeros(1, 2)), "zip"),  # a group without advantages
-    (dict(advantages=torch.zeros(3, 2)), "zip"),
-    (dict(advantages=torch.zeros(2, 3)), "zip"),  # an advantage without a response
-    (dict(packing=Packing(2)), "a sequence of 3 tokens does not fit"),
-    (dict(packing=Packing(2, share_prompts=True)), "a sequence of 3 tokens does not fit"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(global_batch_size=3), "4 samples, global_batch_size 3"),
+        (dict(global_batch_size=2, packing=Packing(10, dp=4)), "global_batch_size 2, 4 data ranks"),
+        (dict(advantages=torch.zeros(1, 2)), "zip"),  # a group without advantages
+        (dict(advantages=torch.zeros(3, 2)), "zip"),
+        (dict(advantages=torch.zeros(2, 3)), "zip"),  # an advantage without a response
+        (dict(packing=Packing(2)), "a sequence of 3 tokens does not fit"),
+        (dict(packing=Packing(2, share_prompts=True)), "a sequence of 3 tokens does not fit"),
+    ],
+)
 def test_assemble_refuses_what_does_not_fit_together(change, message):
-    fits = dict(advantages=torch.zeros(2, 2), global_batch_size=2, aggregation="token_mean", max_response_tokens=2, packing=Packing(10))
+    fits = dict(
+        advantages=torch.zeros(2, 2),
+        global_batch_size=2,
+        aggregation="token_mean",
+        max_response_tokens=2,
+        packing=Packing(10),
+    )
     assemble(GROUPS, fits["advantages"], **{k: v for k, v in fits.items() if k != "advantages"})
     arguments = {**fits, **change}
     with pytest.raises(ValueError, match=message):
@@ -477,13 +631,18 @@ def test_a_response_without_a_log_prob_for_each_token_is_refused():
 
 
 def test_log_probs_are_matched_with_tokens_response_by_response():
-    lacks, exceeds = (Sample(Prompt(0, "", "", (5,)), Response(ids, logprobs, False), 1.0) for ids, logprobs in (((1, 2), (-1.0,)), ((3,), (-3.0, -3.5))))
+    lacks, exceeds = (
+        Sample(Prompt(0, "", "", (5,)), Response(ids, logprobs, False), 1.0)
+        for ids, logprobs in (((1, 2), (-1.0,)), ((3,), (-3.0, -3.5)))
+    )
     with pytest.raises(ValueError, match="rollout log-probs"):
         microbatch([lacks, exceeds], [1.0, 1.0])
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "constant"])
-@pytest.mark.parametrize("packing", [Packing(60), Packing(60, share_prompts=True), Packing(60, dp=2), Packing(40, cp=2, cp_rank=1)], ids=str)
+@pytest.mark.parametrize(
+    "packing", [Packing(60), Packing(60, share_prompts=True), Packing(60, dp=2), Packing(40, cp=2, cp_rank=1)], ids=str
+)
 def test_a_masked_prompt_takes_its_place_in_the_batch_and_counts_nothing(aggregation, packing):
     groups, advantages = random_groups(random.Random(4), 4, 4)
     kwargs = dict(aggregation=aggregation, max_response_tokens=20)
@@ -495,16 +654,29 @@ def test_a_masked_prompt_takes_its_place_in_the_batch_and_counts_nothing(aggrega
 
     def of(batches: list[list[GlobalBatch]], step: int) -> list[tuple]:
         return sorted(
-            row for rank in batches for m in rank[step].microbatches
-            for row in zip(m.target_R.tolist(), m.weight_R.tolist(), m.advantage_R.tolist(), m.rollout_logprobs_R.tolist(), strict=True))
+            row
+            for rank in batches
+            for m in rank[step].microbatches
+            for row in zip(
+                m.target_R.tolist(),
+                m.weight_R.tolist(),
+                m.advantage_R.tolist(),
+                m.rollout_logprobs_R.tolist(),
+                strict=True,
+            )
+        )
 
     assert len(seen[0]) == 2
     if packing.cp == 1:  # which tokens a context rank has depends on the packing
         assert of(seen, 0) == of(alone, 0) and of(seen, 1) == of(later, 0)
     assert seen[0][0].num_loss_tokens == alone[0][0].num_loss_tokens
-    assert seen[0][0].num_tokens == sum(len(g.prompt.token_ids) * 4 + sum(len(r.token_ids) for r in g.responses) for g in groups[:2])  # they are computed
+    assert seen[0][0].num_tokens == sum(
+        len(g.prompt.token_ids) * 4 + sum(len(r.token_ids) for r in g.responses) for g in groups[:2]
+    )  # they are computed
     for m in (m for rank in seen for b in rank for m in b.microbatches):
         rows = [x for f, x in vars(m).items() if f.endswith("_R") and x is not None]
         assert len({len(x) for x in rows}) == 1
     (nothing,) = over_ranks(masked[1:2], advantages[1:2], packing, global_batch_size=4, **kwargs)[0]
-    assert nothing.num_loss_tokens == 0 and all(m.target_R.numel() == 0 and m.target_R.dtype == torch.int64 for m in nothing.microbatches)
+    assert nothing.num_loss_tokens == 0 and all(
+        m.target_R.numel() == 0 and m.target_R.dtype == torch.int64 for m in nothing.microbatches
+    )

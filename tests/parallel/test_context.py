@@ -80,7 +80,9 @@ def test_split_then_merge_is_the_identity(size):
             for name in ("token_ids_T", "position_ids_T", "branch_T"):
                 assert torch.equal(getattr(part, name), getattr(whole, name)[place]), name
             assert part.index_R.tolist() == sorted(part.index_R.tolist())
-        for name in (f.name for f in fields(whole) if f.name.endswith("_R") and f.name not in ("position_R", "ref_logprobs_R")):
+        for name in (
+            f.name for f in fields(whole) if f.name.endswith("_R") and f.name not in ("position_R", "ref_logprobs_R")
+        ):
             merged = context.merge([(part.index_R, getattr(part, name)) for part in rng.sample(parts, size)])
             assert torch.equal(merged, getattr(whole, name)), name
         predicting = context.merge([(part.index_R, part.token_ids_T[part.position_R]) for part in parts])

@@ -29,7 +29,12 @@ def chains(folder: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         expected = sum(collectives.gather(MICROBATCHES * gradient, topo))
         policy.modules[0].zero_grad_buffer()
         # d loss / d logprob is 1 for every token, in each of the microbatches
-        pipeline.run(policy.modules, [m] * MICROBATCHES, lambda chunk, x: policy._score(chunk, x, 1.0), lambda output, _: (output[0].sum(), None))
+        pipeline.run(
+            policy.modules,
+            [m] * MICROBATCHES,
+            lambda chunk, x: policy._score(chunk, x, 1.0),
+            lambda output, _: (output[0].sum(), None),
+        )
         whole_gradients(policy)
         out[name] = (norm.detach().clone(), expected)
         topology.disconnect(leave=False)
@@ -38,7 +43,10 @@ def chains(folder: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 def test_the_gradient_is_the_plain_sum_over_microbatches_and_data_ranks(model_folders):
     for chain in spawn(chains, DP, model_folders["qwen2_tied"]):
-        for name, factor in (("ours", 1), ("Megatron's default", 1 / (DP * MICROBATCHES))):  # the tempting one: a mean over both
+        for name, factor in (
+            ("ours", 1),
+            ("Megatron's default", 1 / (DP * MICROBATCHES)),
+        ):  # the tempting one: a mean over both
             seen, expected = chain[name]
             torch.testing.assert_close(seen / factor, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
@@ -48,9 +56,16 @@ def alone(folder: str) -> dict[str, int]:
     policy = make_policy(folder, topo)
     b = batch_of(topo, max_tokens=64)
     calls = []
-    outputs = pipeline.run(policy.modules, b.microbatches, lambda chunk, m: calls.append(m) or policy._score(chunk, m, 1.0))
+    outputs = pipeline.run(
+        policy.modules, b.microbatches, lambda chunk, m: calls.append(m) or policy._score(chunk, m, 1.0)
+    )
     topology.disconnect()
-    return {"microbatches": len(b.microbatches), "calls": len(calls), "outputs": len(outputs), "in order": [c is m for c, m in zip(calls, b.microbatches)]}
+    return {
+        "microbatches": len(b.microbatches),
+        "calls": len(calls),
+        "outputs": len(outputs),
+        "in order": [c is m for c, m in zip(calls, b.microbatches)],
+    }
 
 
 def test_a_scoring_pass_calls_every_microbatch_once_and_in_order(model_folders):

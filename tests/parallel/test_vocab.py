@@ -16,8 +16,13 @@ R, D, V = 13, 8, 37  # 37 over 4 ranks: shards of 10 rows, the last with 3 rows 
 
 def inputs() -> tuple[torch.Tensor, ...]:
     g = torch.Generator().manual_seed(3)
-    return (torch.randn(R, D, generator=g), torch.randn(V, D, generator=g), torch.randint(0, V, (R,), generator=g),
-            torch.randn(R, generator=g), torch.randn(R, generator=g))
+    return (
+        torch.randn(R, D, generator=g),
+        torch.randn(V, D, generator=g),
+        torch.randint(0, V, (R,), generator=g),
+        torch.randn(R, generator=g),
+        torch.randn(R, generator=g),
+    )
 
 
 def on_shard(tp: int, sequence_parallel: bool) -> dict[str, torch.Tensor]:
@@ -32,7 +37,9 @@ def on_shard(tp: int, sequence_parallel: bool) -> dict[str, torch.Tensor]:
         hidden = hidden.chunk(tp)[topo.tp_rank].clone()
     hidden.requires_grad_()
     asked = vocab.rows(hidden, torch.arange(R).flip(0), topo.head_group, sequence_parallel=sequence_parallel)
-    logprob, entropy = logprobs_and_entropy(asked, shard, target, temperature=0.7, vocab_size=V, tp_group=topo.head_group)
+    logprob, entropy = logprobs_and_entropy(
+        asked, shard, target, temperature=0.7, vocab_size=V, tp_group=topo.head_group
+    )
     ((logprob * g_logprob).sum() + (entropy * g_entropy).sum()).backward()
     topology.disconnect()
     return {"logprob": logprob.detach(), "entropy": entropy.detach(), "d_hidden": hidden.grad, "d_weight": shard.grad}

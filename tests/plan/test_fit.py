@@ -38,12 +38,21 @@ def test_a_worst_step_goes_through_every_phase_and_leaves_nothing(tmp_path):
 
 
 def test_sequences_are_as_long_as_training_allows_and_fill_a_global_batch():
-    cfg = preset("rollout.max_total_tokens=32", "rollout.group_size=6", "rollout.prompts_per_step=32", "data.max_prompt_tokens=31")
+    cfg = preset(
+        "rollout.max_total_tokens=32",
+        "rollout.group_size=6",
+        "rollout.prompts_per_step=32",
+        "data.max_prompt_tokens=31",
+    )
     groups = fit.synthetic_groups(cfg, vocab_size=91)
     assert len(groups) * 6 % cfg.batch.global_batch_size == 0 and len(groups) == 32  # lcm(6, 64) = 192
-    assert {len(g.prompt.token_ids) + len(r.token_ids) for g in groups for r in g.responses} == {32} and len(groups[0].responses) == 6
+    assert {len(g.prompt.token_ids) + len(r.token_ids) for g in groups for r in g.responses} == {32} and len(
+        groups[0].responses
+    ) == 6
     assert groups == fit.synthetic_groups(cfg, vocab_size=91)  # every rank makes its own
-    assert fit.greatest(preset("rollout.max_total_tokens=null", "rollout.max_response_tokens=100", "data.max_prompt_tokens=20")) == (20, 100)
+    assert fit.greatest(
+        preset("rollout.max_total_tokens=null", "rollout.max_response_tokens=100", "data.max_prompt_tokens=20")
+    ) == (20, 100)
 
 
 def test_what_does_not_fit_is_said_with_its_phase_and_the_planners_smallest_change():

@@ -51,7 +51,10 @@ def test_the_parameters_of_the_recipes_model(hf):
     # tp 2: half of all but norms; 151936 is even
     assert memory.num_parameters(hf, Parallel(tp=2)) == 151936 * 1536 + 28 * ((layer - 2 * 1536) // 2 + 2 * 1536) + 1536
     # pp 2: 14 layers with the embedding, or with the head and its norm
-    assert [memory.num_parameters(hf, Parallel(pp=2), stage) - 151936 * 1536 - 14 * layer for stage in (0, 1)] == [0, 1536]
+    assert [memory.num_parameters(hf, Parallel(pp=2), stage) - 151936 * 1536 - 14 * layer for stage in (0, 1)] == [
+        0,
+        1536,
+    ]
     assert memory.kv_bytes_per_token(hf, 2) == 28672
 
 
@@ -59,13 +62,19 @@ def test_the_parameters_of_the_recipes_model(hf):
 def test_parameters_are_those_of_hugging_faces_model(folder):
     with torch.device("meta"):
         hf_model = tf.AutoModelForCausalLM.from_config(tf.AutoConfig.from_pretrained(CONFIGS / "benchmarks" / folder))
-    assert memory.num_parameters(model.load_hf_config(str(CONFIGS / "benchmarks" / folder))) == sum(p.numel() for p in hf_model.parameters())
+    assert memory.num_parameters(model.load_hf_config(str(CONFIGS / "benchmarks" / folder))) == sum(
+        p.numel() for p in hf_model.parameters()
+    )
 
 
 def live_bytes() -> int:
     """Of all tensors' memory, each once."""
     gc.collect()
-    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in gc.get_objects() if torch.is_tensor(x)}.values())
+    return sum(
+        {
+            x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in gc.get_objects() if torch.is_tensor(x)
+        }.values()
+    )
 
 
 def allocated(folder: str, layouts: list[tuple[dict, str]]) -> list[int]:
@@ -74,7 +83,14 @@ def allocated(folder: str, layouts: list[tuple[dict, str]]) -> list[int]:
     for axes, params in layouts:
         topo = topology.connect(Parallel(**axes), device=torch.device("cpu"), timeout_s=60, seed=1)
         before = live_bytes()
-        policy = Policy(folder, topo, precision=config.Precision(params=params), temperature=1.0, optimizer=config.Optimizer(), load_weights=False)
+        policy = Policy(
+            folder,
+            topo,
+            precision=config.Precision(params=params),
+            temperature=1.0,
+            optimizer=config.Optimizer(),
+            load_weights=False,
+        )
         for module in policy.modules:
             for buffer in module.buffers:
                 buffer.grad_data.fill_(1.0)
@@ -106,8 +122,12 @@ def test_weights_gradients_and_optimizer_are_what_megatron_allocates(tmp_path, k
 
 def kept_bytes(folder: str, num_layers: int, tokens: int) -> int:
     """What a forward pass of one sequence keeps for its backward, weights apart, if all layers are computed again, `num_layers` at a time."""
-    topo = topology.connect(Parallel(recompute="full", recompute_num_layers=num_layers), device=torch.device("cpu"), timeout_s=60, seed=1)
-    policy = Policy(folder, topo, precision=config.Precision(), temperature=1.0, optimizer=config.Optimizer(), load_weights=False)
+    topo = topology.connect(
+        Parallel(recompute="full", recompute_num_layers=num_layers), device=torch.device("cpu"), timeout_s=60, seed=1
+    )
+    policy = Policy(
+        folder, topo, precision=config.Precision(), temperature=1.0, optimizer=config.Optimizer(), load_weights=False
+    )
     weights = {buffer.param_data.untyped_storage().data_ptr() for module in policy.modules for buffer in module.buffers}
     weights |= {p.untyped_storage().data_ptr() for p in policy.chunks[0].parameters()}
     response = Response((2,) * (tokens - 8), (-1.0,) * (tokens - 8), False, 0)
@@ -116,7 +136,13 @@ def kept_bytes(folder: str, num_layers: int, tokens: int) -> int:
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         policy._score(policy.modules[0], packed, 1.0)
     topology.disconnect(leave=False)
-    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept if x.untyped_storage().data_ptr() not in weights}.values())
+    return sum(
+        {
+            x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+            for x in kept
+            if x.untyped_storage().data_ptr() not in weights
+        }.values()
+    )
 
 
 def test_with_full_recomputation_a_layer_keeps_its_input_alone(tmp_path):
@@ -125,7 +151,11 @@ def test_with_full_recomputation_a_layer_keeps_its_input_alone(tmp_path):
     tokens, base = 1024, preset("deepscaler_8k", "batch.max_tokens_per_microbatch=8192")
     planned, seen = [], []
     for num_layers in (1, 2, 3):
-        cfg = replace(base, parallel=Parallel(recompute="full", recompute_num_layers=num_layers), batch=replace(base.batch, max_tokens_per_microbatch=tokens))
+        cfg = replace(
+            base,
+            parallel=Parallel(recompute="full", recompute_num_layers=num_layers),
+            batch=replace(base.batch, max_tokens_per_microbatch=tokens),
+        )
         planned.append(memory.activation_bytes(cfg, hf_config, NODE, 0)["activations kept"] / memory.ALLOCATOR_SLACK)
         seen.append(kept_bytes(str(tmp_path), num_layers, tokens))
     assert planned[0] == tokens * 6 * 2 * 128  # 6 inputs of 128 bfloat16
@@ -138,14 +168,21 @@ def test_the_memory_of_the_8k_stage_worked_by_hand(hf):
     cfg = preset("deepscaler_8k", "batch.max_tokens_per_microbatch=8192", "parallel.recompute=none")
     update = memory.of(cfg, hf, NODE).phases["update"]
     # 1.777 B parameters: bfloat16 weights 3.55 GB, float32 gradients 7.11, main weights and two moments 21.33 over 8 ranks.
-    assert [round(update[name] / 1e9, 2) for name in ("weights", "gradients (float32)", "optimizer, sharded (float32)")] == [3.55, 7.11, 2.67]
+    assert [
+        round(update[name] / 1e9, 2) for name in ("weights", "gradients (float32)", "optimizer, sharded (float32)")
+    ] == [3.55, 7.11, 2.67]
     # Per token and layer, in bfloat16 numbers: norm 2 x 1536, qkv 2 x 2048, attention 1536, norm 2 x 1536, MLP 3 x 8960; 12 float32 sums.
     layer = 2 * (2 * 1536 + 2 * 2048 + 1536 + 2 * 1536 + 3 * 8960) + 12 * 4
     assert layer == 77_360
-    assert update["activations kept"] == pytest.approx(1.1 * 8192 * 28 * layer) and update["backward of a layer"] == pytest.approx(1.1 * 8192 * layer)
+    assert update["activations kept"] == pytest.approx(1.1 * 8192 * 28 * layer) and update[
+        "backward of a layer"
+    ] == pytest.approx(1.1 * 8192 * layer)
     # Never [8192, 151936] logits, 4.98 GB in float32: rows of 1536 (three times bfloat16, a gradient in both), the weight's gradient 0.47 GB, a workspace.
     assert update["head"] == pytest.approx(1.1 * (8192 * 1536 * (3 * 2 + 2 + 4) + 2 * 151936 * 1536 + (64 << 20)))
-    assert "reference policy" not in update and "reference policy" in memory.of(preset("original/deepscaler_8k"), hf, NODE).phases["update"]
+    assert (
+        "reference policy" not in update
+        and "reference policy" in memory.of(preset("original/deepscaler_8k"), hf, NODE).phases["update"]
+    )
     rollout = memory.of(cfg, hf, NODE).phases["rollout"]
     # Half of 79.1 GiB, without weights of 3.55 GB and 4 GiB.
     assert rollout["engine: KV cache"] / 1e9 == pytest.approx(0.5 * 79.1 * 1.073741824 - 3.554176 - 4 * 1.073741824)
@@ -155,7 +192,9 @@ def test_layouts_divide_what_they_divide(hf):
     alone = preset("deepscaler_8k", "parallel.recompute=none")
 
     def kept(*overrides: str, stage: int = 0) -> float:
-        return memory.activation_bytes(load(CONFIGS / "deepscaler_8k.yaml", ["parallel.recompute=none", *overrides]), hf, NODE, stage)["activations kept"]
+        return memory.activation_bytes(
+            load(CONFIGS / "deepscaler_8k.yaml", ["parallel.recompute=none", *overrides]), hf, NODE, stage
+        )["activations kept"]
 
     whole = memory.activation_bytes(alone, hf, NODE, 0)["activations kept"]
     assert kept("parallel.tp=2", "parallel.sequence_parallel=true") == pytest.approx(whole / 2)
@@ -180,8 +219,11 @@ def test_the_recipe_runs_on_80_gb_of_the_older_kind_as_it_is(name, hf):
     assert memory.check(preset(name), hf, Machine("a100-80gb", 8)).fits
 
 
-REFUSED = [("deepscaler_8k", ("parallel.recompute=none",), Machine("a100-40gb", 8)), ("deepscaler_24k", ("parallel.recompute=none",), Machine("a100-40gb", 8)),
-           ("deepscaler_8k", ("engine.kv_cache_bytes=79000000000",), NODE)]
+REFUSED = [
+    ("deepscaler_8k", ("parallel.recompute=none",), Machine("a100-40gb", 8)),
+    ("deepscaler_24k", ("parallel.recompute=none",), Machine("a100-40gb", 8)),
+    ("deepscaler_8k", ("engine.kv_cache_bytes=79000000000",), NODE),
+]
 
 
 @pytest.mark.parametrize("name, overrides, machine", REFUSED)
@@ -197,7 +239,10 @@ def test_what_does_not_fit_is_refused_with_the_fewest_keys_that_do(hf, name, ove
 
 
 def test_two_keys_are_named_where_one_does_not_do(hf):
-    cfg, machine = preset("deepscaler_24k", "parallel.recompute=none", "engine.kv_cache_bytes=80000000000"), Machine("a100-40gb", 8)
+    cfg, machine = (
+        preset("deepscaler_24k", "parallel.recompute=none", "engine.kv_cache_bytes=80000000000"),
+        Machine("a100-40gb", 8),
+    )
     change = memory.smallest_change(cfg, hf, machine)
     assert len(change) == 2 and change["engine.kv_cache_bytes"] is None
     for name, value in change.items():
@@ -205,21 +250,51 @@ def test_two_keys_are_named_where_one_does_not_do(hf):
 
 
 def test_where_nothing_helps_a_larger_gpu_is_named():
-    large = tf.Qwen2Config(vocab_size=151936, hidden_size=5120, intermediate_size=27648, num_hidden_layers=64, num_attention_heads=40, num_key_value_heads=1, max_position_embeddings=32768)
+    large = tf.Qwen2Config(
+        vocab_size=151936,
+        hidden_size=5120,
+        intermediate_size=27648,
+        num_hidden_layers=64,
+        num_attention_heads=40,
+        num_key_value_heads=1,
+        max_position_embeddings=32768,
+    )
     cfg = preset("deepscaler_8k")
-    with pytest.raises(InputError, match="no change of recomputation, microbatch and axes does; take a smaller model or shorter sequences"):
+    with pytest.raises(
+        InputError,
+        match="no change of recomputation, microbatch and axes does; take a smaller model or shorter sequences",
+    ):
         memory.check(cfg, large, Machine("a100-40gb", 8))
-    seven = tf.Qwen2Config(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=29, num_attention_heads=28, num_key_value_heads=1, max_position_embeddings=32768)
+    seven = tf.Qwen2Config(
+        vocab_size=152064,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=29,
+        num_attention_heads=28,
+        num_key_value_heads=1,
+        max_position_embeddings=32768,
+    )
     with pytest.raises(InputError, match="take .*h200-141gb"):
         memory.check(replace(cfg, parallel=Parallel(recompute="full")), seven, Machine("a100-40gb", 8))
 
 
-@pytest.mark.parametrize("overrides, machine, message", [
-    (["precision.fp8=blockwise"], Machine("a100-80gb", 8), "precision.fp8 = 'blockwise': needs FP8 matrix products, which a100-80gb has not"),
-    (["engine.num_engines=9"], NODE, "engine.num_engines = 9: takes 9 of 8 GPUs. Remedy: lower it."),
-    ([], Machine("h100-80gb", 11), "batch.global_batch_size = 64: must be a multiple of the 11 data-parallel ranks"),
-    (["parallel.tp=4"], NODE, "parallel.tp = 4: must divide the model's 2 key-value heads"),
-])
+@pytest.mark.parametrize(
+    "overrides, machine, message",
+    [
+        (
+            ["precision.fp8=blockwise"],
+            Machine("a100-80gb", 8),
+            "precision.fp8 = 'blockwise': needs FP8 matrix products, which a100-80gb has not",
+        ),
+        (["engine.num_engines=9"], NODE, "engine.num_engines = 9: takes 9 of 8 GPUs. Remedy: lower it."),
+        (
+            [],
+            Machine("h100-80gb", 11),
+            "batch.global_batch_size = 64: must be a multiple of the 11 data-parallel ranks",
+        ),
+        (["parallel.tp=4"], NODE, "parallel.tp = 4: must divide the model's 2 key-value heads"),
+    ],
+)
 def test_what_cannot_be_laid_out_is_refused(hf, overrides, machine, message):
     with pytest.raises(InputError) as e:
         memory.check(preset("deepscaler_8k", *overrides), hf, machine)
@@ -234,29 +309,43 @@ def test_engines_share_gpus_as_their_keys_say(hf):
     base = preset("deepscaler_8k")
     m = memory.check(with_engine(base), hf, NODE).phases["rollout"]
     assert "weights" in m and not any(name.startswith(("gradients", "optimizer")) for name in m)  # on the CPU meanwhile
-    assert "gradients (float32)" in memory.check(with_engine(base, offload_trainer=("optimizer",)), hf, NODE).phases["rollout"]
+    assert (
+        "gradients (float32)"
+        in memory.check(with_engine(base, offload_trainer=("optimizer",)), hf, NODE).phases["rollout"]
+    )
     two = memory.check(with_engine(base, tp=2, num_engines=4, gpu_memory_frac=0.7), hf, NODE)
     assert two.phases["rollout"]["engine: weights"] == pytest.approx(1_777_088_000)  # half of bfloat16
-    assert sum(v for k, v in two.phases["rollout"].items() if k.startswith("engine")) == pytest.approx(0.7 * NODE.gpu.memory_bytes)
+    assert sum(v for k, v in two.phases["rollout"].items() if k.startswith("engine")) == pytest.approx(
+        0.7 * NODE.gpu.memory_bytes
+    )
     # 1.310 B numbers of the layers' matrices in one byte, the other 0.467 in two
-    small = memory.check(with_engine(base, quantization="fp8_per_block", kv_cache_dtype="fp8"), hf, NODE).phases["rollout"]
+    small = memory.check(with_engine(base, quantization="fp8_per_block", kv_cache_dtype="fp8"), hf, NODE).phases[
+        "rollout"
+    ]
     layers = 28 * (2 * 1536 * 1536 + 2 * 256 * 1536 + 3 * 8960 * 1536)
     assert small["engine: weights"] == pytest.approx(2 * 1_777_088_000 - layers)
     a = plan_time.Assumptions(192, 4000)
-    slow, fast = (plan_time.running_responses(with_engine(base, max_running_responses=10_000, kv_cache_dtype=d), hf, NODE, a) for d in ("auto", "fp8"))
+    slow, fast = (
+        plan_time.running_responses(with_engine(base, max_running_responses=10_000, kv_cache_dtype=d), hf, NODE, a)
+        for d in ("auto", "fp8")
+    )
     assert fast == pytest.approx(2 * slow)
 
 
 def test_a_share_of_the_gpu_that_is_too_large_becomes_the_largest_that_fits(hf):
     # Weights and CUDA take 6.8 GB of 84.9, with gradients and optimizer 16.6.
-    assert memory.smallest_change(with_engine(preset("deepscaler_8k"), gpu_memory_frac=0.95), hf, NODE) == {"engine.gpu_memory_frac": 0.8}
+    assert memory.smallest_change(with_engine(preset("deepscaler_8k"), gpu_memory_frac=0.95), hf, NODE) == {
+        "engine.gpu_memory_frac": 0.8
+    }
     resident = with_engine(preset("deepscaler_8k"), gpu_memory_frac=0.85, offload_trainer=())
     assert memory.smallest_change(resident, hf, NODE) == {"engine.offload_trainer": ("gradients", "optimizer")}
 
 
 def test_apart_from_the_policy_an_engine_has_its_gpu_to_itself(hf):
     m = memory.check(with_engine(preset("deepscaler_8k"), placement="disaggregated", num_engines=4), hf, NODE)
-    assert "engine asleep" not in m.phases["update"] and not any(name in m.phases["rollout"] for name in ("weights", "gradients (float32)"))
+    assert "engine asleep" not in m.phases["update"] and not any(
+        name in m.phases["rollout"] for name in ("weights", "gradients (float32)")
+    )
     assert m.phases["update"]["optimizer, sharded (float32)"] == pytest.approx(12 * 1_777_088_000 / 4)
 
 
@@ -282,9 +371,20 @@ def test_the_arithmetic_of_the_policy_worked_by_hand(hf):
 
 def test_decoding_reads_weights_and_cache_for_every_token(hf):
     # One prompt of 2 responses on one of 2 GPUs, all of 100 tokens: 100 times the weights and two caches of 192 + 50 tokens.
-    cfg = with_engine(preset("deepscaler_8k", "rollout.prompts_per_step=1", "rollout.group_size=2", "batch.global_batch_size=2", "rollout.max_response_tokens=100"),
-                      placement="disaggregated", num_engines=1)
-    seen = plan_time.times(cfg, hf, Machine("h100-80gb", 2), plan_time.Assumptions(192, 100, decode_fixed_s=0.0))["rollout"]
+    cfg = with_engine(
+        preset(
+            "deepscaler_8k",
+            "rollout.prompts_per_step=1",
+            "rollout.group_size=2",
+            "batch.global_batch_size=2",
+            "rollout.max_response_tokens=100",
+        ),
+        placement="disaggregated",
+        num_engines=1,
+    )
+    seen = plan_time.times(cfg, hf, Machine("h100-80gb", 2), plan_time.Assumptions(192, 100, decode_fixed_s=0.0))[
+        "rollout"
+    ]
     n = 1_777_088_000
     token = (2 * n + 2 * 242 * 28672) / (0.6 * 3.35e12)
     prefill = 2 * n * 192 / (0.4 * 989e12)
@@ -293,14 +393,23 @@ def test_decoding_reads_weights_and_cache_for_every_token(hf):
 
 def test_the_longest_response_is_a_floor_that_more_engines_do_not_lower(hf):
     times = functools.partial(plan_time.times, hf_config=hf, a=plan_time.Assumptions(192, 1000))
-    few, many = times(preset("deepscaler_8k"), machine=NODE), times(preset("deepscaler_8k_2nodes"), machine=Machine("h100-80gb", 16))
+    few, many = (
+        times(preset("deepscaler_8k"), machine=NODE),
+        times(preset("deepscaler_8k_2nodes"), machine=Machine("h100-80gb", 16)),
+    )
     floor = 8000 * (2 * 1_777_088_000 / (0.6 * 3.35e12) + 0.004)
     assert floor < many["rollout"] < few["rollout"] < many["rollout"] * 1.2
     assert many["logprob"] == pytest.approx(few["logprob"] / 2)
 
 
 def plan_program(*args: str, code: int = 0) -> str:
-    done = subprocess.run([sys.executable, str(ROOT / "launch/plan.py"), *args], env=environment(), text=True, capture_output=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launch/plan.py"), *args],
+        env=environment(),
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
     assert done.returncode == code, done.stderr
     return done.stdout + done.stderr
 
@@ -317,10 +426,16 @@ def test_the_program_reports_and_says_that_no_gpu_was_asked(tmp_path, hf):
     assert "error: rollout on 8 x h100-80gb" in out and "engine.kv_cache_bytes=null" in out and "Traceback" not in out
 
 
-@pytest.mark.parametrize("name, num_gpus, message", [
-    ("h100", "8", "--gpu = 'h100': must be one of h100-80gb, "), (None, "8", "--gpu = None"), ("h100-80gb", None, "--num-gpus = None: must be a number of GPUs"),
-    ("h100-80gb", "0", "--num-gpus = '0'"), ("h100-80gb", "-8", "--num-gpus = '-8'"),
-])
+@pytest.mark.parametrize(
+    "name, num_gpus, message",
+    [
+        ("h100", "8", "--gpu = 'h100': must be one of h100-80gb, "),
+        (None, "8", "--gpu = None"),
+        ("h100-80gb", None, "--num-gpus = None: must be a number of GPUs"),
+        ("h100-80gb", "0", "--num-gpus = '0'"),
+        ("h100-80gb", "-8", "--num-gpus = '-8'"),
+    ],
+)
 def test_a_machine_has_a_known_name_and_gpus(name, num_gpus, message):
     with pytest.raises(InputError) as e:
         memory.machine_of(name, num_gpus)

@@ -15,11 +15,26 @@ from grpo_mcore.plan.simulate import Simulation
 from tests.reference import engines as oracle
 
 
-def simulation(lengths, *, profile=EngineProfile(((1, 1), (2, 1))), trainer=TrainerProfile(), failures=None, num_engines=1, max_running=2, group_size=2, prompts=1, prompt_tokens=0, **rollout):
+def simulation(
+    lengths,
+    *,
+    profile=EngineProfile(((1, 1), (2, 1))),
+    trainer=TrainerProfile(),
+    failures=None,
+    num_engines=1,
+    max_running=2,
+    group_size=2,
+    prompts=1,
+    prompt_tokens=0,
+    **rollout,
+):
     """`lengths`: the responses of each prompt in turn."""
     return Simulation(
-        config.Rollout(prompts_per_step=prompts, group_size=group_size, **rollout), config.Engine(num_engines=num_engines, max_running_responses=max_running),
-        Cluster(profile, trainer, failures), lambda p: Draw(prompt_tokens, lengths[p % len(lengths)]))
+        config.Rollout(prompts_per_step=prompts, group_size=group_size, **rollout),
+        config.Engine(num_engines=num_engines, max_running_responses=max_running),
+        Cluster(profile, trainer, failures),
+        lambda p: Draw(prompt_tokens, lengths[p % len(lengths)]),
+    )
 
 
 class Lives(Failures):
@@ -35,7 +50,9 @@ class Lives(Failures):
 
 def test_one_engine_two_responses():
     """Iterations of 2 s with two responses and 1 s with one: 3 x 2 s, then 4 x 1 s; the trainer takes 1 s + 0.5 s a token, a refit 3 s."""
-    sim = simulation([(3, 7)], profile=EngineProfile(((1, 1), (2, 2))), trainer=TrainerProfile(step_s=1, token_s=0.5, refit_s=3))
+    sim = simulation(
+        [(3, 7)], profile=EngineProfile(((1, 1), (2, 2))), trainer=TrainerProfile(step_s=1, token_s=0.5, refit_s=3)
+    )
     (step,) = sim.run(1)
     assert (step.refit_s, step.rollout_s, step.train_s, step.seconds) == (3, 10, 6, 19)
     assert (step.busy_s, step.slots_s) == (10, 16)  # two slots for 6 s, one for 4 s
@@ -51,7 +68,11 @@ def test_an_iteration_takes_longer_the_more_is_in_the_cache():
 def test_a_prompt_is_computed_once_but_for_its_last_block():
     """21 tokens in blocks of 8: 21, then 5 for the sibling; 2 s a token, 3 s a response, then 4 iterations of 1 s."""
     for block_tokens, computed in ((8, 21 + 5), (0, 42), (7, 21 + 7)):
-        sim = simulation([(4, 4)], profile=EngineProfile(((1, 1),), prefill_token_s=2, response_s=3, block_tokens=block_tokens), prompt_tokens=21)
+        sim = simulation(
+            [(4, 4)],
+            profile=EngineProfile(((1, 1),), prefill_token_s=2, response_s=3, block_tokens=block_tokens),
+            prompt_tokens=21,
+        )
         assert sim.run(1)[0].rollout_s == 2 * computed + 2 * 3 + 4
 
 
@@ -75,7 +96,14 @@ def test_the_youngest_loses_its_place_when_the_cache_is_full():
 
 
 def test_a_failed_engines_requests_begin_anew_elsewhere_and_it_joins_at_the_next_refit():
-    sim = simulation([(6, 6)], prompts=2, num_engines=2, max_running=2, trainer=TrainerProfile(step_s=1), failures=Lives([4, 100, 100], 3))
+    sim = simulation(
+        [(6, 6)],
+        prompts=2,
+        num_engines=2,
+        max_running=2,
+        trainer=TrainerProfile(step_s=1),
+        failures=Lives([4, 100, 100], 3),
+    )
     first, second = sim.run(2)
     # Engine 0 dies at 4 and leaves its two responses to engine 1, which is busy until 6 and samples them until 12.
     assert (first.rollout_s, first.failures, first.issued_again, first.busy_s) == (12, 1, 1, 4 + 12)
@@ -98,8 +126,11 @@ def test_if_the_last_engine_fails_while_it_is_refitted_there_is_another_refit():
 @pytest.mark.parametrize("train_s", [2, 6, 9])
 def test_one_step_ahead_costs_the_longer_of_sampling_and_training(train_s):
     """Groups of 6 s, two at once in two engines; a synchronous step takes 6 + train_s."""
+
     def run(max_staleness):
-        return simulation([(6, 6)], num_engines=1, trainer=TrainerProfile(step_s=train_s), max_staleness=max_staleness).run(6)[2:]
+        return simulation(
+            [(6, 6)], num_engines=1, trainer=TrainerProfile(step_s=train_s), max_staleness=max_staleness
+        ).run(6)[2:]
 
     assert [s.seconds for s in run(0)] == [6 + train_s] * 4
     assert [s.seconds for s in run(1)] == [max(6, train_s)] * 4
@@ -119,14 +150,24 @@ def test_a_refit_suspends_what_runs_and_recomputes_its_cache():
     recompute them; the other 6 until 28."""
     for cache, again in (("recompute", 8 * 0.5), ("keep", 0)):
         profile = EngineProfile(((1, 1),), prefill_token_s=0.5)
-        _, second = simulation([(10, 10)], profile=profile, trainer=TrainerProfile(step_s=4, refit_s=2), max_staleness=1, cache_after_refit=cache).run(2)
+        _, second = simulation(
+            [(10, 10)],
+            profile=profile,
+            trainer=TrainerProfile(step_s=4, refit_s=2),
+            max_staleness=1,
+            cache_after_refit=cache,
+        ).run(2)
         assert (second.refit_s, second.rollout_s, second.staleness) == (2, 6 + again, 0.4)
 
 
 def test_a_group_without_variance_is_replaced():
     """Of four prompts, the first gives nothing: with two a step, the third is drawn when that is known, at 3, and ends at 6."""
-    sim = Simulation(config.Rollout(prompts_per_step=2, group_size=2, dynamic_sampling=True, max_draws=2), config.Engine(num_engines=4, max_running_responses=2),
-                     Cluster(EngineProfile(((1, 1),)), TrainerProfile()), lambda p: Draw(0, (3, 3), p > 0))
+    sim = Simulation(
+        config.Rollout(prompts_per_step=2, group_size=2, dynamic_sampling=True, max_draws=2),
+        config.Engine(num_engines=4, max_running_responses=2),
+        Cluster(EngineProfile(((1, 1),)), TrainerProfile()),
+        lambda p: Draw(0, (3, 3), p > 0),
+    )
     (step,) = sim.run(1)
     assert (step.positions, step.rollout_s) == ([1, 2], 6)
 
@@ -135,7 +176,16 @@ def test_a_group_without_variance_is_replaced():
 def test_whatever_fails_every_response_is_trained_on_once(max_staleness):
     rng = random.Random(3)
     lengths = [tuple(rng.randint(1, 40) for _ in range(4)) for _ in range(200)]
-    sim = simulation(lengths, prompts=6, group_size=4, num_engines=5, max_running=3, trainer=TrainerProfile(step_s=20, refit_s=3), failures=Failures(90, 30), max_staleness=max_staleness)
+    sim = simulation(
+        lengths,
+        prompts=6,
+        group_size=4,
+        num_engines=5,
+        max_running=3,
+        trainer=TrainerProfile(step_s=20, refit_s=3),
+        failures=Failures(90, 30),
+        max_staleness=max_staleness,
+    )
     steps = sim.run(30)
     assert sum(s.failures for s in steps) > 20 and sum(s.issued_again for s in steps) > 20
     assert [p for s in steps for p in s.positions] == list(range(180))
@@ -156,12 +206,32 @@ def random_case(seed):
     for _ in range(max_running - 1):
         by_n.append(by_n[-1] + seconds(0, 1))
     dynamic = rng.random() < 0.5
-    rollout = dict(max_staleness=rng.randint(0, 2), dynamic_sampling=dynamic, oversampling_frac=rng.choice([0, 0.5]) if dynamic else 0.0, max_draws=rng.choice([1, 2, 3]) if dynamic else 1)
+    rollout = dict(
+        max_staleness=rng.randint(0, 2),
+        dynamic_sampling=dynamic,
+        oversampling_frac=rng.choice([0, 0.5]) if dynamic else 0.0,
+        max_draws=rng.choice([1, 2, 3]) if dynamic else 1,
+    )
     case = dict(
-        rollout=rollout, prompts=rng.randint(1, 4), group_size=group_size, num_engines=rng.randint(1, 4), max_running=max_running, recompute=rng.random() < 0.5,
-        by_n=by_n, kv=rng.choice([0, seconds(0, 1) / 50]), prefill=seconds(0, 1) / 10, start=seconds(0, 1) / 10, block=rng.choice([0, 1, 4]),
-        capacity=rng.choice([None, rng.randint(12, 80)]), step_s=seconds(0, 40), token_s=seconds(0, 1) / 10, pair_s=seconds(0, 1) / 500, refit_s=seconds(0, 5),
-        lives=[seconds(100, 600) for _ in range(400)] if rng.random() < 0.5 else None, restart_s=seconds(5, 60))
+        rollout=rollout,
+        prompts=rng.randint(1, 4),
+        group_size=group_size,
+        num_engines=rng.randint(1, 4),
+        max_running=max_running,
+        recompute=rng.random() < 0.5,
+        by_n=by_n,
+        kv=rng.choice([0, seconds(0, 1) / 50]),
+        prefill=seconds(0, 1) / 10,
+        start=seconds(0, 1) / 10,
+        block=rng.choice([0, 1, 4]),
+        capacity=rng.choice([None, rng.randint(12, 80)]),
+        step_s=seconds(0, 40),
+        token_s=seconds(0, 1) / 10,
+        pair_s=seconds(0, 1) / 500,
+        refit_s=seconds(0, 5),
+        lives=[seconds(100, 600) for _ in range(400)] if rng.random() < 0.5 else None,
+        restart_s=seconds(5, 60),
+    )
     draws = {}
 
     def draw(p):
@@ -177,23 +247,52 @@ def random_case(seed):
 def test_equals_the_oracle_that_goes_token_by_token(seeds):
     for seed in seeds:
         c, draw = random_case(seed)
-        profile = EngineProfile(tuple(enumerate(c["by_n"], 1)), c["kv"], c["prefill"], c["start"], c["block"], c["capacity"])
+        profile = EngineProfile(
+            tuple(enumerate(c["by_n"], 1)), c["kv"], c["prefill"], c["start"], c["block"], c["capacity"]
+        )
         trainer = TrainerProfile(c["step_s"], c["token_s"], c["pair_s"], c["refit_s"])
         sim = Simulation(
-            config.Rollout(prompts_per_step=c["prompts"], group_size=c["group_size"], cache_after_refit="recompute" if c["recompute"] else "keep", **c["rollout"]),
+            config.Rollout(
+                prompts_per_step=c["prompts"],
+                group_size=c["group_size"],
+                cache_after_refit="recompute" if c["recompute"] else "keep",
+                **c["rollout"],
+            ),
             config.Engine(num_engines=c["num_engines"], max_running_responses=c["max_running"]),
-            Cluster(profile, trainer, Lives(c["lives"], c["restart_s"]) if c["lives"] else None), lambda p: Draw(*draw(p)))
+            Cluster(profile, trainer, Lives(c["lives"], c["restart_s"]) if c["lives"] else None),
+            lambda p: Draw(*draw(p)),
+        )
         steps = sim.run(6)
         run = oracle.Run(
-            prompts_per_step=c["prompts"], group_size=c["group_size"], admission=c["rollout"], recompute=c["recompute"], num_engines=c["num_engines"],
-            sizes={"max_running": c["max_running"], "capacity": c["capacity"], "block": c["block"], "prefill": c["prefill"], "start": c["start"],
-                   "iteration": lambda n, kv: c["by_n"][n - 1] + c["kv"] * kv},
+            prompts_per_step=c["prompts"],
+            group_size=c["group_size"],
+            admission=c["rollout"],
+            recompute=c["recompute"],
+            num_engines=c["num_engines"],
+            sizes={
+                "max_running": c["max_running"],
+                "capacity": c["capacity"],
+                "block": c["block"],
+                "prefill": c["prefill"],
+                "start": c["start"],
+                "iteration": lambda n, kv: c["by_n"][n - 1] + c["kv"] * kv,
+            },
             train=lambda lengths: c["step_s"] + c["token_s"] * sum(lengths) + c["pair_s"] * sum(n**2 for n in lengths),
-            refit_s=c["refit_s"], lives=c["lives"] and list(c["lives"]), restart_s=c["restart_s"], draw=draw)
+            refit_s=c["refit_s"],
+            lives=c["lives"] and list(c["lives"]),
+            restart_s=c["restart_s"],
+            draw=draw,
+        )
         rows = run.steps(6)
-        assert [(s.refit_s, s.rollout_s, s.train_s) for s in steps] == [(r["refit"], r["wait"], r["train"]) for r in rows], seed
+        assert [(s.refit_s, s.rollout_s, s.train_s) for s in steps] == [
+            (r["refit"], r["wait"], r["train"]) for r in rows
+        ], seed
         assert [s.positions for s in steps] == [r["positions"] for r in rows], seed
-        assert [(s.response_tokens, s.max_staleness, s.staleness) for s in steps] == [(r["tokens"], r["max_staleness"], r["staleness"] / r["tokens"]) for r in rows], seed
-        assert [(s.failures, s.issued_again, s.dropped) for s in steps] == [(r["failures"], r["again"], r["dropped"]) for r in rows], seed
+        assert [(s.response_tokens, s.max_staleness, s.staleness) for s in steps] == [
+            (r["tokens"], r["max_staleness"], r["staleness"] / r["tokens"]) for r in rows
+        ], seed
+        assert [(s.failures, s.issued_again, s.dropped) for s in steps] == [
+            (r["failures"], r["again"], r["dropped"]) for r in rows
+        ], seed
         assert list(accumulate(s.busy_s for s in steps)) == [r["busy"] for r in rows], seed
         assert list(accumulate(s.slots_s for s in steps)) == [r["slots"] for r in rows], seed

@@ -28,7 +28,14 @@ def chunks_of(folder, topo, precision=config.Precision(params="float32")) -> tup
 
 def save(out, chunks, hf_config, topo, side_files_from) -> None:
     dtype = next(chunks[0].parameters()).dtype
-    hf_weights.save_folder(out, hf_weights.export(chunks, hf_config, topo), side_files_from, shapes=hf_weights.shapes(hf_config), dtype=dtype, write=topo.is_driver)
+    hf_weights.save_folder(
+        out,
+        hf_weights.export(chunks, hf_config, topo),
+        side_files_from,
+        shapes=hf_weights.shapes(hf_config),
+        dtype=dtype,
+        write=topo.is_driver,
+    )
 
 
 def round_trip(folders: dict[str, str], axes: dict[str, int], out: str) -> None:
@@ -41,7 +48,9 @@ def round_trip(folders: dict[str, str], axes: dict[str, int], out: str) -> None:
     topology.disconnect()
 
 
-@pytest.mark.parametrize(("ranks", "axes"), [(1, {}), (4, {"tp": 2, "pp": 2}), (2, {"pp": 2, "virtual_pp": 2})], ids=str)
+@pytest.mark.parametrize(
+    ("ranks", "axes"), [(1, {}), (4, {"tp": 2, "pp": 2}), (2, {"pp": 2, "virtual_pp": 2})], ids=str
+)
 def test_round_trip_is_bit_exact_in_every_family(model_folders, tmp_path, ranks, axes):
     folders = {**model_folders, "qwen3_bf16": models.make("qwen3", tmp_path / "bf16", torch.bfloat16)}
     if "virtual_pp" in axes:
@@ -72,24 +81,46 @@ def load_changed(folder: str, tmp_path, alone, change) -> None:
 
 def test_a_missing_tensor_is_named(model_folders, tmp_path, alone):
     with pytest.raises(InputError, match=r"model\.layers\.1\.self_attn\.k_proj\.bias is missing"):
-        load_changed(model_folders["qwen2_tied"], tmp_path, alone, lambda t: t.pop("model.layers.1.self_attn.k_proj.bias"))
+        load_changed(
+            model_folders["qwen2_tied"], tmp_path, alone, lambda t: t.pop("model.layers.1.self_attn.k_proj.bias")
+        )
 
 
 def test_an_extra_tensor_is_named(model_folders, tmp_path, alone):
     with pytest.raises(InputError, match=r"model\.layers\.0\.self_attn\.q_norm\.weight is one too many"):
-        load_changed(model_folders["qwen2_tied"], tmp_path, alone, lambda t: t.update({"model.layers.0.self_attn.q_norm.weight": torch.ones(16)}))
+        load_changed(
+            model_folders["qwen2_tied"],
+            tmp_path,
+            alone,
+            lambda t: t.update({"model.layers.0.self_attn.q_norm.weight": torch.ones(16)}),
+        )
 
 
 def test_a_misshapen_tensor_is_named(model_folders, tmp_path, alone):
     with pytest.raises(InputError, match=r"model\.layers\.0\.mlp\.down_proj\.weight"):
-        load_changed(model_folders["qwen2_tied"], tmp_path, alone, lambda t: t.update({"model.layers.0.mlp.down_proj.weight": torch.ones(64, 95)}))
+        load_changed(
+            model_folders["qwen2_tied"],
+            tmp_path,
+            alone,
+            lambda t: t.update({"model.layers.0.mlp.down_proj.weight": torch.ones(64, 95)}),
+        )
 
 
 def test_a_tied_head_that_is_written_twice_is_accepted_only_if_equal(model_folders, tmp_path, alone):
-    load_changed(model_folders["qwen2_tied"], tmp_path, alone, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    load_changed(
+        model_folders["qwen2_tied"],
+        tmp_path,
+        alone,
+        lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}),
+    )
     shutil.rmtree(tmp_path / "changed")
     with pytest.raises(InputError, match=r"lm_head\.weight is one too many"):
-        load_changed(model_folders["qwen2_tied"], tmp_path, alone, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
+        load_changed(
+            model_folders["qwen2_tied"],
+            tmp_path,
+            alone,
+            lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}),
+        )
 
 
 def test_large_models_are_written_in_several_files_and_read_back(model_folders, tmp_path, alone, monkeypatch):
@@ -103,7 +134,9 @@ def test_large_models_are_written_in_several_files_and_read_back(model_folders, 
             assert torch.equal(reader.read(name), tensor)
 
 
-def test_a_file_is_written_as_safetensors_itself_writes_it_and_what_was_not_foretold_is_refused(model_folders, tmp_path, alone):
+def test_a_file_is_written_as_safetensors_itself_writes_it_and_what_was_not_foretold_is_refused(
+    model_folders, tmp_path, alone
+):
     folder = model_folders["llama_linear_rope"]
     tensors = load_file(f"{folder}/model.safetensors")
     shapes = {name: tuple(t.shape) for name, t in tensors.items()}
@@ -115,7 +148,11 @@ def test_a_file_is_written_as_safetensors_itself_writes_it_and_what_was_not_fore
     save_file(tensors, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
     assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
     first = next(iter(tensors))
-    for wrong in ({**tensors, first: tensors[first].bfloat16()}, {**tensors, first: tensors[first][:-1]}, dict(reversed(tensors.items()))):
+    for wrong in (
+        {**tensors, first: tensors[first].bfloat16()},
+        {**tensors, first: tensors[first][:-1]},
+        dict(reversed(tensors.items())),
+    ):
         with pytest.raises(RuntimeError, match="was foretold|is foretold"):
             write(wrong)
     with pytest.raises(RuntimeError, match="was foretold and did not come"):
@@ -132,8 +169,11 @@ def test_unsupported_models_are_refused_by_name(model_folders, tmp_path):
     shutil.copytree(model_folders["llama_llama3_rope"], tmp_path / "m")
     path = tmp_path / "m/config.json"
     config = json.loads(path.read_text())
-    for change, words in (({"model_type": "gpt2"}, "gpt2"), ({"attention_bias": True}, "attention_bias"),
-                          ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "yarn")):
+    for change, words in (
+        ({"model_type": "gpt2"}, "gpt2"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "yarn"),
+    ):
         path.write_text(json.dumps({**config, **change}))
         with pytest.raises(InputError, match=words):
             model.load_hf_config(str(tmp_path / "m"))

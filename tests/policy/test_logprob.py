@@ -18,7 +18,11 @@ FLOAT32 = 5e-6
 
 def inputs(rows: int = V):
     g = torch.Generator().manual_seed(0)
-    return torch.randn(R, D, generator=g), torch.randn(rows, D, generator=g), torch.tensor([0, 10, 5, 3, 3, 9, 1, 0, 10])
+    return (
+        torch.randn(R, D, generator=g),
+        torch.randn(rows, D, generator=g),
+        torch.tensor([0, 10, 5, 3, 3, 9, 1, 0, 10]),
+    )
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])

@@ -20,51 +20,108 @@ from tests.policy.test_policy import batch_of, hf_logprobs
 
 # DeepSeek-R1-Distill-Qwen-1.5B
 DISTILL = tf.Qwen2Config(
-    vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2, tie_word_embeddings=False,
-    max_position_embeddings=131072)
+    vocab_size=151936,
+    hidden_size=1536,
+    intermediate_size=8960,
+    num_hidden_layers=28,
+    num_attention_heads=12,
+    num_key_value_heads=2,
+    tie_word_embeddings=False,
+    max_position_embeddings=131072,
+)
 
 
 def translated(precision: Precision = Precision(), **axes):
-    return model.transformer_config(DISTILL, parallel=Parallel(**axes), precision=precision, cuda=False)  # of the GPU only what fuses differs
+    return model.transformer_config(
+        DISTILL, parallel=Parallel(**axes), precision=precision, cuda=False
+    )  # of the GPU only what fuses differs
 
 
-@pytest.mark.parametrize(("recipe", "expected"), [("delayed", Fp8Recipe.delayed), ("tensorwise", Fp8Recipe.tensorwise), ("blockwise", Fp8Recipe.blockwise)])
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [("delayed", Fp8Recipe.delayed), ("tensorwise", Fp8Recipe.tensorwise), ("blockwise", Fp8Recipe.blockwise)],
+)
 def test_an_fp8_recipe_is_megatrons(recipe, expected):
     config = translated(Precision(fp8=recipe, fp8_format="e4m3", fp8_amax_history=16))
     assert (config.fp8, config.fp8_recipe, config.fp8_amax_history_len, config.bf16) == ("e4m3", expected, 16, True)
-    assert not config.first_last_layers_bf16 and not config.fp8_param  # weights stay in bfloat16: what is exported and saved
+    assert (
+        not config.first_last_layers_bf16 and not config.fp8_param
+    )  # weights stay in bfloat16: what is exported and saved
 
 
 def test_layers_at_both_ends_may_stay_in_bfloat16():
     config = translated(Precision(fp8="blockwise", fp8_first_layers_bf16=2, fp8_last_layers_bf16=3))
-    assert (config.first_last_layers_bf16, config.num_layers_at_start_in_bf16, config.num_layers_at_end_in_bf16) == (True, 2, 3)
+    assert (config.first_last_layers_bf16, config.num_layers_at_start_in_bf16, config.num_layers_at_end_in_bf16) == (
+        True,
+        2,
+        3,
+    )
     assert not translated(Precision(fp8="blockwise")).first_last_layers_bf16
 
 
 def test_without_fp8_there_is_none():
     assert translated().fp8 is None
-    assert translated(Precision(params="float32")).params_dtype == torch.float32 and not translated(Precision(params="float32")).bf16
+    assert (
+        translated(Precision(params="float32")).params_dtype == torch.float32
+        and not translated(Precision(params="float32")).bf16
+    )
 
 
 def test_every_axis_and_recomputation_reach_megatrons_configuration():
-    config = translated(tp=2, pp=2, virtual_pp=7, cp=4, sequence_parallel=True, recompute="full", recompute_num_layers=2)
-    assert (config.tensor_model_parallel_size, config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size) == (2, 2, 7)
+    config = translated(
+        tp=2, pp=2, virtual_pp=7, cp=4, sequence_parallel=True, recompute="full", recompute_num_layers=2
+    )
+    assert (
+        config.tensor_model_parallel_size,
+        config.pipeline_model_parallel_size,
+        config.virtual_pipeline_model_parallel_size,
+    ) == (2, 2, 7)
     assert (config.context_parallel_size, config.sequence_parallel) == (4, True)
-    assert (config.recompute_granularity, config.recompute_method, config.recompute_num_layers) == ("full", "uniform", 2)
+    assert (config.recompute_granularity, config.recompute_method, config.recompute_num_layers) == (
+        "full",
+        "uniform",
+        2,
+    )
     config = translated(recompute="selective", recompute_modules=("mlp",))
-    assert (config.recompute_granularity, config.recompute_modules, config.virtual_pipeline_model_parallel_size) == ("selective", ["mlp"], None)
+    assert (config.recompute_granularity, config.recompute_modules, config.virtual_pipeline_model_parallel_size) == (
+        "selective",
+        ["mlp"],
+        None,
+    )
     assert translated().recompute_granularity is None
 
 
-@pytest.mark.parametrize(("parallel", "precision", "message"), [
-    (Parallel(tp=4), Precision(), "parallel.tp = 4: must divide the model's 2 key-value heads. "
-                                  "Remedy: use one of 1, 2, and parallel.pp, parallel.cp or data parallel for the other ranks."),
-    (Parallel(pp=3), Precision(), "parallel.pp = 3: must divide the model's 28 layers. Remedy: use one of 1, 2, 4, 7, 14, 28."),
-    (Parallel(pp=4, virtual_pp=2), Precision(), "parallel.virtual_pp = 2: must divide the 7 layers of a stage. Remedy: use one of 1, 7."),
-    (Parallel(pp=4, recompute="full", recompute_num_layers=8), Precision(), "parallel.recompute_num_layers = 8: must be at most the 7 layers of a model chunk. Remedy: lower it."),
-    (Parallel(pp=14), Precision(fp8="tensorwise", fp8_first_layers_bf16=3),
-     "precision.fp8_first_layers_bf16 or fp8_last_layers_bf16 = 3: must be at most the 2 layers of a pipeline stage. Remedy: lower it."),
-])
+@pytest.mark.parametrize(
+    ("parallel", "precision", "message"),
+    [
+        (
+            Parallel(tp=4),
+            Precision(),
+            "parallel.tp = 4: must divide the model's 2 key-value heads. "
+            "Remedy: use one of 1, 2, and parallel.pp, parallel.cp or data parallel for the other ranks.",
+        ),
+        (
+            Parallel(pp=3),
+            Precision(),
+            "parallel.pp = 3: must divide the model's 28 layers. Remedy: use one of 1, 2, 4, 7, 14, 28.",
+        ),
+        (
+            Parallel(pp=4, virtual_pp=2),
+            Precision(),
+            "parallel.virtual_pp = 2: must divide the 7 layers of a stage. Remedy: use one of 1, 7.",
+        ),
+        (
+            Parallel(pp=4, recompute="full", recompute_num_layers=8),
+            Precision(),
+            "parallel.recompute_num_layers = 8: must be at most the 7 layers of a model chunk. Remedy: lower it.",
+        ),
+        (
+            Parallel(pp=14),
+            Precision(fp8="tensorwise", fp8_first_layers_bf16=3),
+            "precision.fp8_first_layers_bf16 or fp8_last_layers_bf16 = 3: must be at most the 2 layers of a pipeline stage. Remedy: lower it.",
+        ),
+    ],
+)
 def test_rules_between_the_axes_and_the_model_name_a_remedy(parallel, precision, message):
     with pytest.raises(InputError) as e:
         model.check_parallel(DISTILL, parallel, precision)
@@ -73,19 +130,28 @@ def test_rules_between_the_axes_and_the_model_name_a_remedy(parallel, precision,
 
 def test_fp8_wants_dimensions_that_its_matrix_products_take():
     # (4 + 2 * 2 heads) * 20 = 160 columns, over tp 2: 80 = 5 * 16; 40 FFN columns are none
-    odd = tf.Qwen2Config(hidden_size=80, intermediate_size=80, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2)
+    odd = tf.Qwen2Config(
+        hidden_size=80, intermediate_size=80, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2
+    )
     model.check_parallel(odd, Parallel(), Precision(fp8="tensorwise"))
     with pytest.raises(InputError, match="needs a FFN columns of a tp rank that is a multiple of 16, and it is 40"):
         model.check_parallel(odd, Parallel(tp=2), Precision(fp8="tensorwise"))
 
 
-@pytest.mark.parametrize(("parallel", "precision", "expected"), [
-    (Parallel(), Precision(), 1),
-    (Parallel(tp=2), Precision(), 1),
-    (Parallel(tp=2, sequence_parallel=True), Precision(), 2),
-    (Parallel(), Precision(fp8="tensorwise"), 16),
-    (Parallel(tp=2, sequence_parallel=True), Precision(fp8="tensorwise"), 32),  # each tp rank's part is a multiple of 16
-])
+@pytest.mark.parametrize(
+    ("parallel", "precision", "expected"),
+    [
+        (Parallel(), Precision(), 1),
+        (Parallel(tp=2), Precision(), 1),
+        (Parallel(tp=2, sequence_parallel=True), Precision(), 2),
+        (Parallel(), Precision(fp8="tensorwise"), 16),
+        (
+            Parallel(tp=2, sequence_parallel=True),
+            Precision(fp8="tensorwise"),
+            32,
+        ),  # each tp rank's part is a multiple of 16
+    ],
+)
 def test_packed_tokens_are_aligned_to_what_splits_and_multiplies_them(parallel, precision, expected):
     assert config.packed_alignment(parallel, precision) == expected
 
@@ -98,11 +164,18 @@ def test_costs_are_in_units_of_a_tokens_layers():
     assert cost.quadratic == pytest.approx(1536 / 46_792_704)
 
 
-@pytest.mark.parametrize(("layers", "parallel", "stages"), [
-    (4, Parallel(pp=2), [0, 0, 1, 1]),
-    (4, Parallel(pp=2, virtual_pp=2), [0, 1, 0, 1]),
-    (8, Parallel(pp=2, virtual_pp=2), [0, 0, 1, 1, 0, 0, 1, 1]),  # Megatron's own example, of 16 layers on 4 stages, halved
-])
+@pytest.mark.parametrize(
+    ("layers", "parallel", "stages"),
+    [
+        (4, Parallel(pp=2), [0, 0, 1, 1]),
+        (4, Parallel(pp=2, virtual_pp=2), [0, 1, 0, 1]),
+        (
+            8,
+            Parallel(pp=2, virtual_pp=2),
+            [0, 0, 1, 1, 0, 0, 1, 1],
+        ),  # Megatron's own example, of 16 layers on 4 stages, halved
+    ],
+)
 def test_layers_go_round_the_stages_in_chunks(layers, parallel, stages):
     hf_config = tf.Qwen2Config(num_hidden_layers=layers)
     assert [model.stage_of(hf_config, layer, parallel) for layer in range(layers)] == stages

@@ -38,7 +38,9 @@ def groups(seed: int = 0, *, P: int = 4, G: int = 4) -> tuple[list[Group], torch
     for p in range(P):
         responses = [tokens(1, 24) for _ in range(G)]
         # Old log-probs are recomputed; what the engine recorded only feeds the mismatch metrics.
-        out.append(Group(Prompt(p, "", "", tokens(2, 9)), tuple(Response(r, (-1.0,) * len(r), False) for r in responses)))
+        out.append(
+            Group(Prompt(p, "", "", tokens(2, 9)), tuple(Response(r, (-1.0,) * len(r), False) for r in responses))
+        )
     return out, torch.randn(P, G, generator=torch.Generator().manual_seed(seed))
 
 
@@ -47,17 +49,40 @@ def connect(**axes):
 
 
 def make_policy(folder: str, topo, *, dtype: str = "float32") -> Policy:
-    return Policy(folder, topo, precision=config.Precision(params=dtype), temperature=TEMPERATURE, optimizer=config.Optimizer(lr=1e-3))
+    return Policy(
+        folder,
+        topo,
+        precision=config.Precision(params=dtype),
+        temperature=TEMPERATURE,
+        optimizer=config.Optimizer(lr=1e-3),
+    )
 
 
-def batch_of(topo, *, max_tokens: int, aggregation: str = "token_mean", seed: int = 0, share: bool = False, one_sequence: bool = False,
-             precision: config.Precision = config.Precision()) -> GlobalBatch:
+def batch_of(
+    topo,
+    *,
+    max_tokens: int,
+    aggregation: str = "token_mean",
+    seed: int = 0,
+    share: bool = False,
+    one_sequence: bool = False,
+    precision: config.Precision = config.Precision(),
+) -> GlobalBatch:
     drawn, advantages = groups(seed)
     packing = batch.Packing(
-        max_tokens=max_tokens, dp=topo.dp, dp_rank=topo.dp_rank, cp=topo.cp, cp_rank=topo.cp_rank,
-        align_tokens=config.packed_alignment(topo.parallel, precision), microbatch_multiple=topo.pp if topo.parallel.virtual_pp > 1 else 1,
-        share_prompts=share, one_sequence=one_sequence)
-    (out,) = assemble(drawn, advantages, global_batch_size=16, aggregation=aggregation, max_response_tokens=24, packing=packing)
+        max_tokens=max_tokens,
+        dp=topo.dp,
+        dp_rank=topo.dp_rank,
+        cp=topo.cp,
+        cp_rank=topo.cp_rank,
+        align_tokens=config.packed_alignment(topo.parallel, precision),
+        microbatch_multiple=topo.pp if topo.parallel.virtual_pp > 1 else 1,
+        share_prompts=share,
+        one_sequence=one_sequence,
+    )
+    (out,) = assemble(
+        drawn, advantages, global_batch_size=16, aggregation=aggregation, max_response_tokens=24, packing=packing
+    )
     return out
 
 
@@ -70,7 +95,10 @@ def hf_logprobs(folder: str, b: GlobalBatch) -> list[torch.Tensor]:
         for i, j in zip(bounds, bounds[1:]):
             tokens, branch = m.token_ids_T[i:j], m.branch_T[i:j]
             for k in range(1, int(branch.max()) + 1):
-                prompt, response = tokens[branch == 0], tokens[branch == k][: num_tokens[len(logprobs)]]  # without padding
+                prompt, response = (
+                    tokens[branch == 0],
+                    tokens[branch == k][: num_tokens[len(logprobs)]],
+                )  # without padding
                 with torch.no_grad():
                     logits = hf(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
                 logprobs.append((logits / TEMPERATURE).log_softmax(-1).gather(1, response[:, None])[:, 0])
@@ -88,7 +116,10 @@ def parity_on_ranks(folders: dict[str, str], axes: dict) -> dict[str, float]:
             b = batch_of(topo, max_tokens=90, share=share)
             ours = policy.logprobs(b.microbatches)
             if topo.is_last_stage:
-                worst[kind] = max(worst[kind], *((x - y).abs().max().item() for x, y in zip(ours, hf_logprobs(folder, b), strict=True)))
+                worst[kind] = max(
+                    worst[kind],
+                    *((x - y).abs().max().item() for x, y in zip(ours, hf_logprobs(folder, b), strict=True)),
+                )
     topology.disconnect()
     return worst
 
@@ -102,21 +133,45 @@ def test_packed_logprobs_equal_hugging_faces_of_each_sequence_alone(model_folder
 
 
 # 16 sequences of up to 33 tokens. "cut" makes many microbatches, "whole" one a rank, "single" one a sequence.
-PACKINGS = {"cut": {"max_tokens": 64}, "whole": {"max_tokens": 10_000}, "single": {"max_tokens": 64, "one_sequence": True}, "shared": {"max_tokens": 90, "share": True}}
+PACKINGS = {
+    "cut": {"max_tokens": 64},
+    "whole": {"max_tokens": 10_000},
+    "single": {"max_tokens": 64, "one_sequence": True},
+    "shared": {"max_tokens": 90, "share": True},
+}
 FULL, SELECTIVE = {"recompute": "full"}, {"recompute": "selective", "recompute_modules": ("core_attn", "mlp")}
 SP = {"sequence_parallel": True}
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 LAYOUTS_OF_4 = [
     # Every factorisation of 4 ranks into dp, tp and pp, with each option on and off.
-    ({}, "cut"), ({}, "whole"), ({}, "single"), ({}, "shared"), (FULL, "cut"), (OVERLAP, "cut"),
-    ({"tp": 2}, "cut"), ({"tp": 2, **SP}, "cut"), ({"tp": 2, **SP, **FULL}, "single"),
-    ({"tp": 4}, "cut"), ({"tp": 4, **SP}, "cut"), ({"tp": 4, **SP, **SELECTIVE}, "shared"),
-    ({"pp": 2}, "cut"), ({"pp": 2, **FULL}, "shared"), ({"pp": 2, **OVERLAP}, "single"),
-    ({"pp": 4}, "cut"), ({"pp": 4, **SELECTIVE}, "whole"),
-    ({"tp": 2, "pp": 2}, "cut"), ({"tp": 2, "pp": 2, **SP, **FULL}, "single"), ({"tp": 2, "pp": 2, **SP}, "shared"),
+    ({}, "cut"),
+    ({}, "whole"),
+    ({}, "single"),
+    ({}, "shared"),
+    (FULL, "cut"),
+    (OVERLAP, "cut"),
+    ({"tp": 2}, "cut"),
+    ({"tp": 2, **SP}, "cut"),
+    ({"tp": 2, **SP, **FULL}, "single"),
+    ({"tp": 4}, "cut"),
+    ({"tp": 4, **SP}, "cut"),
+    ({"tp": 4, **SP, **SELECTIVE}, "shared"),
+    ({"pp": 2}, "cut"),
+    ({"pp": 2, **FULL}, "shared"),
+    ({"pp": 2, **OVERLAP}, "single"),
+    ({"pp": 4}, "cut"),
+    ({"pp": 4, **SELECTIVE}, "whole"),
+    ({"tp": 2, "pp": 2}, "cut"),
+    ({"tp": 2, "pp": 2, **SP, **FULL}, "single"),
+    ({"tp": 2, "pp": 2, **SP}, "shared"),
     # Context parallel, and pipelines whose chunks are interleaved.
-    ({"cp": 2}, "cut"), ({"cp": 4}, "cut"), ({"cp": 2, "tp": 2, **SP, **SELECTIVE}, "cut"), ({"cp": 2, "pp": 2, **FULL}, "single"),
-    ({"pp": 2, "virtual_pp": 2}, "cut"), ({"pp": 2, "virtual_pp": 2, **OVERLAP, **FULL}, "single"), ({"pp": 2, "virtual_pp": 2, "tp": 2, **SP}, "cut"),
+    ({"cp": 2}, "cut"),
+    ({"cp": 4}, "cut"),
+    ({"cp": 2, "tp": 2, **SP, **SELECTIVE}, "cut"),
+    ({"cp": 2, "pp": 2, **FULL}, "single"),
+    ({"pp": 2, "virtual_pp": 2}, "cut"),
+    ({"pp": 2, "virtual_pp": 2, **OVERLAP, **FULL}, "single"),
+    ({"pp": 2, "virtual_pp": 2, "tp": 2, **SP}, "cut"),
 ]
 AGGREGATIONS = ("token_mean", "sequence_mean", "constant")
 # Each with sums over whole responses, which context ranks must make together.
@@ -144,23 +199,35 @@ def one_update(folder: str, topo, packing: str, cfg: config.Loss, wrong: str = "
     over_ranks, capped = functools.partial(collectives.sum_over_context, topology=topo), []
     for m, logprobs in zip(b.microbatches, policy.logprobs(b.microbatches), strict=True):
         if logprobs is not None:
-            m.old_logprobs_R = logprobs + 0.3 * torch.sin(m.target_R.float())  # off-policy, so that some tokens are clipped
-            m.rollout_logprobs_R = m.old_logprobs_R + 0.4 * torch.cos(3 * m.target_R.float())  # and some responses' importance weights are capped
+            m.old_logprobs_R = logprobs + 0.3 * torch.sin(
+                m.target_R.float()
+            )  # off-policy, so that some tokens are clipped
+            m.rollout_logprobs_R = m.old_logprobs_R + 0.4 * torch.cos(
+                3 * m.target_R.float()
+            )  # and some responses' importance weights are capped
             m.importance_R, beyond_R = loss.importance(m, cfg, over_ranks)
             capped += beyond_R.tolist()
         if wrong == "mean of microbatches":
             m.weight_R = torch.full_like(m.weight_R, 1 / (m.weight_R.numel() * len(b.microbatches) * topo.dp))
         if wrong == "tokens of the rank":
-            m.weight_R = torch.full_like(m.weight_R, 1 / (sum(x.weight_R.numel() for x in b.microbatches) * topo.dp * topo.cp))
+            m.weight_R = torch.full_like(
+                m.weight_R, 1 / (sum(x.weight_R.numel() for x in b.microbatches) * topo.dp * topo.cp)
+            )
     if wrong == "Megatron's default":
         policy.chunks[0].config.calculate_per_token_loss = False
     stats = policy.update(b, functools.partial(loss.grpo, cfg=cfg, over_ranks=over_ranks), lr=1e-3)
     merged = metrics.merge(collectives.gather(stats if topo.reports else {}, topo))
     whole_gradients(policy)
     return {
-        "loss": merged["update/loss"].value, "norm": merged["update/grad_norm"].value, "microbatches": len(b.microbatches),
-        "clipped": merged["update/clip_frac"].value, "capped": sum(capped) / max(len(capped), 1),
-        "gradients": {name: tensor.clone() for name, tensor in hf_weights.export(policy.chunks, policy.hf_config, topo)}}
+        "loss": merged["update/loss"].value,
+        "norm": merged["update/grad_norm"].value,
+        "microbatches": len(b.microbatches),
+        "clipped": merged["update/clip_frac"].value,
+        "capped": sum(capped) / max(len(capped), 1),
+        "gradients": {
+            name: tensor.clone() for name, tensor in hf_weights.export(policy.chunks, policy.hf_config, topo)
+        },
+    }
 
 
 def whole_gradients(policy: Policy) -> None:
@@ -181,7 +248,9 @@ def test_loss_and_gradient_are_those_of_one_process_in_every_layout_of_4_ranks(m
     folder = model_folders["qwen2_deep"]
     (alone,) = spawn(updates, 1, folder, [({}, "whole")] * 3)
     assert alone[0]["microbatches"] == 1
-    assert all(0 < seen["clipped"] < 1 and 0 < seen["capped"] < 1 for seen in alone), [(seen["clipped"], seen["capped"]) for seen in alone]
+    assert all(0 < seen["clipped"] < 1 and 0 < seen["capped"] < 1 for seen in alone), [
+        (seen["clipped"], seen["capped"]) for seen in alone
+    ]
     ranks = spawn(updates, 4, folder, LAYOUTS_OF_4, timeout_s=600)
     for index, (layout, driver) in enumerate(zip(LAYOUTS_OF_4, ranks[0], strict=True)):
         expected = alone[index % 3]
@@ -198,9 +267,15 @@ def test_loss_and_gradient_are_those_of_one_process_in_every_layout_of_4_ranks(m
 
 def wrong_updates(folder: str) -> dict[str, list[float]]:
     """Gradient norms with a wrong normaliser, in two layouts whose true norms are the same."""
-    cases = {"": [({}, "whole"), ({"cp": 2}, "cut")], "mean of microbatches": [({}, "whole"), ({}, "cut")],
-             "tokens of the rank": [({}, "cut"), ({"cp": 2}, "cut")], "Megatron's default": [({}, "whole"), ({}, "cut")]}
-    return {wrong: [updates(folder, [layout], wrong)[0]["norm"] for layout in layouts] for wrong, layouts in cases.items()}
+    cases = {
+        "": [({}, "whole"), ({"cp": 2}, "cut")],
+        "mean of microbatches": [({}, "whole"), ({}, "cut")],
+        "tokens of the rank": [({}, "cut"), ({"cp": 2}, "cut")],
+        "Megatron's default": [({}, "whole"), ({}, "cut")],
+    }
+    return {
+        wrong: [updates(folder, [layout], wrong)[0]["norm"] for layout in layouts] for wrong, layouts in cases.items()
+    }
 
 
 def test_the_tempting_normalisers_depend_on_the_layout(model_folders):
@@ -220,11 +295,25 @@ def masked_update(folder: str) -> list[dict]:
         topo = connect()
         policy = make_policy(folder, topo)
         packing = batch.Packing(max_tokens=64, dp=topo.dp, dp_rank=topo.dp_rank, one_sequence=one_sequence)
-        (b,) = assemble(some, advantages[: len(some)], global_batch_size=4 * len(some), aggregation="token_mean", max_response_tokens=24, packing=packing)
+        (b,) = assemble(
+            some,
+            advantages[: len(some)],
+            global_batch_size=4 * len(some),
+            aggregation="token_mean",
+            max_response_tokens=24,
+            packing=packing,
+        )
         for m, logprobs in zip(b.microbatches, policy.logprobs(b.microbatches), strict=True):
             m.old_logprobs_R = logprobs
-        stats = metrics.merge(collectives.gather(policy.update(b, functools.partial(loss.grpo, cfg=config.Loss()), lr=1e-3), topo))
-        out.append({"empty": sum(m.target_R.numel() == 0 for m in b.microbatches), **{name: metric.value for name, metric in stats.items()}})
+        stats = metrics.merge(
+            collectives.gather(policy.update(b, functools.partial(loss.grpo, cfg=config.Loss()), lr=1e-3), topo)
+        )
+        out.append(
+            {
+                "empty": sum(m.target_R.numel() == 0 for m in b.microbatches),
+                **{name: metric.value for name, metric in stats.items()},
+            }
+        )
         topology.disconnect(leave=False)
     return out
 
@@ -258,8 +347,12 @@ def test_on_policy_the_ratio_is_one_and_nothing_is_clipped_and_kl_is_zero(model_
 
 @pytest.mark.parametrize("level", ["none", "token", "sequence"])
 def test_scoring_fills_in_what_the_loss_needs_before_the_first_update(model_folders, alone, level):
-    cfg = config.Config(model="", run_dir="", num_steps=1, data=config.Data(""), loss=config.Loss(importance_level=level))
-    run = types.SimpleNamespace(cfg=cfg, topology=alone, policy=make_policy(model_folders["qwen2_tied"], alone), reference=None)
+    cfg = config.Config(
+        model="", run_dir="", num_steps=1, data=config.Data(""), loss=config.Loss(importance_level=level)
+    )
+    run = types.SimpleNamespace(
+        cfg=cfg, topology=alone, policy=make_policy(model_folders["qwen2_tied"], alone), reference=None
+    )
     b = batch_of(alone, max_tokens=60)
     row = trainer.score(run, [b])
     for m in b.microbatches:
@@ -267,7 +360,11 @@ def test_scoring_fills_in_what_the_loss_needs_before_the_first_update(model_fold
         log_weight = m.old_logprobs_R + 1
         if level == "sequence":
             log_weight = torch.stack([log_weight[m.sequence_R == s].sum() for s in m.sequence_R])
-        assert level == "none" and m.importance_R is None or torch.allclose(m.importance_R, log_weight.clamp(min=-20).exp().clamp(max=2), rtol=1e-5)
+        assert (
+            level == "none"
+            and m.importance_R is None
+            or torch.allclose(m.importance_R, log_weight.clamp(min=-20).exp().clamp(max=2), rtol=1e-5)
+        )
     assert ("importance/weight_mean" in row) == (level != "none")
 
 
@@ -308,16 +405,25 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(model_fol
 
 def test_what_leaves_the_gpu_between_steps_comes_back_as_it_was(model_folders):
     """On a CPU the storage of the gradients is really given back; the optimizer's is where it should go already."""
+
     def weights(parts: list[str]) -> list[torch.Tensor]:
         topo = connect()
-        policy = Policy(model_folders["qwen2_tied"], topo, precision=config.Precision(params="bfloat16"), temperature=1.0, optimizer=config.Optimizer(lr=1e-2))
+        policy = Policy(
+            model_folders["qwen2_tied"],
+            topo,
+            precision=config.Precision(params="bfloat16"),
+            temperature=1.0,
+            optimizer=config.Optimizer(lr=1e-2),
+        )
         for seed in range(2):
             b = batch_of(topo, max_tokens=100, seed=seed)
             for m, logprobs in zip(b.microbatches, policy.logprobs(b.microbatches), strict=True):
                 m.old_logprobs_R = logprobs
             policy.update(b, functools.partial(loss.grpo, cfg=config.Loss()), lr=1e-2)
             policy.offload(parts)
-            assert all(buffer.grad_data.untyped_storage().size() == 0 for m in policy.modules for buffer in m.buffers) == ("gradients" in parts)
+            assert all(
+                buffer.grad_data.untyped_storage().size() == 0 for m in policy.modules for buffer in m.buffers
+            ) == ("gradients" in parts)
             policy.onload(parts)
         out = [p.detach().clone() for p in policy.chunks[0].parameters()]
         topology.disconnect()
@@ -346,7 +452,14 @@ def test_a_microbatch_of_one_response_token_scores(model_folders, alone):
 @pytest.mark.parametrize("kind", [FrozenPolicy, Policy])
 def test_the_kernel_that_scores_is_the_one_asked_for(model_folders, alone, kind):
     extra = {"optimizer": config.Optimizer()} if kind is Policy else {}
-    policy = kind(model_folders["qwen2_tied"], alone, precision=config.Precision(params="float32"), temperature=1.0, kernels=config.Kernels("triton"), **extra)
+    policy = kind(
+        model_folders["qwen2_tied"],
+        alone,
+        precision=config.Precision(params="float32"),
+        temperature=1.0,
+        kernels=config.Kernels("triton"),
+        **extra,
+    )
     with pytest.raises(ValueError, match="linear_logprob: impl = 'triton' cannot run: "):  # here
         policy.logprobs(batch_of(alone, max_tokens=90).microbatches)
 

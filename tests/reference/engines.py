@@ -29,7 +29,9 @@ class Engine:
                 self.queue.pop(0)
                 continue
             after = self.cached() + first["prompt"] + len(first["versions"]) + len(self.running) + 1
-            if len(self.running) == self.sizes["max_running"] or (self.running and capacity is not None and after > capacity):
+            if len(self.running) == self.sizes["max_running"] or (
+                self.running and capacity is not None and after > capacity
+            ):
                 break
             context = first["prompt"] + len(first["versions"])
             if first["versions"] or not first["request"]["computed"] or not self.sizes["block"]:
@@ -65,9 +67,34 @@ class Engine:
 
 
 class Run:
-    def __init__(self, *, prompts_per_step, group_size, admission, recompute, num_engines, sizes, train, refit_s, lives, restart_s, draw):
-        self.P, self.G, self.sizes, self.recompute, self.train, self.refit_s, self.draw = prompts_per_step, group_size, sizes, recompute, train, refit_s, draw
-        self.dispatch, self.admission = Dispatch(sizes["max_running"]), Admission(prompts_per_step=prompts_per_step, **admission)
+    def __init__(
+        self,
+        *,
+        prompts_per_step,
+        group_size,
+        admission,
+        recompute,
+        num_engines,
+        sizes,
+        train,
+        refit_s,
+        lives,
+        restart_s,
+        draw,
+    ):
+        self.P, self.G, self.sizes, self.recompute, self.train, self.refit_s, self.draw = (
+            prompts_per_step,
+            group_size,
+            sizes,
+            recompute,
+            train,
+            refit_s,
+            draw,
+        )
+        self.dispatch, self.admission = (
+            Dispatch(sizes["max_running"]),
+            Admission(prompts_per_step=prompts_per_step, **admission),
+        )
         self.lives, self.restart_s = lives, restart_s
         self.engines, self.fails, self.starts = {}, {}, {}
         self.started = list(range(num_engines))
@@ -150,7 +177,9 @@ class Run:
         for i, (p,) in dealt:
             prompt, lengths, _ = self.draw(p)
             request = self.requests[p] = {"position": p, "left": self.G, "cancelled": False, "computed": False}
-            request["responses"] = [{"prompt": prompt, "length": n, "versions": [], "request": request} for n in lengths]
+            request["responses"] = [
+                {"prompt": prompt, "length": n, "versions": [], "request": request} for n in lengths
+            ]
             self.engines[i].queue += request["responses"]
         for i in {i: None for i, _ in dealt}:
             e = self.engines[i]
@@ -173,12 +202,20 @@ class Run:
         self.mark, self.waiting = self.now, False
         responses = [r for p in taken.positions for r in self.arrived[p]["responses"]]
         ages = [self.version - v for r in responses for v in r["versions"]]
-        self.row |= {"positions": taken.positions, "tokens": len(ages), "staleness": sum(ages), "max_staleness": max(ages)}
+        self.row |= {
+            "positions": taken.positions,
+            "tokens": len(ages),
+            "staleness": sum(ages),
+            "max_staleness": max(ages),
+        }
         self.trainer = (self.now + self.train([r["prompt"] + r["length"] for r in responses]), self.after_training)
 
     def after_training(self):
         self.row["train"] = self.now - self.mark
-        self.row |= {"busy": self.busy + sum(e.busy for e in self.engines.values()), "slots": self.slots + sum(e.slots for e in self.engines.values())}
+        self.row |= {
+            "busy": self.busy + sum(e.busy for e in self.engines.values()),
+            "slots": self.slots + sum(e.slots for e in self.engines.values()),
+        }
         self.rows.append(self.row)
         self.row = {"refit": 0, "wait": 0, "failures": 0, "again": 0, "dropped": 0}
         self.mark = self.now

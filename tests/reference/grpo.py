@@ -35,8 +35,18 @@ def ratios(current: list[float], tokens: list[dict[str, float]], policy_loss: st
 
 
 def loss(
-    current: list[float], tokens: list[dict[str, float]], *, low: float, high: float, kl_coef: float = 0.0, estimator: str = "k3", kl_limit: float = math.inf,
-    policy_loss: str = "ppo_clip", dual: float | None = None, entropy_coef: float = 0.0, frozen: list[float] | None = None,
+    current: list[float],
+    tokens: list[dict[str, float]],
+    *,
+    low: float,
+    high: float,
+    kl_coef: float = 0.0,
+    estimator: str = "k3",
+    kl_limit: float = math.inf,
+    policy_loss: str = "ppo_clip",
+    dual: float | None = None,
+    entropy_coef: float = 0.0,
+    frozen: list[float] | None = None,
 ) -> float:
     """tokens: one {old, ref, advantage, weight, sequence, importance, entropy} for each log-prob of `current`. `frozen`: the log-probs of cispo's
     weights, which have no gradient (None: current)."""

@@ -51,7 +51,9 @@ class Session:
         self.cfg = configuration(folder, run_dir, *overrides)
         self.topo = topology.connect(config.Parallel(**axes), device=torch.device("cpu"), timeout_s=120, seed=1)
         self.engines = Engines(self.cfg, folder, cuda=False, stop_token_ids=[1]) if self.topo.is_driver else None
-        self.policy = Policy(folder, self.topo, precision=self.cfg.precision, temperature=1.0, optimizer=config.Optimizer(lr=1e-2))
+        self.policy = Policy(
+            folder, self.topo, precision=self.cfg.precision, temperature=1.0, optimizer=config.Optimizer(lr=1e-2)
+        )
         if self.engines:
             self.engines.wait_until_ready()
         self.refit_by("auto")
@@ -77,7 +79,16 @@ class Session:
                 p.copy_(w)
 
     def sample(self, version: int, seed: int = 0) -> list[list[tuple[int, ...]]]:
-        groups = sample(self.engines, PROMPTS, group_size=4, temperature=1.0, max_tokens=lambda _: 24, seed=seed, version=version, timeout_s=60)
+        groups = sample(
+            self.engines,
+            PROMPTS,
+            group_size=4,
+            temperature=1.0,
+            max_tokens=lambda _: 24,
+            seed=seed,
+            version=version,
+            timeout_s=60,
+        )
         return [[r.token_ids for r in g.responses] for g in groups]
 
     def close(self) -> None:
@@ -113,12 +124,16 @@ def test_engines_on_this_machine_share_its_memory_and_the_metrics_say_how_fast(s
     seen = session.refit_by("auto")(3)
     assert session.refit._transport == "shared_memory"
     # Embedding 91 x 128; each of 2 layers: q, o 128 x 128, k, v 64 x 128, 3 x 96 x 128 and biases, norms 128 + 64 + 64 + 2 x 128; the last norm 128. float32.
-    assert seen["refit/bytes"].value == 4 * (91 * 128 + 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 96 * 128 + 128 + 64 + 64 + 2 * 128) + 128)
+    assert seen["refit/bytes"].value == 4 * (
+        91 * 128 + 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 96 * 128 + 128 + 64 + 64 + 2 * 128) + 128
+    )
     assert seen["refit/gb_per_s"].value == pytest.approx(seen["refit/bytes"].value / 1e9 / seen["refit/seconds"].value)
 
 
 @pytest.mark.parametrize("transport", ["shared", "broadcast"])
-def test_a_sender_that_fails_midway_names_the_tensor_and_the_refit_is_done_again(session, monkeypatch, capsys, transport):
+def test_a_sender_that_fails_midway_names_the_tensor_and_the_refit_is_done_again(
+    session, monkeypatch, capsys, transport
+):
     refit, honest = session.refit_by(transport), session.policy.export
     left = []
 
@@ -132,7 +147,10 @@ def test_a_sender_that_fails_midway_names_the_tensor_and_the_refit_is_done_again
     monkeypatch.setattr(session.policy, "export", failing)
     seen = refit(4)
     assert seen["refit/attempts"].value == 2 and seen["refit/canary_abs_mean"].value < 1e-4
-    assert "refit to version 4: sending model.layers.1.self_attn.o_proj.weight: the wire burnt through\nit is done again" in capsys.readouterr().out
+    assert (
+        "refit to version 4: sending model.layers.1.self_attn.o_proj.weight: the wire burnt through\nit is done again"
+        in capsys.readouterr().out
+    )
 
 
 def test_the_engines_own_logprobs_equal_the_trainers_of_the_same_tokens(session):
@@ -140,8 +158,24 @@ def test_the_engines_own_logprobs_equal_the_trainers_of_the_same_tokens(session)
     from grpo_mcore.loss import batch
 
     session.refit(7)
-    groups = sample(session.engines, PROMPTS, group_size=4, temperature=1.0, max_tokens=lambda _: 24, seed=5, version=7, timeout_s=60)
-    (b,) = batch.assemble(groups, torch.zeros(6, 4), global_batch_size=24, aggregation="token_mean", max_response_tokens=24, packing=batch.Packing(max_tokens=8192))
+    groups = sample(
+        session.engines,
+        PROMPTS,
+        group_size=4,
+        temperature=1.0,
+        max_tokens=lambda _: 24,
+        seed=5,
+        version=7,
+        timeout_s=60,
+    )
+    (b,) = batch.assemble(
+        groups,
+        torch.zeros(6, 4),
+        global_batch_size=24,
+        aggregation="token_mean",
+        max_response_tokens=24,
+        packing=batch.Packing(max_tokens=8192),
+    )
     (ours,) = session.policy.logprobs(b.microbatches)
     seen = metrics.mismatch(b.microbatches[0].rollout_logprobs_R, ours, b.microbatches[0].position_R)
     assert seen["mismatch/logprob_abs_max"].value < 1e-3
@@ -150,7 +184,9 @@ def test_the_engines_own_logprobs_equal_the_trainers_of_the_same_tokens(session)
 
 
 def generate(session, requests) -> list:
-    answers = [session.engines.submit((i,), token_ids, sampling, "test") for i, (token_ids, sampling) in enumerate(requests)]
+    answers = [
+        session.engines.submit((i,), token_ids, sampling, "test") for i, (token_ids, sampling) in enumerate(requests)
+    ]
     return [answer.result(60) for answer in answers]
 
 
@@ -183,7 +219,9 @@ def test_a_response_sampled_with_other_weights_is_refused(session):
 
 def refit_quantised(folder: str, run_dir: str) -> tuple[list[float], float]:
     """(errors of refits to two policies, the second by each transport; how far the policies are apart)"""
-    session = Session(folder, run_dir, {}, "engine.num_engines=1", "engine.dtype=bfloat16", "engine.quantization=fp8_per_block")
+    session = Session(
+        folder, run_dir, {}, "engine.num_engines=1", "engine.dtype=bfloat16", "engine.quantization=fp8_per_block"
+    )
 
     def scores() -> torch.Tensor:
         answers, _ = session.engines.collect(session.engines.call(session.engines.ready, "score", (CANARY,)), 30)
@@ -195,7 +233,9 @@ def refit_quantised(folder: str, run_dir: str) -> tuple[list[float], float]:
         with torch.no_grad():
             for p in session.policy.chunks[0].parameters():
                 p.add_(torch.randn_like(p) * p.std() * 0.5)
-        errors += [session.refit_by(transport)(1)["refit/canary_abs_mean"].value for transport in ("shared", "broadcast")]
+        errors += [
+            session.refit_by(transport)(1)["refit/canary_abs_mean"].value for transport in ("shared", "broadcast")
+        ]
         return errors, (scores() - before).abs().mean().item()
     finally:
         session.close()
@@ -214,7 +254,15 @@ def refit_on_ranks(folder: str, run_dir: str, axes: dict[str, int]) -> list[floa
         session.close()
 
 
-@pytest.mark.parametrize(("kind", "axes"), [("qwen2_untied", {"tp": 2, "pp": 2}), ("llama_llama3_rope", {"tp": 2, "sequence_parallel": True}), ("llama_linear_rope", {"cp": 2})], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "axes"),
+    [
+        ("qwen2_untied", {"tp": 2, "pp": 2}),
+        ("llama_llama3_rope", {"tp": 2, "sequence_parallel": True}),
+        ("llama_linear_rope", {"cp": 2}),
+    ],
+    ids=str,
+)
 def test_a_policy_split_over_ranks_refits_the_same(model_folders, tmp_path, kind, axes):
     ranks = 4 if "pp" in axes else 2
     driver, *others = spawn(refit_on_ranks, ranks, model_folders[kind], str(tmp_path), axes, timeout_s=400)

@@ -45,7 +45,13 @@ def group(*sizes: int, at: int = 0) -> list[TensorInfo]:
     return [TensorInfo(f"{at}.{i}", BF16, (size,)) for i, size in enumerate(sizes)]
 
 
-GROUPS = [group(30, at=0), group(4, 2, 2, at=1), group(4, at=2), group(20, 20, at=3), group(1, at=4)]  # bytes: 60, 16, 8, 80, 2
+GROUPS = [
+    group(30, at=0),
+    group(4, 2, 2, at=1),
+    group(4, at=2),
+    group(20, 20, at=3),
+    group(1, at=4),
+]  # bytes: 60, 16, 8, 80, 2
 
 
 @pytest.mark.parametrize(("limit", "cuts"), [(1, [1, 3, 1, 2, 1]), (24, [1, 4, 2, 1]), (84, [5, 3]), (1000, [8])])
@@ -61,7 +67,9 @@ def test_unpacked_tensors_are_views_one_behind_the_other():
     views = dict(unpack(buffer, bucket))
     views["b"].fill_(1)  # 0x3f80
     assert buffer.nonzero().flatten().tolist() == [24 + i for i in range(10)]
-    assert {name: (tuple(v.shape), v.dtype) for name, v in views.items()} == {i.name: (i.shape, i.dtype) for i in from_dict(to_dict(bucket))}
+    assert {name: (tuple(v.shape), v.dtype) for name, v in views.items()} == {
+        i.name: (i.shape, i.dtype) for i in from_dict(to_dict(bucket))
+    }
 
 
 def test_a_transfer_group_counts_every_process_of_every_engine():
@@ -74,27 +82,33 @@ def place(host: str = "a", gpu: str = "") -> Place:
     return Place(host, gpu)
 
 
-@pytest.mark.parametrize(("transport", "engines", "trainers", "backend"), [
-    ("auto", [[place()], [place()]], [place()], "shared_memory"),
-    ("auto", [[place()], [place("b")]], [place()], "gloo"),
-    ("auto", [[place("b")]], [place("a"), place("b")], "gloo"),  # the driver sends, from a
-    ("broadcast", [[place()]], [place()], "gloo"),
-    ("auto", [[place(gpu="0"), place(gpu="1")]], [place(gpu="0"), place(gpu="1")], "ipc"),
-    ("auto", [[place(gpu="0")], [place(gpu="2")]], [place(gpu="0"), place(gpu="1")], "nccl"),
-    ("shared", [[place(gpu="1")]], [place(gpu="0"), place(gpu="1")], "ipc"),
-    ("broadcast", [[place(gpu="0")]], [place(gpu="0")], "nccl"),
-])
+@pytest.mark.parametrize(
+    ("transport", "engines", "trainers", "backend"),
+    [
+        ("auto", [[place()], [place()]], [place()], "shared_memory"),
+        ("auto", [[place()], [place("b")]], [place()], "gloo"),
+        ("auto", [[place("b")]], [place("a"), place("b")], "gloo"),  # the driver sends, from a
+        ("broadcast", [[place()]], [place()], "gloo"),
+        ("auto", [[place(gpu="0"), place(gpu="1")]], [place(gpu="0"), place(gpu="1")], "ipc"),
+        ("auto", [[place(gpu="0")], [place(gpu="2")]], [place(gpu="0"), place(gpu="1")], "nccl"),
+        ("shared", [[place(gpu="1")]], [place(gpu="0"), place(gpu="1")], "ipc"),
+        ("broadcast", [[place(gpu="0")]], [place(gpu="0")], "nccl"),
+    ],
+)
 def test_the_transport_follows_from_where_trainers_and_engines_are(transport, engines, trainers, backend):
     assert choose(transport, engines, trainers) == backend
 
 
 def test_memory_cannot_be_shared_with_an_engine_elsewhere():
-    with pytest.raises(InputError, match=r"refit.transport = 'shared': needs every engine on the machine of the trainer; one is on b "):
+    with pytest.raises(
+        InputError, match=r"refit.transport = 'shared': needs every engine on the machine of the trainer; one is on b "
+    ):
         choose("shared", [[place()], [place("b")]], [place()])
 
 
 def source(groups, fail_at: str | None = None, seen: list | None = None):
     """An export of tensors that hold their running number."""
+
     def export(into):
         for number, info in enumerate(sum(groups, [])):
             if info.name == fail_at:
@@ -104,6 +118,7 @@ def source(groups, fail_at: str | None = None, seen: list | None = None):
             if seen is not None:
                 seen.append(info.name)
             yield info.name, out.fill_(number)
+
     return export
 
 
@@ -141,7 +156,11 @@ def test_a_tensor_that_was_not_announced_is_refused():
 
 @pytest.mark.parametrize(("limit", "num_groups"), [(24, 5), (4096, 40), (5 * 4096, 40)])
 def test_no_bucket_is_written_where_another_may_not_have_been_loaded(limit, num_groups):
-    groups = GROUPS if num_groups == 5 else [group(random.Random(i).choice([1, 700, 2048, 5000, 9000]), at=i) for i in range(num_groups)]
+    groups = (
+        GROUPS
+        if num_groups == 5
+        else [group(random.Random(i).choice([1, 700, 2048, 5000, 9000]), at=i) for i in range(num_groups)]
+    )
     made = list(buckets(groups, limit))
     where, size = positions(made, limit)
     spans = [(p.offset, p.offset + sum(i.num_bytes for i in bucket)) for p, bucket in zip(where, made, strict=True)]
@@ -150,14 +169,24 @@ def test_no_bucket_is_written_where_another_may_not_have_been_loaded(limit, num_
         assert position.lasting == (sum(i.num_bytes for i in made[index]) > limit) and position.after <= index
         for other in range(len(where)):
             apart = spans[index][1] <= spans[other][0] or spans[other][1] <= spans[index][0]
-            assert apart or other == index or (not position.lasting and not where[other].lasting and (other < position.after or index < where[other].after))
+            assert (
+                apart
+                or other == index
+                or (
+                    not position.lasting
+                    and not where[other].lasting
+                    and (other < position.after or index < where[other].after)
+                )
+            )
     assert not where[-1].after or max(p.after for p in where) > len(where) // 2  # it goes round
 
 
 class Engine(threading.Thread):
     """Loads bucket by bucket, `slowly` or not, up to `until`; then it does what `end` says."""
 
-    def __init__(self, info: dict, stream: Stream, *, slowly: bool = False, until: int | None = None, end: str = "load all"):
+    def __init__(
+        self, info: dict, stream: Stream, *, slowly: bool = False, until: int | None = None, end: str = "load all"
+    ):
         super().__init__(daemon=True)
         self.info, self.stream, self.slowly, self.until, self.end, self.loaded = info, stream, slowly, until, end, []
         self.finished = threading.Event()
@@ -175,11 +204,16 @@ class Engine(threading.Thread):
                     sender.close()
                 return self.finished.wait()
             time.sleep(0.05 * self.slowly)
-            self.loaded += [t.unique().tolist() for _, t in unpack(memory[position.offset :][: sum(i.num_bytes for i in bucket)], bucket)]
+            self.loaded += [
+                t.unique().tolist()
+                for _, t in unpack(memory[position.offset :][: sum(i.num_bytes for i in bucket)], bucket)
+            ]
             pass_turn(sender)
 
 
-MANY = [group(2048, at=i) for i in range(12)] + [group(5000, at=12)]  # buckets of a page, three times round the ring; one in a place of its own
+MANY = [group(2048, at=i) for i in range(12)] + [
+    group(5000, at=12)
+]  # buckets of a page, three times round the ring; one in a place of its own
 
 
 def test_engines_find_every_tensor_where_the_sender_wrote_it_however_slow_one_is():
@@ -222,7 +256,9 @@ def test_an_engine_learns_that_the_sender_is_gone():
     sender = SharedSender(Stream(MANY, 4096, source(MANY, fail_at="3.0")), 2, 30.0)
     engine = join(sender.init_info(1)["socket"], 30.0)
     with pytest.raises(RuntimeError, match="lost"):
-        sender.send(Stream(MANY, 4096, source(MANY, fail_at="3.0")), lambda info, what: lambda: None)  # what comes before it fits into the ring
+        sender.send(
+            Stream(MANY, 4096, source(MANY, fail_at="3.0")), lambda info, what: lambda: None
+        )  # what comes before it fits into the ring
     sender.close()
     with pytest.raises(ConnectionError, match="the other end is gone"):
         for _ in range(4):
@@ -231,7 +267,11 @@ def test_an_engine_learns_that_the_sender_is_gone():
 
 def shared_bytes() -> int:
     """Memory that processes share, of the whole machine."""
-    return next(int(line.split()[1]) << 10 for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("Shmem:"))
+    return next(
+        int(line.split()[1]) << 10
+        for line in Path("/proc/meminfo").read_text().splitlines()
+        if line.startswith("Shmem:")
+    )
 
 
 SIZE = 256 << 20
@@ -247,7 +287,9 @@ time.sleep(60)
 
 def test_shared_memory_leaves_nothing_behind_when_its_process_is_killed():
     names, before = set(os.listdir("/dev/shm")), shared_bytes()
-    process = subprocess.Popen([sys.executable, "-c", HOLDER], cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment())
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER], cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment()
+    )
     try:
         path = process.stdout.readline().strip()
         view = open_shared(path, SIZE)
@@ -289,7 +331,9 @@ group.abort() if sys.argv[2] == "abort" else sys.stdin.read()
 @pytest.mark.parametrize(("end", "deadline_s"), [("abort", 15), ("hang", 15)])
 def test_a_broadcast_to_a_member_that_is_gone_or_hangs_ends_by_its_deadline(end, deadline_s):
     port = free_port("127.0.0.1")
-    member = subprocess.Popen([sys.executable, "-c", MEMBER, str(port), end], cwd=ROOT, stdin=subprocess.PIPE, env=environment())
+    member = subprocess.Popen(
+        [sys.executable, "-c", MEMBER, str(port), end], cwd=ROOT, stdin=subprocess.PIPE, env=environment()
+    )
     try:
         group = open_gloo("127.0.0.1", port, 0, 2, 10.0)  # seconds
         buffer = torch.zeros(1 << 20, dtype=torch.uint8)

@@ -23,7 +23,11 @@ def cut(rng: random.Random, values: list[int]) -> list[list[int]]:
     return [values[i:j] for i, j in zip([0, *bounds], [*bounds, len(values)])]
 
 
-MAKE = {"mean": lambda v: Mean.of(torch.tensor(v)), "max": lambda v: Max.of(torch.tensor(v)), "sum": lambda v: Sum(float(sum(v)))}
+MAKE = {
+    "mean": lambda v: Mean.of(torch.tensor(v)),
+    "max": lambda v: Max.of(torch.tensor(v)),
+    "sum": lambda v: Sum(float(sum(v))),
+}
 
 
 @pytest.mark.parametrize("kind, expected", [("mean", lambda v: sum(v) / len(v)), ("max", max), ("sum", sum)])
@@ -58,9 +62,18 @@ def test_the_effective_fraction_of_weights_is_kishs():
 
 
 def test_importance_says_what_the_loss_takes():
-    row = merge([metrics.importance(torch.tensor([2.0, 0.5]), torch.tensor([True, False])), metrics.importance(torch.tensor([0.0, 0.5]), torch.tensor([True, False]))])
+    row = merge(
+        [
+            metrics.importance(torch.tensor([2.0, 0.5]), torch.tensor([True, False])),
+            metrics.importance(torch.tensor([0.0, 0.5]), torch.tensor([True, False])),
+        ]
+    )
     # mean 3/4; two of four changed; 9 / (4 x 4.5) = 1/2
-    assert {name: m.value for name, m in row.items()} == {"importance/weight_mean": 0.75, "importance/beyond_cap_frac": 0.5, "importance/effective_frac": 0.5}
+    assert {name: m.value for name, m in row.items()} == {
+        "importance/weight_mean": 0.75,
+        "importance/beyond_cap_frac": 0.5,
+        "importance/effective_frac": 0.5,
+    }
 
 
 def test_a_maximum_with_a_nan_is_nan_in_any_order():
@@ -89,13 +102,16 @@ def test_mismatch_worked_numbers():
     rollout, old = torch.tensor([-1.0, -2.0, -1.0]), torch.tensor([-1.0, -2.0 + LN4, -1.0 - LN2])
     # d = old - rollout = 0, log 4, -log 2; importance weights 1, 4, 1/2
     m = {name: metric.value for name, metric in mismatch(rollout, old).items()}
-    assert m == pytest.approx({
-        "mismatch/logprob_abs_mean": (LN4 + LN2) / 3,
-        "mismatch/logprob_abs_mean_from_0": (LN4 + LN2) / 3,
-        "mismatch/logprob_abs_max": LN4,
-        "mismatch/beyond_cap_frac": 1 / 3,  # only 4 > 2; 1/2 is a small weight, not a large one
-        "mismatch/k3": ((4 - 1 - LN4) + (0.5 - 1 + LN2)) / 3,  # e^d - 1 - d
-    }, abs=1e-6)  # log-probs near 2 are held to 1.2e-7 in float32, and e^d = 4 multiplies that
+    assert m == pytest.approx(
+        {
+            "mismatch/logprob_abs_mean": (LN4 + LN2) / 3,
+            "mismatch/logprob_abs_mean_from_0": (LN4 + LN2) / 3,
+            "mismatch/logprob_abs_max": LN4,
+            "mismatch/beyond_cap_frac": 1 / 3,  # only 4 > 2; 1/2 is a small weight, not a large one
+            "mismatch/k3": ((4 - 1 - LN4) + (0.5 - 1 + LN2)) / 3,  # e^d - 1 - d
+        },
+        abs=1e-6,
+    )  # log-probs near 2 are held to 1.2e-7 in float32, and e^d = 4 multiplies that
     assert mismatch(rollout, old, cap=4.5)["mismatch/beyond_cap_frac"].value == 0.0
 
 
@@ -123,7 +139,11 @@ def test_a_mismatch_is_told_apart_by_position_in_the_sequence():
     position_R = torch.tensor([0, 255, 256, 1023, 1024, 16383, 16384, 90000])
     d = torch.tensor([0.1, 0.3, 0.2, 0.4, 0.5, 0.6, 0.7, 0.9])
     m = metrics.mismatch(torch.zeros(8), d, position_R)
-    by_position = {name.removeprefix("mismatch/logprob_abs_mean_from_"): metric.value for name, metric in m.items() if "_from_" in name}
+    by_position = {
+        name.removeprefix("mismatch/logprob_abs_mean_from_"): metric.value
+        for name, metric in m.items()
+        if "_from_" in name
+    }
     assert by_position == pytest.approx({"0": 0.2, "256": 0.3, "1024": 0.5, "4096": 0.6, "16384": 0.8})
 
 
@@ -137,7 +157,9 @@ def test_a_mismatch_above_its_bounds_warns_and_stops(capsys):
     assert capsys.readouterr().out == ""
     for total in (0.6, math.nan):
         with pytest.raises(MismatchError, match="mismatch.stop_above = 0.15"):
-            check_mismatch({"mismatch/logprob_abs_mean": Mean(total, 3)}, config.Mismatch(stop_above=0.15), speaks=False)
+            check_mismatch(
+                {"mismatch/logprob_abs_mean": Mean(total, 3)}, config.Mismatch(stop_above=0.15), speaks=False
+            )
 
 
 def test_a_timer_adds_up_a_phases_passes_and_starts_anew_when_drained():

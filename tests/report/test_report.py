@@ -22,9 +22,23 @@ from grpo_mcore.reward.grader import Status
 from tests.dist import ROOT, environment
 
 HOSTILE = "</script><img src=x onerror=Alert(1)><!-- <script> $title ${script_hash} &amp; \x00\x1b[31m \u202egnp.exe \ud800 \\boxed{1}"
-TRAINED = [{"step": s, "reward/mean": s / 8, "reward/correct": 2.0 * s, "reward/wrong": 16.0 - 2 * s, "reward/timed_out": 0.0, "time/rollout_s": 3.0, "time/update_s": 1.0,
-            "update/grad_norm": 1 / 3} for s in (1, 2, 3)]
-EVALUATED = [{"step": 0, "eval/mean@16": 0.25, "eval/standard_error": 0.0625}, {"step": 3, "eval/mean@16": 0.5, "eval/standard_error": 0.125}]
+TRAINED = [
+    {
+        "step": s,
+        "reward/mean": s / 8,
+        "reward/correct": 2.0 * s,
+        "reward/wrong": 16.0 - 2 * s,
+        "reward/timed_out": 0.0,
+        "time/rollout_s": 3.0,
+        "time/update_s": 1.0,
+        "update/grad_norm": 1 / 3,
+    }
+    for s in (1, 2, 3)
+]
+EVALUATED = [
+    {"step": 0, "eval/mean@16": 0.25, "eval/standard_error": 0.0625},
+    {"step": 3, "eval/mean@16": 0.5, "eval/standard_error": 0.125},
+]
 CONFIG = """model: some/model
 num_steps: 3
 recipe: guide/8k
@@ -35,12 +49,25 @@ parallel: {tp: 2, cp: 1, pp: 1}
 
 def response(sample: int = 0, *, position: int = 7, text: str | None = "so \\boxed{4}", **over) -> dict:
     """One row as trainer.rollout_rows writes it."""
-    row = {"position": position, "prompt_id": 100 + position, "sample": sample, "prompt_tokens": 5, "response_tokens": 12, "truncated": False, "versions": [[2, 12]], "reward": 1.0,
-           "status": "correct", "answer": "4", "detail": "equal by text"}
+    row = {
+        "position": position,
+        "prompt_id": 100 + position,
+        "sample": sample,
+        "prompt_tokens": 5,
+        "response_tokens": 12,
+        "truncated": False,
+        "versions": [[2, 12]],
+        "reward": 1.0,
+        "status": "correct",
+        "answer": "4",
+        "detail": "equal by text",
+    }
     return row | ({"problem": "2+2", "gold": "4", "response": text} if text is not None else {}) | over
 
 
-def make_run(folder, rows=(*TRAINED, *EVALUATED), rollouts: dict[int, list[dict]] | None = None, config: str | None = CONFIG):
+def make_run(
+    folder, rows=(*TRAINED, *EVALUATED), rollouts: dict[int, list[dict]] | None = None, config: str | None = CONFIG
+):
     (folder / "rollouts").mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if config is not None:
@@ -79,7 +106,12 @@ class Page(html.parser.HTMLParser):
 
     def chart(self, label: str) -> list[list]:
         """[steps, values] of a series."""
-        (found,) = [[steps, values] for *_, series in self.data["charts"].values() for name, steps, values in series if name == label]
+        (found,) = [
+            [steps, values]
+            for *_, series in self.data["charts"].values()
+            for name, steps, values in series
+            if name == label
+        ]
         return found
 
     def responses(self) -> list[list]:
@@ -103,40 +135,80 @@ def path_points(svg: str, colour: str) -> list[list[tuple[float, float]]]:
 
 def test_the_page_says_the_numbers_of_the_files(tmp_path):
     run = make_run(tmp_path / "run")
-    (run / "provenance.jsonl").write_text(json.dumps({"git_commit": "abc-dirty", "versions": {"vllm": "<0.32>"}}) + "\n")
+    (run / "provenance.jsonl").write_text(
+        json.dumps({"git_commit": "abc-dirty", "versions": {"vllm": "<0.32>"}}) + "\n"
+    )
     page = page_of(run)
     assert page.chart("reward/mean") == [[1, 2, 3], [0.125, 0.25, 0.375]]
     assert page.chart("held-out mean@16 ± standard error") == [[0, 3], [0.25, 0.5]]
     assert page.chart("update/grad_norm")[1] == [0.333333] * 3
-    assert page.cells("reward/correct") == ["2", "6", "2", "6", "3", "0"]  # first, last, lowest, highest, rows, not finite
-    assert {name for name in TRAINED[0] | EVALUATED[0] if name != "step"} <= set(re.findall(r'<th scope="row">(.*?)</th>', page.raw.decode()))
-    for said in ("some/model", "guide/8k", "finished: 3 steps", "tp 2 x cp 1 x pp 1", "mean 0.125 (step 1); mean 0.375 (step 3)", "mean@16 0.25 (step 0); mean@16 0.5 (step 3)",
-                 "Accuracy on aime_2024", "0 throughout: reward/timed_out", "of each start", "git_commit: abc-dirty", "vllm: <0.32>"):
+    assert page.cells("reward/correct") == [
+        "2",
+        "6",
+        "2",
+        "6",
+        "3",
+        "0",
+    ]  # first, last, lowest, highest, rows, not finite
+    assert {name for name in TRAINED[0] | EVALUATED[0] if name != "step"} <= set(
+        re.findall(r'<th scope="row">(.*?)</th>', page.raw.decode())
+    )
+    for said in (
+        "some/model",
+        "guide/8k",
+        "finished: 3 steps",
+        "tp 2 x cp 1 x pp 1",
+        "mean 0.125 (step 1); mean 0.375 (step 3)",
+        "mean@16 0.25 (step 0); mean@16 0.5 (step 3)",
+        "Accuracy on aime_2024",
+        "0 throughout: reward/timed_out",
+        "of each start",
+        "git_commit: abc-dirty",
+        "vllm: <0.32>",
+    ):
         assert said in page.text, said
 
 
 def test_seconds_by_phase_are_summed_over_the_steps(tmp_path):
     text = report.write([make_run(tmp_path / "run")]).read_text()
-    assert '<th scope="row">time/rollout_s</th><td>9.0</td><td>75.0%</td>' in text and '<th scope="row">time/update_s</th><td>3.0</td><td>25.0%</td>' in text
+    assert (
+        '<th scope="row">time/rollout_s</th><td>9.0</td><td>75.0%</td>' in text
+        and '<th scope="row">time/update_s</th><td>3.0</td><td>25.0%</td>' in text
+    )
 
 
 def test_a_line_goes_through_its_values_and_a_gap_stays_a_gap():
     svg = curves.svg(curves.Chart("t", "y", (curves.Series("a", [1, 2, 4], [0.0, 1.0, 3.0]),), ylim=(0, 4)), "p-")
-    ((x1, y1), (x2, y2), (x4, y4)), = path_points(svg.text, "--c0")
-    assert math.isclose((x4 - x1) / (x2 - x1), 3, rel_tol=1e-4) and math.isclose((y1 - y4) / (y1 - y2), 3, rel_tol=1e-4) and y2 < y1  # y grows downwards
+    (((x1, y1), (x2, y2), (x4, y4)),) = path_points(svg.text, "--c0")
+    assert (
+        math.isclose((x4 - x1) / (x2 - x1), 3, rel_tol=1e-4)
+        and math.isclose((y1 - y4) / (y1 - y2), 3, rel_tol=1e-4)
+        and y2 < y1
+    )  # y grows downwards
     width = float(re.search(r'viewBox="0 0 (\S+) ', svg.text)[1])
-    assert math.isclose(svg.first + (x2 / width - svg.left) / (svg.right - svg.left) * (svg.last - svg.first), 2, abs_tol=1e-3)  # what the page's pointer reads
-    gap = curves.svg(curves.Chart("t", "y", (curves.Series("a", [1, 2, 3, 4, 5], [1.0, 2.0, math.nan, 1.0, 2.0]),)), "p-")
+    assert math.isclose(
+        svg.first + (x2 / width - svg.left) / (svg.right - svg.left) * (svg.last - svg.first), 2, abs_tol=1e-3
+    )  # what the page's pointer reads
+    gap = curves.svg(
+        curves.Chart("t", "y", (curves.Series("a", [1, 2, 3, 4, 5], [1.0, 2.0, math.nan, 1.0, 2.0]),)), "p-"
+    )
     assert re.findall(r'<path d="([^"]*)" clip-path="[^"]*" style="[^"]*var\(--c0\)', gap.text)[0].count("M") == 2
 
 
 def test_error_bars_are_as_long_as_the_standard_errors():
-    rows = [{"step": 0, "eval/mean@16": 0.25, "eval/standard_error": 0.05}, {"step": 3, "eval/mean@16": 0.5, "eval/standard_error": 0.1}]
+    rows = [
+        {"step": 0, "eval/mean@16": 0.25, "eval/standard_error": 0.05},
+        {"step": 3, "eval/mean@16": 0.5, "eval/standard_error": 0.1},
+    ]
     svg = curves.svg(curves.Chart("t", "y", tuple(curves.evaluations(rows)), ylim=(0, 1)), "p-")
     *bars, line = sorted(path_points(svg.text, "--c0"), key=lambda points: points[-1][0] - points[0][0])
     lengths = sorted(abs(a[1] - b[1]) for a, b in bars)
     rise = line[0][1] - line[1][1]  # of 0.25
-    assert len(bars) == 2 and math.isclose(lengths[0] / rise, 0.1 / 0.25, rel_tol=1e-3) and math.isclose(lengths[1] / rise, 0.2 / 0.25, rel_tol=1e-3)
+    assert (
+        len(bars) == 2
+        and math.isclose(lengths[0] / rise, 0.1 / 0.25, rel_tol=1e-3)
+        and math.isclose(lengths[1] / rise, 0.2 / 0.25, rel_tol=1e-3)
+    )
 
 
 def test_names_are_no_formulas(tmp_path):
@@ -145,7 +217,9 @@ def test_names_are_no_formulas(tmp_path):
 
 
 def test_layers_stand_on_each_other_and_are_as_high_as_their_values():
-    chart = curves.Chart("t", "y", (curves.Series("a", [1, 2], [1.0, 1.0]), curves.Series("b", [2], [3.0])), stacked=True)  # b has no step 1: 0 there
+    chart = curves.Chart(
+        "t", "y", (curves.Series("a", [1, 2], [1.0, 1.0]), curves.Series("b", [2], [3.0])), stacked=True
+    )  # b has no step 1: 0 there
     (below,), (above,) = (path_points(curves.svg(chart, "p-").text, colour) for colour in ("--c0", "--c1"))
     floor, top_a = max(y for _, y in below), min(y for _, y in below)
     assert math.isclose(max(y for _, y in above), top_a, abs_tol=1e-3)
@@ -153,16 +227,28 @@ def test_layers_stand_on_each_other_and_are_as_high_as_their_values():
 
 
 def test_positions_are_in_their_order_and_statuses_in_theirs(tmp_path):
-    row = {"step": 1, **{f"mismatch/logprob_abs_mean_from_{p}": 0.5 for p in (0, 1024, 256)}, **{f"reward/{status}": 1.0 for status in sorted(report.STATUSES)}}
-    labels = [label for *_, series in page_of(make_run(tmp_path / "run", rows=[row])).data["charts"].values() for label, *_ in series]
+    row = {
+        "step": 1,
+        **{f"mismatch/logprob_abs_mean_from_{p}": 0.5 for p in (0, 1024, 256)},
+        **{f"reward/{status}": 1.0 for status in sorted(report.STATUSES)},
+    }
+    labels = [
+        label
+        for *_, series in page_of(make_run(tmp_path / "run", rows=[row])).data["charts"].values()
+        for label, *_ in series
+    ]
     assert [int(label.rpartition("_")[2]) for label in labels if "from_" in label] == [0, 256, 1024]
-    assert [label for label in labels if label.startswith("reward/")][:5] == [f"reward/{status}" for status in report.STATUSES]
+    assert [label for label in labels if label.startswith("reward/")][:5] == [
+        f"reward/{status}" for status in report.STATUSES
+    ]
 
 
 def test_pngs_are_written_and_follow_the_values(tmp_path):
     run = make_run(tmp_path / "run")
     report.write([run])
-    seen = [(run / "report" / name).read_bytes() for name in ("reward.png", "eval.png")] + [curves.draw(run).read_bytes()]
+    seen = [(run / "report" / name).read_bytes() for name in ("reward.png", "eval.png")] + [
+        curves.draw(run).read_bytes()
+    ]
     assert all(data.startswith(b"\x89PNG") for data in seen) and len(set(seen)) == 3
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in TRAINED))
     assert curves.draw(run).read_bytes() != seen[2]  # without evaluations
@@ -173,46 +259,102 @@ def test_pngs_are_written_and_follow_the_values(tmp_path):
 
 def test_what_models_wrote_is_data_and_nothing_else(tmp_path):
     folder = tmp_path / "a</title><script>alert(1)</script>"
-    rows = [response(0, text=HOSTILE, answer=HOSTILE, detail=HOSTILE, status=HOSTILE, problem=HOSTILE, gold=HOSTILE, reward=math.nan, other_verifier={"reward": 0.0, "answer": HOSTILE}),
-            response(1, text="x" * 3_000_000)]
+    rows = [
+        response(
+            0,
+            text=HOSTILE,
+            answer=HOSTILE,
+            detail=HOSTILE,
+            status=HOSTILE,
+            problem=HOSTILE,
+            gold=HOSTILE,
+            reward=math.nan,
+            other_verifier={"reward": 0.0, "answer": HOSTILE},
+        ),
+        response(1, text="x" * 3_000_000),
+    ]
     make_run(folder, rollouts={1: rows}, config=f"model: {json.dumps('</pre>' + HOSTILE[:40])}\nnum_steps: 3\n")
     page = page_of(folder)
-    assert [tag for tag, _ in page.elements if tag in ("script", "img", "iframe", "object", "link", "base")] == ["script"] * 3
+    assert [tag for tag, _ in page.elements if tag in ("script", "img", "iframe", "object", "link", "base")] == [
+        "script"
+    ] * 3
     assert not [name for tag, attrs in page.elements for name in attrs if name.startswith("on")]
     assert not re.search(rb"[\x00-\x08\x0b-\x1f\x7f]", page.raw) and "\u202e" not in page.raw.decode()
     group = page.data["data"][0][3][0]
-    expected = HOSTILE.replace("\x00", "⟨U+0000⟩").replace("\x1b", "⟨U+001B⟩").replace("\u202e", "⟨U+202E⟩").replace("\ud800", "⟨U+D800⟩")
+    expected = (
+        HOSTILE.replace("\x00", "⟨U+0000⟩")
+        .replace("\x1b", "⟨U+001B⟩")
+        .replace("\u202e", "⟨U+202E⟩")
+        .replace("\ud800", "⟨U+D800⟩")
+    )
     assert group[2] == [expected, 0, ""] and group[3] == expected
     sample, tokens, truncated, versions, reward_, status, answer, rule, other, text = group[4][0]
-    assert (reward_, status, answer, rule, other[2], text) == ("nan", expected, expected, expected, expected, [expected, 0, ""])
+    assert (reward_, status, answer, rule, other[2], text) == (
+        "nan",
+        expected,
+        expected,
+        expected,
+        expected,
+        [expected, 0, ""],
+    )
     assert len(page.raw) < 1_500_000
 
 
 def test_no_script_but_the_pages_own_may_run_and_nothing_is_fetched(tmp_path):
     page = page_of(make_run(tmp_path / "run", rollouts={1: [response()]}))
-    (policy,) = [attrs["content"] for tag, attrs in page.elements if attrs.get("http-equiv") == "Content-Security-Policy"]
+    (policy,) = [
+        attrs["content"] for tag, attrs in page.elements if attrs.get("http-equiv") == "Content-Security-Policy"
+    ]
     (script,) = [text for attrs, text in page.scripts if not attrs]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert "default-src 'none'" in policy and f"script-src 'sha256-{digest}'" in policy
-    targets = [v for _, attrs in page.elements for k, v in attrs.items() if k in ("src", "href", "xlink:href", "action")]
+    targets = [
+        v for _, attrs in page.elements for k, v in attrs.items() if k in ("src", "href", "xlink:href", "action")
+    ]
     assert targets and all(v.startswith("#") for v in targets)
     ids = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
     assert len(ids) == len(set(ids)) and all(v[1:] in ids for v in targets)
 
 
 def test_rollouts_come_with_reward_answer_and_rule_in_groups(tmp_path):
-    rows = [response(0), response(1, reward=0.0, status="wrong", answer="5", detail="not equal by text", versions=[[1, 4], [2, 8]], truncated=True), response(0, position=9, text=None)]
+    rows = [
+        response(0),
+        response(
+            1,
+            reward=0.0,
+            status="wrong",
+            answer="5",
+            detail="not equal by text",
+            versions=[[1, 4], [2, 8]],
+            truncated=True,
+        ),
+        response(0, position=9, text=None),
+    ]
     page = page_of(make_run(tmp_path / "run", rollouts={3: rows}))
-    (step, stage, its_step, groups), = page.data["data"]
+    ((step, stage, its_step, groups),) = page.data["data"]
     assert (step, stage, its_step) == (3, "run", 3)
     assert [(g[0], g[1], g[2], g[3]) for g in groups] == [("7", "107", ["2+2", 0, ""], "4"), ("9", "109", None, None)]
-    assert groups[0][4][1] == ["1", 12, True, "1 (4), 2 (8)", 0.0, "wrong", "5", "not equal by text", None, ["so \\boxed{4}", 0, ""]]
+    assert groups[0][4][1] == [
+        "1",
+        12,
+        True,
+        "1 (4), 2 (8)",
+        0.0,
+        "wrong",
+        "5",
+        "not equal by text",
+        None,
+        ["so \\boxed{4}", 0, ""],
+    ]
     assert groups[1][4][0][-1] is None
 
 
 def test_bounds_hold_and_the_page_says_what_it_leaves_out(tmp_path):
     long = "a" * 500 + "b" * 4000 + "\\boxed{4}"
-    rollouts = {s: [response(i, position=g, text=long if g == 0 else None) for g in range(3) for i in range(4)] for s in range(1, 41)}
+    rollouts = {
+        s: [response(i, position=g, text=long if g == 0 else None) for g in range(3) for i in range(4)]
+        for s in range(1, 41)
+    }
     run = make_run(tmp_path / "run", rollouts=rollouts)
     page = page_of(run, steps=5, chars=900)
     assert [step for step, *_ in page.data["data"]] == [1, 11, 21, 30, 40]
@@ -224,12 +366,24 @@ def test_bounds_hold_and_the_page_says_what_it_leaves_out(tmp_path):
         page = page_of(run, steps=5, chars=900, mib=mib)
         texts, rows = map(int, re.search(r"(\d+) texts and (\d+) responses are left out beyond", page.text).groups())
         shown = page.responses()
-        assert len(json.dumps(page.data["data"], separators=(",", ":"))) < mib * 2**20 + 5 * 50  # 50: a step's own fields
-        assert texts > 0 and len(shown) + rows == 60 and sum(r[-1] is not None for r in shown) + texts == 20 and (rows > 0) == (mib == 0.005)
+        assert (
+            len(json.dumps(page.data["data"], separators=(",", ":"))) < mib * 2**20 + 5 * 50
+        )  # 50: a step's own fields
+        assert (
+            texts > 0
+            and len(shown) + rows == 60
+            and sum(r[-1] is not None for r in shown) + texts == 20
+            and (rows > 0) == (mib == 0.005)
+        )
 
 
 def test_steps_are_chosen_evenly():
-    assert report.evenly(3, 5) == [0, 1, 2] and report.evenly(0, 5) == [] and report.evenly(9, 1) == [8] and report.evenly(9, 3) == [0, 4, 8]
+    assert (
+        report.evenly(3, 5) == [0, 1, 2]
+        and report.evenly(0, 5) == []
+        and report.evenly(9, 1) == [8]
+        and report.evenly(9, 3) == [0, 4, 8]
+    )
     for n in (25, 240, 1040):
         chosen = report.evenly(n, 24)
         assert len(set(chosen)) == 24 and chosen[0] == 0 and chosen[-1] == n - 1
@@ -237,7 +391,11 @@ def test_steps_are_chosen_evenly():
 
 def test_stages_follow_each_other(tmp_path):
     first = make_run(tmp_path / "8k", rollouts={3: [response()]})
-    second = make_run(tmp_path / "16k", rows=({"step": 0, "eval/mean@8": 0.5, "eval/standard_error": 0.1}, {"step": 1, "reward/mean": 0.75}), rollouts={1: [response()]})
+    second = make_run(
+        tmp_path / "16k",
+        rows=({"step": 0, "eval/mean@8": 0.5, "eval/standard_error": 0.1}, {"step": 1, "reward/mean": 0.75}),
+        rollouts={1: [response()]},
+    )
     path = report.write([first, second])
     page = Page(path)
     assert path == second / "report/index.html"
@@ -249,16 +407,36 @@ def test_stages_follow_each_other(tmp_path):
 
 
 def test_numbers_that_are_none_are_counted_and_not_drawn(tmp_path):
-    rows = ({"step": 1, "reward/mean": 0.5, "update/grad_norm": math.nan}, {"step": 2, "reward/mean": math.inf, "update/grad_norm": 2.0}, {"step": 3, "update/grad_norm": 3.0})
+    rows = (
+        {"step": 1, "reward/mean": 0.5, "update/grad_norm": math.nan},
+        {"step": 2, "reward/mean": math.inf, "update/grad_norm": 2.0},
+        {"step": 3, "update/grad_norm": 3.0},
+    )
     page = page_of(make_run(tmp_path / "run", rows=rows))
-    assert page.chart("update/grad_norm") == [[1, 2, 3], ["nan", 2.0, 3.0]] and page.chart("reward/mean")[1] == [0.5, "inf", "nan"]
-    assert page.cells("update/grad_norm") == ["nan", "3", "2", "3", "3", "1"] and page.cells("reward/mean") == ["0.5", "inf", "0.5", "0.5", "2", "1"]
+    assert page.chart("update/grad_norm") == [[1, 2, 3], ["nan", 2.0, 3.0]] and page.chart("reward/mean")[1] == [
+        0.5,
+        "inf",
+        "nan",
+    ]
+    assert page.cells("update/grad_norm") == ["nan", "3", "2", "3", "3", "1"] and page.cells("reward/mean") == [
+        "0.5",
+        "inf",
+        "0.5",
+        "0.5",
+        "2",
+        "1",
+    ]
     assert page.text.count("1 values are not finite and not drawn") == 2
 
 
 def test_a_run_that_has_just_begun_has_a_page(tmp_path):
     page = page_of(make_run(tmp_path / "run", rows=()))
-    assert "no step is complete yet" in page.text and "This run has kept no rollouts" in page.text and page.data["data"] == [] and page.data["charts"] == {}
+    assert (
+        "no step is complete yet" in page.text
+        and "This run has kept no rollouts" in page.text
+        and page.data["data"] == []
+        and page.data["charts"] == {}
+    )
     unknown = page_of(make_run(tmp_path / "other", config=None))
     assert "unfinished: 3 of – steps" in unknown.text
 
@@ -271,11 +449,19 @@ def test_half_written_last_lines_are_dropped(tmp_path):
     assert page.chart("reward/mean")[0] == [1, 2, 3] and len(page.responses()) == 1
 
 
-@pytest.mark.parametrize("file, text, said", [
-    ("metrics.jsonl", '{"step": 1}\n{"step"\n', "metrics.jsonl:2"), ("metrics.jsonl", '{"reward/mean": 1.0}\n', "step is no number"), ("metrics.jsonl", '{"step": 1, "a": "b"}\n', "a is no number"),
-    ("rollouts/step_000001.jsonl", "[1]\n", "step_000001.jsonl:1"), ("rollouts/step_000001.jsonl", "[" * 100000 + "\n", "step_000001.jsonl:1"),
-    ("summary.json", "{", "summary.json"), ("provenance.jsonl", "{\n", "provenance.jsonl"), ("config.yaml", "a: [", "config.yaml"),
-])
+@pytest.mark.parametrize(
+    "file, text, said",
+    [
+        ("metrics.jsonl", '{"step": 1}\n{"step"\n', "metrics.jsonl:2"),
+        ("metrics.jsonl", '{"reward/mean": 1.0}\n', "step is no number"),
+        ("metrics.jsonl", '{"step": 1, "a": "b"}\n', "a is no number"),
+        ("rollouts/step_000001.jsonl", "[1]\n", "step_000001.jsonl:1"),
+        ("rollouts/step_000001.jsonl", "[" * 100000 + "\n", "step_000001.jsonl:1"),
+        ("summary.json", "{", "summary.json"),
+        ("provenance.jsonl", "{\n", "provenance.jsonl"),
+        ("config.yaml", "a: [", "config.yaml"),
+    ],
+)
 def test_damaged_files_are_named(tmp_path, file, text, said):
     run = make_run(tmp_path / "run")
     (run / file).write_text(text)
@@ -287,7 +473,12 @@ def test_what_is_no_run_is_refused(tmp_path):
     run = make_run(tmp_path / "run")
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
-    for runs, out, said in (([tmp_path / "none"], None, "no such folder"), ([tmp_path / "empty"], None, "neither"), ([run, run], None, "twice"), ([run], tmp_path / "file", "cannot be written")):
+    for runs, out, said in (
+        ([tmp_path / "none"], None, "no such folder"),
+        ([tmp_path / "empty"], None, "neither"),
+        ([run, run], None, "twice"),
+        ([run], tmp_path / "file", "cannot be written"),
+    ):
         with pytest.raises(InputError, match=said):
             report.write(runs, out)
     for bounds in ({"steps": 0}, {"chars": -1}, {"mib": 0.0}):
@@ -297,9 +488,23 @@ def test_what_is_no_run_is_refused(tmp_path):
 
 def test_the_program_writes_the_page_or_says_in_one_line_what_is_wrong(tmp_path):
     run = make_run(tmp_path / "run", rollouts={1: [response()]})
-    for args, code, said in (([run, "--out", tmp_path / "out", "--steps", 1], 0, f"wrote {tmp_path / 'out/index.html'}"), ([tmp_path / "none"], 2, "error: RUN = ")):
-        done = subprocess.run([sys.executable, ROOT / "launch/report.py", *map(str, args)], cwd=tmp_path, env=environment(), text=True, capture_output=True, timeout=120)
-        assert done.returncode == code and said in done.stdout + done.stderr and len((done.stdout + done.stderr).splitlines()) == 1, done.stderr
+    for args, code, said in (
+        ([run, "--out", tmp_path / "out", "--steps", 1], 0, f"wrote {tmp_path / 'out/index.html'}"),
+        ([tmp_path / "none"], 2, "error: RUN = "),
+    ):
+        done = subprocess.run(
+            [sys.executable, ROOT / "launch/report.py", *map(str, args)],
+            cwd=tmp_path,
+            env=environment(),
+            text=True,
+            capture_output=True,
+            timeout=120,
+        )
+        assert (
+            done.returncode == code
+            and said in done.stdout + done.stderr
+            and len((done.stdout + done.stderr).splitlines()) == 1
+        ), done.stderr
 
 
 def test_the_statuses_are_the_graders():
@@ -311,7 +516,12 @@ CHROMIUM = shutil.which("chromium")
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_the_script_shows_filters_and_opens_rollouts_and_hostile_ones_as_text(tmp_path):
-    rows = [response(i, reward=float(i % 2), status="correct" if i % 2 else "wrong", text=HOSTILE if i == 3 else f"text {i}") for i in range(60)]
+    rows = [
+        response(
+            i, reward=float(i % 2), status="correct" if i % 2 else "wrong", text=HOSTILE if i == 3 else f"text {i}"
+        )
+        for i in range(60)
+    ]
     path = report.write([make_run(tmp_path / "run", rollouts={1: rows})])
     steps = """
     const say = text => document.body.append(element("p", "SAID " + text));
@@ -326,6 +536,24 @@ def test_the_script_shows_filters_and_opens_rollouts_and_hostile_ones_as_text(tm
     start = text.rindex("</script>")  # the test's steps run at the end of the page's script, whose digest they change
     text = re.sub("script-src '[^']*'", "script-src 'unsafe-inline'", text[:start] + steps + text[start:])
     path.write_text(text)
-    out = subprocess.run([CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile", "--virtual-time-budget=2000", "--dump-dom", path.as_uri()],
-                         text=True, capture_output=True, timeout=120).stdout
-    assert re.findall("SAID (.*?)</p>", out) == ["responses 1 to 50 of 60 / 50", "responses 1 to 30 of 30", "responses 1 to 1 of 1", "60 siblings, 0 elements in the text, true"]
+    out = subprocess.run(
+        [
+            CHROMIUM,
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--user-data-dir={tmp_path}/profile",
+            "--virtual-time-budget=2000",
+            "--dump-dom",
+            path.as_uri(),
+        ],
+        text=True,
+        capture_output=True,
+        timeout=120,
+    ).stdout
+    assert re.findall("SAID (.*?)</p>", out) == [
+        "responses 1 to 50 of 60 / 50",
+        "responses 1 to 30 of 30",
+        "responses 1 to 1 of 1",
+        "60 siblings, 0 elements in the text, true",
+    ]

@@ -4,6 +4,7 @@ Nothing is replaced by a stand-in: the processes are the real ones, and the answ
 is a right answer is test_math_answer.py's matter. Not covered: a comparison that ends in a crash of the interpreter (the
 same path as a kill from outside, which is covered).
 """
+
 import os
 import resource
 import signal
@@ -20,7 +21,11 @@ from grpo_mcore.reward import grading_process
 from grpo_mcore.reward.grader import Grader, Status, Verdict, counts
 from tests.dist import ROOT
 
-LIMITS = {"cpu_s": 0.5, "wall_s": 30.0, "memory_bytes": 1 << 30}  # a wide clock: other processes may keep the cores busy
+LIMITS = {
+    "cpu_s": 0.5,
+    "wall_s": 30.0,
+    "memory_bytes": 1 << 30,
+}  # a wide clock: other processes may keep the cores busy
 HANGS = ["9^{9^{9^9}}", r"\Gamma(10^9)", "10^{10^9}", r"\binom{10^9}{10^8}", "100000!!"]
 
 
@@ -64,12 +69,12 @@ def test_each_kind_of_response_gets_its_reward_and_status():
         (boxed("12"), "12", False, 1.0, Status.CORRECT, "12"),
         (boxed(r"\frac{3}{4}"), "0.75", False, 1.0, Status.CORRECT, r"\frac{3}{4}"),  # takes algebra
         (boxed("12"), "13", False, 0.0, Status.WRONG, "12"),
-        (boxed("x+2"), "1+x", False, 0.0, Status.WRONG, "x+2"),                       # takes algebra
+        (boxed("x+2"), "1+x", False, 0.0, Status.WRONG, "x+2"),  # takes algebra
         (r"\boxed{12}</think> It is 12.", "12", False, 0.0, Status.NO_ANSWER, None),
         (boxed(""), "12", False, 0.0, Status.NO_ANSWER, None),
         (boxed("1" * 600), "1" * 600, False, 0.0, Status.NO_ANSWER, None),
         ("So x is", "12", True, 0.0, Status.TRUNCATED, None),
-        (boxed("12") + " But wait, if", "12", True, 1.0, Status.CORRECT, "12"),       # truncated with its answer given
+        (boxed("12") + " But wait, if", "12", True, 1.0, Status.CORRECT, "12"),  # truncated with its answer given
         (boxed("12") + " But wait, if", "13", True, 0.0, Status.WRONG, "12"),
         (boxed("9^{9^{9^9}}"), "12", False, 0.0, Status.TIMED_OUT, "9^{9^{9^9}}"),
     ]
@@ -85,21 +90,31 @@ def test_hostile_answers_are_killed_and_the_others_keep_their_order():
     items, expected = [], []
     for number, answer in enumerate(HANGS):
         # The correct ones take algebra, so that each of them meets a process that has just been replaced.
-        items += [(boxed(answer), "5", False), (boxed(rf"\frac{{{2 * number + 1}}}{{2}}"), f"{number}.5", False),
-                  (boxed(f"{number}+x"), f"x+{number + 1}", False)]
+        items += [
+            (boxed(answer), "5", False),
+            (boxed(rf"\frac{{{2 * number + 1}}}{{2}}"), f"{number}.5", False),
+            (boxed(f"{number}+x"), f"x+{number + 1}", False),
+        ]
         expected += [Status.TIMED_OUT, Status.CORRECT, Status.WRONG]
     with Grader(2, **LIMITS) as grader:
         verdicts = grader.grade(items)
         assert [v.status for v in verdicts] == expected
         assert all(text == boxed(v.answer) for v, (text, _, _) in zip(verdicts, items, strict=True))
-        assert {v.detail for v in verdicts if v.status == Status.TIMED_OUT} == {"killed after cpu_s = 0.5 s of processor time"}
+        assert {v.detail for v in verdicts if v.status == Status.TIMED_OUT} == {
+            "killed after cpu_s = 0.5 s of processor time"
+        }
         assert len(children()) <= 2 and "Z" not in children().values()
 
 
 def test_thousands_of_terms_and_megabytes_of_braces_do_not_stop_a_batch():
     terms = "+".join(f"\\frac{{1}}{{x_{{{i}}}}}" for i in range(3000))
-    items = [(boxed(terms), "5", False), (r"\boxed{" * 300_000, "5", True), ("{" * 2_000_000, "5", False),
-             (boxed("+".join(["1"] * 250)), "249", False), (boxed(r"\sqrt{16}"), "4", False)]
+    items = [
+        (boxed(terms), "5", False),
+        (r"\boxed{" * 300_000, "5", True),
+        ("{" * 2_000_000, "5", False),
+        (boxed("+".join(["1"] * 250)), "249", False),
+        (boxed(r"\sqrt{16}"), "4", False),
+    ]
     with Grader(1, **LIMITS) as grader:
         statuses = [v.status for v in grader.grade(items)]
     assert statuses == [Status.NO_ANSWER, Status.TRUNCATED, Status.NO_ANSWER, Status.WRONG, Status.CORRECT]
@@ -110,12 +125,16 @@ def test_equal_questions_are_asked_once():
     with Grader(2, **LIMITS) as grader:
         verdicts = grader.grade([(boxed("9^{9^{9^9}}"), "5", False)] * 16)
     assert [v.status for v in verdicts] == [Status.TIMED_OUT] * 16
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 4  # a kill at 0.5 s and a start-up, not 16 kills
+    assert (
+        resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 4
+    )  # a kill at 0.5 s and a start-up, not 16 kills
 
 
 def test_a_process_starts_only_for_algebra_and_is_kept():
     with Grader(2, **LIMITS) as grader:
-        assert [v.reward for v in grader.grade([(boxed("5"), "5.", False), (boxed("5"), "6", False), ("", "5", False)])] == [1, 0, 0]
+        assert [
+            v.reward for v in grader.grade([(boxed("5"), "5.", False), (boxed("5"), "6", False), ("", "5", False)])
+        ] == [1, 0, 0]
         assert children() == {}
         assert grader.grade([]) == []
         for first, second in [("1+x", "x+1"), ("1+y", "y+1")]:
@@ -148,7 +167,9 @@ def test_a_process_that_died_while_idle_is_replaced_and_costs_no_answer(warm):
     (pid,) = children()
     os.kill(pid, signal.SIGKILL)
     assert wait_until(lambda: is_gone(pid), 10)
-    assert [v.status for v in warm.grade([(boxed(f"{i}+x"), f"x+{i}", False) for i in range(3)])] == [Status.CORRECT] * 3
+    assert [v.status for v in warm.grade([(boxed(f"{i}+x"), f"x+{i}", False) for i in range(3)])] == [
+        Status.CORRECT
+    ] * 3
     assert pid not in children()
 
 
@@ -167,7 +188,10 @@ def test_a_process_that_is_killed_at_work_costs_one_answer():
 def test_threads_get_the_replies_to_their_own_questions(warm):
     def ask(thread: int) -> list[bool]:
         golds = [f"{'x' if i % 2 else 'y'}+{100 * thread + i}" for i in range(20)]
-        return [v.reward == 1.0 for v in warm.grade([(boxed(f"{100 * thread + i}+x"), gold, False) for i, gold in enumerate(golds)])]
+        return [
+            v.reward == 1.0
+            for v in warm.grade([(boxed(f"{100 * thread + i}+x"), gold, False) for i, gold in enumerate(golds)])
+        ]
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(ask, range(4))) == [[i % 2 == 1 for i in range(20)]] * 4
@@ -230,9 +254,16 @@ def test_a_gold_answer_that_is_none_is_an_error_that_names_the_item(gold):
         grader.grade([(boxed("5"), "5", False), (boxed("5"), gold, False)])
 
 
-@pytest.mark.parametrize(("arguments", "named"), [
-    ({"num_processes": 0}, "num_processes = 0"), ({"cpu_s": 0.0}, "cpu_s = 0"), ({"cpu_s": 31.0}, "cpu_s = 31.0, wall_s = 30.0"),
-    ({"wall_s": float("inf")}, "wall_s = inf"), ({"memory_bytes": 0}, "memory_bytes = 0")])
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"num_processes": 0}, "num_processes = 0"),
+        ({"cpu_s": 0.0}, "cpu_s = 0"),
+        ({"cpu_s": 31.0}, "cpu_s = 31.0, wall_s = 30.0"),
+        ({"wall_s": float("inf")}, "wall_s = inf"),
+        ({"memory_bytes": 0}, "memory_bytes = 0"),
+    ],
+)
 def test_senseless_limits_are_refused(arguments, named):
     with pytest.raises(ValueError, match=named):
         Grader(**{"num_processes": 1, **LIMITS} | arguments)
@@ -240,21 +271,27 @@ def test_senseless_limits_are_refused(arguments, named):
 
 def start_script(body: str) -> subprocess.Popen:
     """A parent of its own, with a warm grader of one process that a question keeps busy for 2 s; it prints that one's id."""
-    script = ("import os, signal, subprocess, sys, time\n"
-              "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job has it ignored
-              "from grpo_mcore.reward.grader import Grader\n"
-              "easy, hard = (r'\\boxed{1+x}', 'x+1', False), (r'\\boxed{9^{9^{9^9}}}', '5', False)\n"
-              "grader = Grader(1, cpu_s=2.0, wall_s=60.0, memory_bytes=1 << 30)\n"
-              "grader.grade([easy])\n"
-              "print(grader._processes[0]._popen.pid, flush=True)\n" + body)
+    script = (
+        "import os, signal, subprocess, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job has it ignored
+        "from grpo_mcore.reward.grader import Grader\n"
+        "easy, hard = (r'\\boxed{1+x}', 'x+1', False), (r'\\boxed{9^{9^{9^9}}}', '5', False)\n"
+        "grader = Grader(1, cpu_s=2.0, wall_s=60.0, memory_bytes=1 << 30)\n"
+        "grader.grade([easy])\n"
+        "print(grader._processes[0]._popen.pid, flush=True)\n" + body
+    )
     return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=ROOT)
 
 
-@pytest.mark.parametrize("body", [
-    "time.sleep(60)",
-    "while True: grader.grade([hard])",
-    "sleeper = os.fork()\nif sleeper: print(sleeper, flush=True)\ntime.sleep(60)",  # a fork holds the pipe's other end open
-], ids=["idle", "busy", "forked"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        "time.sleep(60)",
+        "while True: grader.grade([hard])",
+        "sleeper = os.fork()\nif sleeper: print(sleeper, flush=True)\ntime.sleep(60)",  # a fork holds the pipe's other end open
+    ],
+    ids=["idle", "busy", "forked"],
+)
 def test_processes_go_away_when_their_parent_is_killed(body):
     parent, sleeper = start_script(body), None
     try:
@@ -279,7 +316,8 @@ def test_ctrl_c_ends_the_question_and_its_late_reply_meets_no_other():
         "try:\n"
         "    while True: grader.grade([hard])\n"
         "except KeyboardInterrupt:\n"
-        "    print(grader.grade([easy])[0].status, flush=True)\n")
+        "    print(grader.grade([easy])[0].status, flush=True)\n"
+    )
     try:
         pid = int(parent.stdout.readline())
         time.sleep(0.5)

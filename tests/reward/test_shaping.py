@@ -9,7 +9,10 @@ from grpo_mcore.config import config
 from grpo_mcore.reward.shaping import shaped
 from grpo_mcore.types import Group, Prompt, Response
 
-GROUPS = [Group(Prompt(p, "", "", (1,)), tuple(Response((7,) * n, (0.0,) * n, n == 100, 0) for n in lengths)) for p, lengths in enumerate([(1, 80, 81), (90, 99, 100)])]
+GROUPS = [
+    Group(Prompt(p, "", "", (1,)), tuple(Response((7,) * n, (0.0,) * n, n == 100, 0) for n in lengths))
+    for p, lengths in enumerate([(1, 80, 81), (90, 99, 100)])
+]
 REWARDS_PG = [[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
 
 

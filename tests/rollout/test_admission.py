@@ -89,7 +89,14 @@ def test_over_a_long_run(seed, dynamic):
     P, S = rng.randint(1, 5), rng.randint(0, 3)
     max_draws, extra = (rng.choice([1, 1.5, 3]), rng.choice([0, 0.3, 1])) if dynamic else (1, 0)
     flat_frac, cursor = rng.random(), rng.randint(0, 20)
-    a = Admission(prompts_per_step=P, max_staleness=S, dynamic_sampling=dynamic, max_draws=max_draws, oversampling_frac=extra, cursor=cursor)
+    a = Admission(
+        prompts_per_step=P,
+        max_staleness=S,
+        dynamic_sampling=dynamic,
+        max_draws=max_draws,
+        oversampling_frac=extra,
+        cursor=cursor,
+    )
     has_variance = {}
     begun, arrived, start, dropped = {}, set(), cursor, 0  # begun: position -> version, of all that were not taken
 
@@ -108,7 +115,9 @@ def test_over_a_long_run(seed, dynamic):
         assert a.num_dropped == dropped
         admit(admitted, step)
         if not dynamic:
-            assert sorted(begun) == list(range(a.cursor, a.cursor + (S + 1) * P)), "the whole window is under way or there"
+            assert sorted(begun) == list(range(a.cursor, a.cursor + (S + 1) * P)), (
+                "the whole window is under way or there"
+            )
             assert all(v >= p_step - S for p_step, v in ((step + (p - a.cursor) // P, begun[p]) for p in begun))
         taken = a.take()
         while taken is None:
@@ -118,7 +127,11 @@ def test_over_a_long_run(seed, dynamic):
             admit(a.arrived(p, has_variance[p]), step)
             taken = a.take()
         seen = range(start, a.cursor)
-        assert len(taken.positions) == P and taken.positions == sorted(set(taken.positions)) and set(taken.positions) <= set(seen)
+        assert (
+            len(taken.positions) == P
+            and taken.positions == sorted(set(taken.positions))
+            and set(taken.positions) <= set(seen)
+        )
         assert len(seen) <= max(int(max_draws * P), P)
         flat = [p for p in seen if dynamic and not has_variance[p]]
         assert taken.passed_over + taken.kept == len(flat) and len(seen) == P + taken.passed_over

@@ -143,7 +143,9 @@ def test_over_a_long_life_every_request_is_answered_once_and_the_load_is_even(se
             assert loads[engine] == 0 or loads[engine] < 2 * max_running
             dealt[key[0]] = engine
             loads[engine] += group_size
-        assert not waiting or all(load >= 2 * max_running for load in loads.values()), "nothing waits while there is room"
+        assert not waiting or all(load >= 2 * max_running for load in loads.values()), (
+            "nothing waits while there is room"
+        )
         assert (d.num_waiting, d.num_dealt) == (len(waiting), len(dealt)) and set(d.engines) == alive
         assert all(d.owner((k,)) == e for k, e in dealt.items())
     assert set(answered) | cancelled | under_way == set(range(submitted)) and max(answered.values()) == 1

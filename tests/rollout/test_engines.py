@@ -30,14 +30,32 @@ slow = pytest.mark.slow  # engines take 15 to 40 s to start
 
 @pytest.fixture(scope="module")
 def session(model_folders, tmp_path_factory):
-    s = Session(model_folders["qwen2_tied"], str(tmp_path_factory.mktemp("run")), {}, "engine.num_engines=2", "engine.health_timeout_s=4", "engine.max_failures=12",
-                "engine.max_running_responses=16", "rollout.max_response_tokens=200", "refit.timeout_s=20")
+    s = Session(
+        model_folders["qwen2_tied"],
+        str(tmp_path_factory.mktemp("run")),
+        {},
+        "engine.num_engines=2",
+        "engine.health_timeout_s=4",
+        "engine.max_failures=12",
+        "engine.max_running_responses=16",
+        "rollout.max_response_tokens=200",
+        "refit.timeout_s=20",
+    )
     yield s
     s.close()
 
 
 def sampled(session, version: int, seed: int = 5) -> list[list[tuple[int, ...]]]:
-    groups = sample(session.engines, PROMPTS, group_size=4, temperature=1.0, max_tokens=lambda _: 200, seed=seed, version=version, timeout_s=120)
+    groups = sample(
+        session.engines,
+        PROMPTS,
+        group_size=4,
+        temperature=1.0,
+        max_tokens=lambda _: 200,
+        seed=seed,
+        version=version,
+        timeout_s=120,
+    )
     assert [g.prompt.id for g in groups] == list(range(len(PROMPTS)))
     assert all(r.versions == ((version, len(r.token_ids)),) for g in groups for r in g.responses)
     return [[r.token_ids for r in g.responses] for g in groups]
@@ -46,6 +64,7 @@ def sampled(session, version: int, seed: int = 5) -> list[list[tuple[int, ...]]]
 @contextlib.contextmanager
 def signalled(how: int, process_id: int, when, delay_s: float):
     """A signal to a process, delay_s after `when()` holds."""
+
     def later():
         while not when():
             time.sleep(0.01)
@@ -85,14 +104,20 @@ HOW = {
 
 @slow
 @pytest.mark.parametrize("case", HOW)
-def test_an_engine_that_dies_or_hangs_in_mid_generation_changes_nothing_and_is_replaced(session, undisturbed, capsys, case):
+def test_an_engine_that_dies_or_hangs_in_mid_generation_changes_nothing_and_is_replaced(
+    session, undisturbed, capsys, case
+):
     how, process, words = HOW[case]
     slot = session.engines.ready[1]
     process_id = slot.process_ids[0] if process == 0 else vllm_process(slot)
     with signalled(how, process_id, has_requests(session, slot), 0.7):
         assert sampled(session, 1) == undisturbed  # as many responses of each prompt, and the same
     said = capsys.readouterr().out
-    assert words in said and "requests go to the 1 other engines; a replacement is started" in said and "The end of" in said
+    assert (
+        words in said
+        and "requests go to the 1 other engines; a replacement is started" in said
+        and "The end of" in said
+    )
     assert len(session.engines.ready) == 1
     assert sampled(session, 1) == undisturbed  # with fewer engines
     both_again(session, 1)
@@ -109,8 +134,18 @@ def vllm_process(slot) -> int:
 
 
 @slow
-@pytest.mark.parametrize(("how", "transport"), [(signal.SIGKILL, "shared"), (signal.SIGKILL, "broadcast"), (signal.SIGSTOP, "broadcast"), (signal.SIGSTOP, "shared")])
-def test_an_engine_that_dies_or_hangs_in_mid_refit_is_replaced_and_the_others_are_refitted(session, undisturbed, capsys, monkeypatch, how, transport):
+@pytest.mark.parametrize(
+    ("how", "transport"),
+    [
+        (signal.SIGKILL, "shared"),
+        (signal.SIGKILL, "broadcast"),
+        (signal.SIGSTOP, "broadcast"),
+        (signal.SIGSTOP, "shared"),
+    ],
+)
+def test_an_engine_that_dies_or_hangs_in_mid_refit_is_replaced_and_the_others_are_refitted(
+    session, undisturbed, capsys, monkeypatch, how, transport
+):
     session.refit_by(transport)(1)
     slot, honest = session.engines.ready[0], session.policy.export
 
@@ -157,11 +192,16 @@ def difference(session, prompt: Prompt, c: Completion) -> torch.Tensor:
 def test_a_corrupted_refit_is_caught_before_a_token_is_used_and_done_again(session, undisturbed, monkeypatch):
     """Requests run meanwhile. Those that end on the corrupted weights do not leave the engine until it is refitted."""
     corrupted(session, monkeypatch, times=1)
-    answers = [session.engines.submit((0, i), p.token_ids, Sampling(1, 1.0, 200, seed=i), "test") for i, p in enumerate(PROMPTS[:16])]
+    answers = [
+        session.engines.submit((0, i), p.token_ids, Sampling(1, 1.0, 200, seed=i), "test")
+        for i, p in enumerate(PROMPTS[:16])
+    ]
     time.sleep(0.15)
     assert session.refit(2)["refit/attempts"].value == 2
     completions = [answer.result(60)[0] for answer in answers]
-    assert max(difference(session, p, c).max() for p, c in zip(PROMPTS, completions)) < 1e-3  # the right weights' in every token
+    assert (
+        max(difference(session, p, c).max() for p, c in zip(PROMPTS, completions)) < 1e-3
+    )  # the right weights' in every token
     assert any(c.versions == ((2, len(c.token_ids)),) for c in completions)  # sampled again from the start
     assert session.refit(1)["refit/attempts"].value == 1
     assert sampled(session, 1) == undisturbed
@@ -170,7 +210,10 @@ def test_a_corrupted_refit_is_caught_before_a_token_is_used_and_done_again(sessi
 @slow
 def test_a_refit_that_stays_corrupted_ends_the_run_and_says_what_it_saw(session, undisturbed, monkeypatch):
     corrupted(session, monkeypatch, times=3)
-    with pytest.raises(RefitError, match=r"version 3, 3 times: engine \d does not compute what the trainer computes: mean .* tolerance 0.001; worst at canary token"):
+    with pytest.raises(
+        RefitError,
+        match=r"version 3, 3 times: engine \d does not compute what the trainer computes: mean .* tolerance 0.001; worst at canary token",
+    ):
         session.refit(3)
     monkeypatch.undo()
     assert session.refit(1)["refit/canary_abs_mean"].value < 1e-4
@@ -179,20 +222,25 @@ def test_a_refit_that_stays_corrupted_ends_the_run_and_says_what_it_saw(session,
 
 @slow
 @pytest.mark.parametrize("cache", ["recompute", "keep"])
-def test_responses_that_run_during_a_refit_go_on_with_the_new_weights_and_every_token_knows_its_version(session, undisturbed, cache):
+def test_responses_that_run_during_a_refit_go_on_with_the_new_weights_and_every_token_knows_its_version(
+    session, undisturbed, cache
+):
     """With `recompute` each token has the log-prob that the policy of its version gives; with `keep` those after the refit have another."""
     session.refit(1)
     session.refit._keep_cache = cache == "keep"
     weights = session.weights()
     session.learn(seed=3)
-    answers = [session.engines.submit((0, i), p.token_ids, Sampling(1, 1.0, 200, seed=i), "test") for i, p in enumerate(PROMPTS[:16])]
+    answers = [
+        session.engines.submit((0, i), p.token_ids, Sampling(1, 1.0, 200, seed=i), "test")
+        for i, p in enumerate(PROMPTS[:16])
+    ]
     time.sleep(0.15)
     session.refit(2)
     completions = [answer.result(60)[0] for answer in answers]
     assert all(sum(n for _, n in c.versions) == len(c.token_ids) for c in completions)
     mixed = [(p, c) for p, c in zip(PROMPTS, completions) if [v for v, _ in c.versions] == [1, 2]]
     assert len(mixed) >= 4, [c.versions for c in completions]
-    new = max(difference(session, prompt, c)[c.versions[0][1]:].max() for prompt, c in mixed)
+    new = max(difference(session, prompt, c)[c.versions[0][1] :].max() for prompt, c in mixed)
     session.restore(weights)
     old = max(difference(session, prompt, c)[: c.versions[0][1]].max() for prompt, c in mixed)
     session.refit._keep_cache = False
@@ -205,7 +253,10 @@ def test_responses_that_run_during_a_refit_go_on_with_the_new_weights_and_every_
 @slow
 def test_responses_wait_while_engines_sleep_and_go_on_after_the_refit_that_wakes_them(session, undisturbed):
     """On a CPU sleeping gives no memory back; the order of the verbs is the same."""
-    answers = [session.engines.submit((0, i), p.token_ids, Sampling(1, 1.0, 200, seed=i), "test") for i, p in enumerate(PROMPTS[:16])]
+    answers = [
+        session.engines.submit((0, i), p.token_ids, Sampling(1, 1.0, 200, seed=i), "test")
+        for i, p in enumerate(PROMPTS[:16])
+    ]
     time.sleep(0.1)
     session.engines.sleep(20)
     time.sleep(0.5)
@@ -231,9 +282,16 @@ def test_a_cancelled_request_is_not_answered_and_its_key_may_come_again(session,
 @slow
 def test_one_failure_too_many_stops_with_the_engines_last_words(session, undisturbed):
     # Last in this module.
-    session.engines._cfg = type(session.cfg.engine)(**{**vars(session.cfg.engine), "max_failures": session.engines.num_failures})
+    session.engines._cfg = type(session.cfg.engine)(
+        **{**vars(session.cfg.engine), "max_failures": session.engines.num_failures}
+    )
     slot = session.engines.ready[0]
-    with signalled(signal.SIGKILL, slot.process_ids[0], has_requests(session, slot), 0.3), pytest.raises(EngineError, match=r"evaluation: engine 0 failed: (?s:.*)engine_0.*\.log(?s:.*), and engine.max_failures = "):
+    with (
+        signalled(signal.SIGKILL, slot.process_ids[0], has_requests(session, slot), 0.3),
+        pytest.raises(
+            EngineError, match=r"evaluation: engine 0 failed: (?s:.*)engine_0.*\.log(?s:.*), and engine.max_failures = "
+        ),
+    ):
         sampled(session, 1)
 
 
@@ -262,7 +320,10 @@ def test_an_answer_is_not_garbage():
 
 def test_engines_beside_the_trainers_get_the_gpus_behind_theirs():
     assert engine_gpus("0,1,2,3,6,7", 4, config.Engine(num_engines=1, tp=2)) == ["6", "7"]
-    with pytest.raises(config.InputError, match=r"engine.num_engines = 2: x engine.tp = 2 needs 4 GPUs beside the 4 of the trainers, and this machine shows 6"):
+    with pytest.raises(
+        config.InputError,
+        match=r"engine.num_engines = 2: x engine.tp = 2 needs 4 GPUs beside the 4 of the trainers, and this machine shows 6",
+    ):
         engine_gpus("0,1,2,3,6,7", 4, config.Engine(num_engines=2, tp=2))
 
 
@@ -273,16 +334,30 @@ def arguments_of(minimal: dict, cuda: bool) -> dict:
 
 def test_vllm_is_told_what_the_placement_asks_for():
     shared = arguments_of({"engine": config.Engine(quantization="fp8_per_block", tp=2)}, cuda=True)
-    assert shared["enable_sleep_mode"] and shared["gpu_memory_utilization"] == 0.5 and shared["quantization"] == "fp8_per_block"
-    assert shared["tensor_parallel_size"] == 2 and shared["distributed_executor_backend"] == "mp" and not shared["enforce_eager"]
+    assert (
+        shared["enable_sleep_mode"]
+        and shared["gpu_memory_utilization"] == 0.5
+        and shared["quantization"] == "fp8_per_block"
+    )
+    assert (
+        shared["tensor_parallel_size"] == 2
+        and shared["distributed_executor_backend"] == "mp"
+        and not shared["enforce_eager"]
+    )
     apart = arguments_of({"engine": config.Engine(placement="disaggregated", kv_cache_dtype="fp8")}, cuda=True)
-    assert not apart["enable_sleep_mode"] and apart["gpu_memory_utilization"] == 0.9 and apart["kv_cache_dtype"] == "fp8"
+    assert (
+        not apart["enable_sleep_mode"] and apart["gpu_memory_utilization"] == 0.9 and apart["kv_cache_dtype"] == "fp8"
+    )
     on_cpu = arguments_of({"engine": config.Engine(kv_cache_bytes=1 << 20)}, cuda=False)
-    assert on_cpu["enforce_eager"] and on_cpu["max_num_batched_tokens"] == 8192 and "gpu_memory_utilization" not in on_cpu
+    assert (
+        on_cpu["enforce_eager"] and on_cpu["max_num_batched_tokens"] == 8192 and "gpu_memory_utilization" not in on_cpu
+    )
     with pytest.raises(config.InputError, match="engine.kv_cache_bytes"):
         arguments_of({}, cuda=False)
 
 
 def test_a_deterministic_engine_does_not_depend_on_its_batch():
     cfg = config.Config(model="m", run_dir="r", num_steps=1, data=config.Data(train="t"), deterministic=True)
-    assert environment(cfg, cuda=True)["VLLM_BATCH_INVARIANT"] == "1" and "VLLM_BATCH_INVARIANT" not in environment(cfg, cuda=False)
+    assert environment(cfg, cuda=True)["VLLM_BATCH_INVARIANT"] == "1" and "VLLM_BATCH_INVARIANT" not in environment(
+        cfg, cuda=False
+    )

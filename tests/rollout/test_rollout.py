@@ -31,13 +31,20 @@ pytestmark = pytest.mark.slow  # whole runs
 @pytest.fixture
 def cfg(tmp_path, taught) -> Path:
     path = tmp_path / "cfg.yaml"
-    path.write_text(CONFIG.format(model=taught, run_dir=tmp_path / "run").replace("every: 2, max_prompts", "every: 100, max_prompts"))
+    path.write_text(
+        CONFIG.format(model=taught, run_dir=tmp_path / "run").replace(
+            "every: 2, max_prompts", "every: 100, max_prompts"
+        )
+    )
     return path
 
 
 def rollouts(run_dir: Path) -> list[list[dict]]:
     """The responses of each step."""
-    return [[json.loads(line) for line in path.read_text().splitlines()] for path in sorted((run_dir / "rollouts").glob("step_*.jsonl"))]
+    return [
+        [json.loads(line) for line in path.read_text().splitlines()]
+        for path in sorted((run_dir / "rollouts").glob("step_*.jsonl"))
+    ]
 
 
 def identities(run_dir: Path) -> list[tuple[int, int]]:
@@ -55,14 +62,37 @@ def sampled_plainly(run, step: int) -> tuple[list, list]:
     groups = []
     for position in range(step * cfg.rollout.prompts_per_step, (step + 1) * cfg.rollout.prompts_per_step):
         prompt = stream.at(position)
-        sampling = Sampling(cfg.rollout.group_size, cfg.rollout.temperature, cfg.rollout.max_response_tokens, seed_of(cfg.seed, "rollout", position, prompt))
-        groups.append(group_of(prompt, run.engines.submit((position,), prompt.token_ids, sampling, "plain").result(60), oldest=step, newest=step))
+        sampling = Sampling(
+            cfg.rollout.group_size,
+            cfg.rollout.temperature,
+            cfg.rollout.max_response_tokens,
+            seed_of(cfg.seed, "rollout", position, prompt),
+        )
+        groups.append(
+            group_of(
+                prompt,
+                run.engines.submit((position,), prompt.token_ids, sampling, "plain").result(60),
+                oldest=step,
+                newest=step,
+            )
+        )
     return groups, grade(groups, run.tokenizer, run.grader)[0]
 
 
 def test_staleness_0_is_the_synchronous_run_bit_for_bit(cfg, tmp_path):
     def run_of(name: str):
-        return trainer.open_run(config_file.load(cfg, [f"run_dir={tmp_path / name}", "num_steps=3", "eval.data=null", "checkpoint.every=0", "optimizer.lr=1e-4"]))
+        return trainer.open_run(
+            config_file.load(
+                cfg,
+                [
+                    f"run_dir={tmp_path / name}",
+                    "num_steps=3",
+                    "eval.data=null",
+                    "checkpoint.every=0",
+                    "optimizer.lr=1e-4",
+                ],
+            )
+        )
 
     with run_of("ours") as run:
         trainer.train(run)
@@ -71,7 +101,9 @@ def test_staleness_0_is_the_synchronous_run_bit_for_bit(cfg, tmp_path):
         for step in range(3):
             run.refit(version=step)
             groups, rewards_PG = sampled_plainly(run, step)
-            advantages_PG = advantage.group_advantages(torch.tensor(rewards_PG), **dataclasses.asdict(run.cfg.advantage))
+            advantages_PG = advantage.group_advantages(
+                torch.tensor(rewards_PG), **dataclasses.asdict(run.cfg.advantage)
+            )
             batches = trainer.assemble(run, groups, advantages_PG)
             trainer.score(run, batches)
             for b in batches:
@@ -89,7 +121,9 @@ def test_sampling_runs_ahead_by_one_step_and_what_was_killed_goes_on_where_train
     assert identities(run_dir) == every(8 * 4)  # in the order of the stream; nothing twice, nothing skipped
     for step, responses in enumerate(rollouts(run_dir)):
         versions = {v for r in responses for v, _ in r["versions"]}
-        assert versions <= {step - 1, step} and all(sum(n for _, n in r["versions"]) == r["response_tokens"] for r in responses)
+        assert versions <= {step - 1, step} and all(
+            sum(n for _, n in r["versions"]) == r["response_tokens"] for r in responses
+        )
     rows = [r for r in metrics.read(run_dir) if "reward/mean" in r]
     assert max(r["rollout/staleness_max"] for r in rows) == 1 and sum(r["rollout/staleness_mean"] for r in rows) > 2
 
@@ -98,7 +132,13 @@ def test_sampling_runs_ahead_by_one_step_and_what_was_killed_goes_on_where_train
 def test_an_engine_that_dies_or_hangs_while_sampling_runs_ahead_loses_nothing(cfg, tmp_path, how):
     log = tmp_path / "disturbed.log"
     overrides = ["rollout.max_staleness=1", "engine.num_engines=2", "engine.health_timeout_s=5", "num_steps=10"]
-    process = subprocess.Popen(command(cfg, *overrides), cwd=tmp_path, env=environment(TEST_MARKER="ahead2"), stdout=log.open("w"), stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        command(cfg, *overrides),
+        cwd=tmp_path,
+        env=environment(TEST_MARKER="ahead2"),
+        stdout=log.open("w"),
+        stderr=subprocess.STDOUT,
+    )
     try:
         wait_until(lambda: steps_done(tmp_path / "run") >= 2 or process.poll() is not None, 180, log.read_text)
         engine = int(next(p.split()[0] for p in processes_with("TEST_MARKER=ahead2") if "ray::Engine" in p))

@@ -85,29 +85,72 @@ def test_a_stage_takes_over_the_export_and_the_place_in_the_prompts(folder):
     taken = stages.carry_over(plan, 1, checkpoint="runs/one/checkpoints/step_000006", prompts_taken=101)
     assert taken == ["model=out/a_hf", "warm_start=null", "data.skip_prompts=101"]
     carried = load(folder, ("two.yaml,", "two.yaml, optimizer: carried, prompts: own,"))
-    assert stages.carry_over(carried, 1, checkpoint="c", prompts_taken=101) == ["model=out/a_hf", "warm_start=null", "checkpoint.start_from=c"]
+    assert stages.carry_over(carried, 1, checkpoint="c", prompts_taken=101) == [
+        "model=out/a_hf",
+        "warm_start=null",
+        "checkpoint.start_from=c",
+    ]
     assert carried.configs[1].data.skip_prompts == 5
 
 
-@pytest.mark.parametrize("change, message", [
-    (("cfg: two", "confg: two"), "stages[1].confg = 'two.yaml': there is no such key. Remedy: did you mean stages[1].cfg."),
-    (("dir: out", "dir: 3"), "dir = 3: must be of type str. Remedy: write a value of type str."),
-    (("name: b", "name: a"), "stages[1].name = 'a': is another stage's too. Remedy: choose another."),
-    (("name: b", "name: b/c"), "stages[1].name = 'b/c': is part of file names: letters, digits, ., _ and -. Remedy: choose another."),
-    (("one.yaml", "one.yaml, optimizer: carried"), "stages[0].optimizer = 'carried': has no stage before it to be carried from. Remedy: set it to fresh (checkpoint.start_from begins from another run)."),
-    (("num_steps=4", "nun_steps=4"), "stage b: nun_steps = 4: there is no such key. Remedy: did you mean num_steps."),
-    (("num_steps=4", "run_dir=runs/one"), "stage b: run_dir = 'runs/one': is another stage's too. Remedy: give each stage one of its own."),
-    (("num_steps=4", "checkpoint.every=0"), "stage b: checkpoint.every = 0: keeps no checkpoint, and a stage's is exported. Remedy: raise it."),
-    (("two.yaml", "two.yaml, choose: best"), "stage b: checkpoint.keep_best = 0: may remove the best checkpoint, which `choose: best` takes. Remedy: raise it, or choose the last."),
-    (("two.yaml", "two.yaml, evaluate: [eval.top_q=1]"), "stage b: eval.top_q = 1: there is no such key. Remedy: did you mean eval.top_p."),
-    (("num_steps=4", "parallel.tp=2"), "stage b: parallel.tp = 2: tp 2 x pp 1 x cp 1 must divide the number of ranks, 1. Remedy: change an axis or --nproc-per-node."),
-    # What makes prompts come again.
-    (("num_steps=4", "seed=8"), "stage b: data.shuffle_seed = 8: makes another order of prompts than the stage before's 7, so that prompts would come again. Remedy: give both the same, or set prompts: own."),
-    (("num_steps=4", "data.train=other.jsonl"), "stage b: data.train = 'other.jsonl': makes another order of prompts than the stage before's 'train.jsonl', so that prompts would come again. "
-                                                "Remedy: give both the same, or set prompts: own."),
-    (("num_steps=4", "data.max_prompt_tokens=512"), "stage b: data.max_prompt_tokens = 512: makes another order of prompts than the stage before's 1024, so that prompts would come again. "
-                                                    "Remedy: give both the same, or set prompts: own."),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            ("cfg: two", "confg: two"),
+            "stages[1].confg = 'two.yaml': there is no such key. Remedy: did you mean stages[1].cfg.",
+        ),
+        (("dir: out", "dir: 3"), "dir = 3: must be of type str. Remedy: write a value of type str."),
+        (("name: b", "name: a"), "stages[1].name = 'a': is another stage's too. Remedy: choose another."),
+        (
+            ("name: b", "name: b/c"),
+            "stages[1].name = 'b/c': is part of file names: letters, digits, ., _ and -. Remedy: choose another.",
+        ),
+        (
+            ("one.yaml", "one.yaml, optimizer: carried"),
+            "stages[0].optimizer = 'carried': has no stage before it to be carried from. Remedy: set it to fresh (checkpoint.start_from begins from another run).",
+        ),
+        (
+            ("num_steps=4", "nun_steps=4"),
+            "stage b: nun_steps = 4: there is no such key. Remedy: did you mean num_steps.",
+        ),
+        (
+            ("num_steps=4", "run_dir=runs/one"),
+            "stage b: run_dir = 'runs/one': is another stage's too. Remedy: give each stage one of its own.",
+        ),
+        (
+            ("num_steps=4", "checkpoint.every=0"),
+            "stage b: checkpoint.every = 0: keeps no checkpoint, and a stage's is exported. Remedy: raise it.",
+        ),
+        (
+            ("two.yaml", "two.yaml, choose: best"),
+            "stage b: checkpoint.keep_best = 0: may remove the best checkpoint, which `choose: best` takes. Remedy: raise it, or choose the last.",
+        ),
+        (
+            ("two.yaml", "two.yaml, evaluate: [eval.top_q=1]"),
+            "stage b: eval.top_q = 1: there is no such key. Remedy: did you mean eval.top_p.",
+        ),
+        (
+            ("num_steps=4", "parallel.tp=2"),
+            "stage b: parallel.tp = 2: tp 2 x pp 1 x cp 1 must divide the number of ranks, 1. Remedy: change an axis or --nproc-per-node.",
+        ),
+        # What makes prompts come again.
+        (
+            ("num_steps=4", "seed=8"),
+            "stage b: data.shuffle_seed = 8: makes another order of prompts than the stage before's 7, so that prompts would come again. Remedy: give both the same, or set prompts: own.",
+        ),
+        (
+            ("num_steps=4", "data.train=other.jsonl"),
+            "stage b: data.train = 'other.jsonl': makes another order of prompts than the stage before's 'train.jsonl', so that prompts would come again. "
+            "Remedy: give both the same, or set prompts: own.",
+        ),
+        (
+            ("num_steps=4", "data.max_prompt_tokens=512"),
+            "stage b: data.max_prompt_tokens = 512: makes another order of prompts than the stage before's 1024, so that prompts would come again. "
+            "Remedy: give both the same, or set prompts: own.",
+        ),
+    ],
+)
 def test_what_does_not_fit_is_refused_by_name_before_anything_starts(folder, change, message):
     with pytest.raises(InputError) as e:
         load(folder, change)
@@ -123,7 +166,10 @@ def test_other_prompts_are_accepted_where_they_are_asked_for_or_leave_the_order_
 
 def test_no_number_of_ranks_means_the_least_that_all_stages_can_have(folder):
     assert load(folder, ("num_steps=4", "parallel.tp=2"), ranks=None).ranks == 2
-    assert load(folder, ("name: a, cfg: one.yaml", "name: a, cfg: one.yaml, overrides: [parallel.cp=4]"), ranks=None).ranks == 4
+    assert (
+        load(folder, ("name: a, cfg: one.yaml", "name: a, cfg: one.yaml, overrides: [parallel.cp=4]"), ranks=None).ranks
+        == 4
+    )
 
 
 CHOSEN = {"checkpoint": "runs/one/checkpoints/step_000006", "prompts_taken": 101}
@@ -145,11 +191,20 @@ def stage_spec(plan: stages.Plan, number: int) -> dict:
 def test_the_lineage_tells_what_is_next_and_survives_its_file(folder, monkeypatch):
     monkeypatch.chdir(folder)
     plan = load(folder)
-    for done, expected in (((), "train"), (("train",), "choose"), (("train", "choose", "export"), "prove"), (("train", "choose", "export", "prove", "evaluate"), None)):
+    for done, expected in (
+        ((), "train"),
+        (("train",), "choose"),
+        (("train", "choose", "export"), "prove"),
+        (("train", "choose", "export", "prove", "evaluate"), None),
+    ):
         begun(plan, *done)
         (record,) = Lineage(plan.dir).stages
         assert next_action(record) == expected and record["status"] == (expected or "finished")
-        assert record["config_digest"] == config_digest(plan.config(0)) and record["config"] == plain(plan.config(0)) and "torch" in record["versions"]
+        assert (
+            record["config_digest"] == config_digest(plan.config(0))
+            and record["config"] == plain(plan.config(0))
+            and "torch" in record["versions"]
+        )
         shutil.rmtree("out")
     begun(plan)
     (folder / "out/lineage.json").write_text('{"stages": [')
@@ -167,7 +222,10 @@ def test_a_stage_that_is_not_trained_yet_may_change_and_one_that_is_may_not(fold
     check_unchanged(record, 0, spec, config_file.load("one.yaml"))
     with pytest.raises(InputError) as e:
         check_unchanged(record, 0, spec, changed)
-    assert str(e.value) == "stage a: optimizer.lr = 1e-05: was 1e-06 when the stage was trained. Remedy: put it back, or do that stage and those after it again with --redo-from 1."
+    assert (
+        str(e.value)
+        == "stage a: optimizer.lr = 1e-05: was 1e-06 when the stage was trained. Remedy: put it back, or do that stage and those after it again with --redo-from 1."
+    )
     # How to choose may change until it is done, and so on.
     check_unchanged(record, 0, {**spec, "choose": "best"}, config_file.load("one.yaml"))
     with pytest.raises(InputError, match=r"stages\[0\].prompts = 'own': was 'continue' when stage a was done"):
@@ -177,7 +235,9 @@ def test_a_stage_that_is_not_trained_yet_may_change_and_one_that_is_may_not(fold
 
 
 def test_differences_are_named_by_their_dotted_keys_and_new_keys_of_the_code_are_none():
-    assert differences({"a": 1, "b": {"c": 2, "d": [1]}, "old": 3}, {"a": 1, "b": {"c": 3, "d": [1], "e": 0}}) == [("b.c", 2, 3)]
+    assert differences({"a": 1, "b": {"c": 2, "d": [1]}, "old": 3}, {"a": 1, "b": {"c": 3, "d": [1], "e": 0}}) == [
+        ("b.c", 2, 3)
+    ]
 
 
 def test_a_lineage_of_other_stages_or_a_stray_export_is_refused(folder, monkeypatch):
@@ -205,7 +265,10 @@ def test_a_run_that_began_otherwise_is_not_taken_for_the_stages_own(folder, monk
     (saved / checkpoint.ATTEST).write_text("{}")
     (folder / "runs/two/config.yaml").write_text(config_file.to_yaml(plan.configs[1]))
     actions.check_run_dir(plan.configs[1])
-    with pytest.raises(InputError, match="run_dir = 'runs/two': holds checkpoints of a run with data.skip_prompts = 165, and the stage begins with 101"):
+    with pytest.raises(
+        InputError,
+        match="run_dir = 'runs/two': holds checkpoints of a run with data.skip_prompts = 165, and the stage begins with 101",
+    ):
         actions.check_run_dir(plan.config(1, ["model=out/a_hf", "data.skip_prompts=101"]))
     with pytest.raises(InputError, match="a run with model = out/a_hf, and the stage begins with made/by/one"):
         actions.check_run_dir(plan.config(1))
@@ -249,7 +312,9 @@ def test_sigterm_is_passed_on_to_what_runs():
 
 
 def test_one_process_at_a_time_works_in_a_folder_and_its_commands_count(tmp_path):
-    refused = pytest.raises(InputError, match="is being worked on by another launch/stages.py, or by a command that one has started")
+    refused = pytest.raises(
+        InputError, match="is being worked on by another launch/stages.py, or by a command that one has started"
+    )
     with actions.alone(tmp_path):
         with refused, actions.alone(tmp_path):
             pass
@@ -260,7 +325,11 @@ def test_one_process_at_a_time_works_in_a_folder_and_its_commands_count(tmp_path
             pass
     finally:
         os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2], 10, lambda: "its end")
+    wait_until(
+        lambda: not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2],
+        10,
+        lambda: "its end",
+    )
     with actions.alone(tmp_path):
         pass
 
@@ -270,7 +339,13 @@ def test_training_is_started_as_a_user_would():
     assert actions.Launcher(folder, 1).train("--cfg", "x") == [sys.executable, "launch/train.py", "--cfg", "x"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "8"]
     assert actions.Launcher(folder, 8).train("x") == [*torchrun, "--standalone", "launch/train.py", "x"]
-    assert actions.Launcher(folder, 8, ("--max-restarts", "2")).train("x") == [*torchrun, "--max-restarts", "2", "launch/train.py", "x"]
+    assert actions.Launcher(folder, 8, ("--max-restarts", "2")).train("x") == [
+        *torchrun,
+        "--max-restarts",
+        "2",
+        "launch/train.py",
+        "x",
+    ]
 
 
 THREE = """
@@ -287,15 +362,28 @@ def command(*args: str) -> list[str]:
 
 
 def run(cwd: Path, *args: str, code: int = 0) -> str:
-    done = subprocess.run(command(*args), cwd=cwd, env=environment(), text=True, timeout=2400, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    done = subprocess.run(
+        command(*args),
+        cwd=cwd,
+        env=environment(),
+        text=True,
+        timeout=2400,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     assert done.returncode == code, done.stdout[-4000:]
     return done.stdout
 
 
 def essentials(cwd: Path) -> list[dict]:
     """Of a lineage: all but times."""
+
     def timeless(value):
-        return {k: timeless(v) for k, v in value.items() if k not in ("seconds", "run_seconds", "commit")} if isinstance(value, dict) else value
+        return (
+            {k: timeless(v) for k, v in value.items() if k not in ("seconds", "run_seconds", "commit")}
+            if isinstance(value, dict)
+            else value
+        )
 
     return [timeless(record) for record in json.loads((cwd / "out/lineage.json").read_text())["stages"]]
 
@@ -310,13 +398,23 @@ def test_three_stages_killed_in_the_second_and_taken_up_again_are_those_of_an_un
     a, b, c = expected = essentials(whole)
     assert [record["status"] for record in expected] == ["finished"] * 3
     assert (a["train"]["steps"], b["train"]["steps"], c["train"]["steps"]) == (2, 3, 2)
-    assert c["train"]["ended_by"].startswith("reward/mean went from") and f"the stop rule ends the run after 2 steps: {c['train']['ended_by']}" in out
+    assert (
+        c["train"]["ended_by"].startswith("reward/mean went from")
+        and f"the stop rule ends the run after 2 steps: {c['train']['ended_by']}" in out
+    )
     # 4 prompts a step, and on from there
     assert [record["carry_over"]["skip_prompts"] for record in expected] == [0, 8, 8 + 4 * b["choose"]["step"]]
     assert a["choose"]["prompts_taken"] == 8 and "reward/mean = " in b["choose"]["why"]
-    assert b["carry_over"]["model_digest"] == a["export"]["digest"] == a["prove"]["digest"] != a["carry_over"]["model_digest"]
+    assert (
+        b["carry_over"]["model_digest"]
+        == a["export"]["digest"]
+        == a["prove"]["digest"]
+        != a["carry_over"]["model_digest"]
+    )
     assert c["carry_over"]["optimizer"] == f"of {b['choose']['checkpoint']}" and b["carry_over"]["optimizer"] == "fresh"
-    assert all(record["prove"]["logprob_abs_max_error"] < 1e-4 and record["prove"]["equal_parts"] > 10 for record in expected)
+    assert all(
+        record["prove"]["logprob_abs_max_error"] < 1e-4 and record["prove"]["equal_parts"] > 10 for record in expected
+    )
     assert b["evaluate"]["num_problems"] == 4 and "eval/mean@2" in b["evaluate"] and "skipped" in c["evaluate"]
 
     # The same up to the second stage, which is killed in its training.
@@ -328,9 +426,15 @@ def test_three_stages_killed_in_the_second_and_taken_up_again_are_those_of_an_un
     lineage = json.loads((whole / "out/lineage.json").read_text())
     (killed / "out/lineage.json").write_text(json.dumps({"stages": lineage["stages"][:1]}))
     with (killed / "log").open("w") as log:
-        process = subprocess.Popen(command(), cwd=killed, env=environment(TEST_MARKER="stages"), stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command(), cwd=killed, env=environment(TEST_MARKER="stages"), stdout=log, stderr=subprocess.STDOUT
+        )
         try:
-            wait_until(lambda: checkpoint.published(killed / "run_b") or process.poll() is not None, 600, lambda: (killed / "log").read_text()[-2000:])
+            wait_until(
+                lambda: checkpoint.published(killed / "run_b") or process.poll() is not None,
+                600,
+                lambda: (killed / "log").read_text()[-2000:],
+            )
             os.kill(process.pid, signal.SIGKILL)
             assert process.wait(60) == -signal.SIGKILL
         finally:
@@ -345,7 +449,9 @@ def test_three_stages_killed_in_the_second_and_taken_up_again_are_those_of_an_un
     assert "stage a" not in out.partition("lineage: ")[2].partition("stage b: train")[0] and "going on from step" in out
     assert essentials(killed) == expected
     for name in ("a_hf", "b_hf", "c_hf"):
-        assert (killed / f"out/{name}/model.safetensors").read_bytes() == (whole / f"out/{name}/model.safetensors").read_bytes()
+        assert (killed / f"out/{name}/model.safetensors").read_bytes() == (
+            whole / f"out/{name}/model.safetensors"
+        ).read_bytes()
 
     # Finished: nothing is done again. A change of what is finished is refused, by name.
     assert "$ " not in run(killed)
