@@ -2,7 +2,8 @@
 
     python benchmarks/end_to_end.py                                          both CPU recipes, ours alone
     pip install -e ".[peers]" && python benchmarks/end_to_end.py --peer trl  ours, then TRL, recipe by recipe
-    python benchmarks/end_to_end.py --ahead 1                                ours, in turns and with sampling a step ahead
+    python benchmarks/end_to_end.py --ahead 1
+        # ours, in turns and with sampling a step ahead
 
 Ours is launch/train.py as a user runs it, without evaluation and checkpoints; trl_peer.py says what TRL shares with it.
 Each is a process of its own, one after the other, watched from outside. Figures are medians over the steps after the
@@ -14,8 +15,9 @@ warm-up; a step lasts from one row of metrics to the next.
     packed tok/s    the same with the prompts of all responses: the tokens that are trained on
     CPU s           processor seconds of a step, of all processes: Ray, the engines and the grader included
 
---ahead N compares rollout.max_staleness 0 and N, the trainer bound to one core and the engine to another, a thread each. What sampling
-ahead can gain at best is the longer of the two sides for the sum of both: step / max(rollout, rest), both of the run in turns.
+--ahead N compares rollout.max_staleness 0 and N, the trainer bound to one core and the engine to another, a thread
+each. What sampling ahead can gain at best is the longer of the two sides for the sum of both: step / max(rollout,
+rest), both of the run in turns.
 
 A machine with other work spoils the clock, and less so the processor seconds: see the load averages that are recorded.
 Threads: ours as the recipe says (num_threads, engine.num_threads); TRL, which is one process, as --peer-threads says.
@@ -84,7 +86,8 @@ class Step:
 
 
 def watch(command: list[str], run_dir: Path, *, env: dict[str, str], timeout_s: float) -> list[Step]:
-    """Runs `command`, which writes run_dir/metrics.jsonl. Exits with the end of its output if it fails or takes too long."""
+    """Runs `command`, which writes run_dir/metrics.jsonl. Exits with the end of its output if it fails or takes too
+    long."""
     run_dir.mkdir()
     rows, output, steps, size = run_dir / "metrics.jsonl", run_dir / "output.txt", [], 0
     with output.open("w") as out:

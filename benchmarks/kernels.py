@@ -1,25 +1,31 @@
-"""Log-prob of a linear head: time, peak memory and error of this project's forms, the naive one, and public fused kernels.
+"""Log-prob of a linear head: time, peak memory and error of this project's forms, the naive one, and public fused
+kernels.
 
-    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python benchmarks/kernels.py     CPU: naive and chunked; GPU: all that is installed, all sizes
-    python benchmarks/kernels.py --search                                      GPU: block sizes for kernels/linear_logprob.py, by trial
+    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python benchmarks/kernels.py
+        # CPU: naive and chunked; GPU: all that is installed, all sizes
+    python benchmarks/kernels.py --search
+        # GPU: block sizes for kernels/linear_logprob.py, by trial
     python benchmarks/kernels.py --rows 4096 --vocabulary 151936 --only triton,chunked
 
-Each implementation runs in a process of its own, so that no other's leftovers count; rounds alternate between them. What is not
-installed or cannot run is listed with the reason.
+Each implementation runs in a process of its own, so that no other's leftovers count; rounds alternate between them.
+What is not installed or cannot run is listed with the reason.
 
 Definitions:
-    input         hidden [rows, 1536] and weight [vocabulary, 1536], bfloat16, random, logits with a standard deviation of 2; temperature 1
+    input         hidden [rows, 1536] and weight [vocabulary, 1536], bfloat16, random, logits with a standard deviation
+                  of 2; temperature 1
     forward       log-prob of a random target and, where has_entropy, the entropy, of each row; no gradient
     forward_backward  the same, then the gradients of hidden and weight for a random upstream gradient of the log-probs
-    s             seconds by the clock (CUDA: by events), median of the repetitions after a warm-up; on a CPU cpu_s too, processor seconds,
-                  which other work on the machine spoils less; time_of_naive: this / the naive form's seconds (CPU: processor
-                  seconds), median over rounds
+    s             seconds by the clock (CUDA: by events), median of the repetitions after a warm-up; on a CPU cpu_s too,
+                  processor seconds, which other work on the machine spoils less; time_of_naive: this / the naive form's
+                  seconds (CPU: processor seconds), median over rounds
     extra_bytes   peak memory of the first forward_backward beyond what was there before and the two gradients. CUDA:
-                  torch.cuda.max_memory_allocated, after a warm-up. CPU: VmHWM of /proc/self/status, reset through /proc/self/clear_refs
-    share_of_peak 2 x rows x 1536 x vocabulary FLOPs, once for forward and three times for forward_backward, whatever is recomputed / s /
+                  torch.cuda.max_memory_allocated, after a warm-up. CPU: VmHWM of /proc/self/status, reset through
+                  /proc/self/clear_refs
+    share_of_peak 2 x rows x 1536 x vocabulary FLOPs, once for forward and three times for forward_backward, whatever is
+    recomputed / s /
                   the fastest of many products of two square bfloat16 matrices (matmul_flops_per_s)
-    error         largest |difference| from float64: log-probs and entropies of all rows, gradients of 64 rows and of 256 vocabulary rows;
-                  of a gradient divided by the true one's largest element there
+    error         largest |difference| from float64: log-probs and entropies of all rows, gradients of 64 rows and of
+                  256 vocabulary rows; of a gradient divided by the true one's largest element there
 """
 
 import argparse
@@ -52,7 +58,8 @@ ROUNDS, REPETITIONS = (1, 10) if CUDA else (3, 1)
 PEERS = ("trl", "liger-kernel", "cut-cross-entropy", "verl", "quack-kernels")
 
 
-# Implementations: (hidden, weight, target) -> (logprob [T], entropy [T] or None). Imports are theirs: most are installed nowhere.
+# Implementations: (hidden, weight, target) -> (logprob [T], entropy [T] or None). Imports are theirs: most are
+# installed nowhere.
 
 
 def _ours(linear_logprob):
@@ -324,7 +331,8 @@ def of_rounds(rounds: list[dict], naive: list[dict], rows: int, vocabulary: int,
 
 
 def search(rows: int, vocabulary: int) -> None:
-    """Times block sizes of the forward, then of dz's kernel, then the rectangles of dz, each with the best of the former; prints the best."""
+    """Times block sizes of the forward, then of dz's kernel, then the rectangles of dz, each with the best of the
+    former; prints the best."""
     from grpo_mcore.kernels import linear_logprob as kernel
 
     hidden, weight, target, upstream = inputs(rows, vocabulary)

@@ -1,12 +1,13 @@
-"""kill -9 at random moments, the same command again, until the run is finished: its weights are those of an uninterrupted run.
+"""kill -9 at random moments, the same command again, until the run is finished: its weights are those of an
+uninterrupted run.
 
     python benchmarks/kill_resume.py --kills 20                                          one process
     python benchmarks/kill_resume.py --kills 5 --nproc-per-node 2 parallel.pp=2          any layout, through torchrun
 
-A small real run of launch/train.py (Megatron, vLLM, Ray; the quickstart's tiny model, a checkpoint after every step), first
-uninterrupted, then killed. One kill in five comes while the program starts, the others within a few steps of its going
-on: in the rollout, the update, the save, whatever runs. Equal means the same digest of the exported weights, and the same metrics
-of every step but for the clock's. The seed makes the moments, which the machine's speed then places.
+A small real run of launch/train.py (Megatron, vLLM, Ray; the quickstart's tiny model, a checkpoint after every step),
+first uninterrupted, then killed. One kill in five comes while the program starts, the others within a few steps of its
+going on: in the rollout, the update, the save, whatever runs. Equal means the same digest of the exported weights, and
+the same metrics of every step but for the clock's. The seed makes the moments, which the machine's speed then places.
 """
 
 import argparse

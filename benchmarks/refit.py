@@ -1,21 +1,26 @@
 """A refit against a plain copy of the same bytes, in one run: seconds by phase and GB/s; random weights.
 
-    python benchmarks/refit.py                                        CPU: SmolLM2-135M in bf16; GPU: 1.5B in bf16, engines on the trainer's GPUs
+    python benchmarks/refit.py
+        # CPU: SmolLM2-135M in bf16; GPU: 1.5B in bf16, engines on the trainer's GPUs
     python benchmarks/refit.py --transport broadcast --engines 2
     torchrun --nproc-per-node 2 benchmarks/refit.py parallel.tp=2     any layout, parallel.* as in a recipe
 
 On a GPU, Ray must find as many GPUs as engines, and they must be the trainer's for --transport shared.
 
 Definitions:
-    memcpy        one torch copy of as many bytes as a refit sends, on one thread (GPU: on the device), to memory that was written before;
-                  one before every refit, so that both see the same machine
-    refit         Refit's wall clock without the canary (metric refit/seconds); with_canary: with the engines' and the trainer's scoring
+    memcpy        one torch copy of as many bytes as a refit sends, on one thread (GPU: on the device), to memory that
+                  was written before; one before every refit, so that both see the same machine
+    refit         Refit's wall clock without the canary (metric refit/seconds); with_canary: with the engines' and the
+                  trainer's scoring
     ratio         refit / memcpy, of the medians and of the least values
-    fill          the export alone: all buckets written to the sender's kind of memory, nobody loading (what does not overlap is the first bucket)
-    load          shared on a CPU: a refit whose export writes nothing, so that the engines' loading, and the calls to them, are left
-    repack        CPU: vLLM's packing of all linear layers and the head from memory, alone, in this process: what an engine must do beside
-                  the copy, since its matrix products read a packed layout
-    begin, loading, end   parts of refit: the driver's waits for the engines' beginning, loading (what filling does not hide) and ending
+    fill          the export alone: all buckets written to the sender's kind of memory, nobody loading (what does not
+                  overlap is the first bucket)
+    load          shared on a CPU: a refit whose export writes nothing, so that the engines' loading, and the calls to
+                  them, are left
+    repack        CPU: vLLM's packing of all linear layers and the head from memory, alone, in this process: what an
+                  engine must do beside the copy, since its matrix products read a packed layout
+    begin, loading, end   parts of refit: the driver's waits for the engines' beginning, loading (what filling does not
+                          hide) and ending
 """
 
 from grpo_mcore import entry  # noqa: I001  first: what it sets in the environment must be there before torch is imported

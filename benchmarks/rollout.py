@@ -1,6 +1,8 @@
-"""What vLLM engines take, as this project runs them: seconds of an iteration, of a prompt, of a response's start; and a long-tailed load.
+"""What vLLM engines take, as this project runs them: seconds of an iteration, of a prompt, of a response's start; and a
+long-tailed load.
 
-    python benchmarks/rollout.py --cfg configs/quickstart.yaml                      the engines of a configuration, all of them loaded alike
+    python benchmarks/rollout.py --cfg configs/quickstart.yaml
+        # the engines of a configuration, all of them loaded alike
     python benchmarks/rollout.py --cfg FILE engine.num_engines=1 rollout.max_response_tokens=512 --running 1,8,64
     python benchmarks/rollout.py --cfg FILE device=cuda engine.placement=disaggregated      GPUs
 
@@ -9,17 +11,20 @@ launch/plan.py simulate --profile reads.
 
 Definitions:
     running       responses of one engine at once, in groups of rollout.group_size (fewer: one group)
-    iteration_s   seconds in which every running response gains a token, with an empty cache: (seconds to make L2 tokens each - seconds
-                  to make L1) / (L2 - L1), less kv_token_s x the tokens in the cache meanwhile; L1, L2 = a quarter of rollout.max_response_tokens, all
-    kv_token_s    an iteration's more per token in the cache: the most running, prompts of data.max_prompt_tokens against a quarter of that
-    prefill_token_s  per prompt token computed, siblings computing only what fills no block of the prefix cache; response_s: per response that
+    iteration_s   seconds in which every running response gains a token, with an empty cache: (seconds to make L2 tokens
+                  each - seconds to make L1) / (L2 - L1), less kv_token_s x the tokens in the cache meanwhile; L1, L2 =
+                  a quarter of rollout.max_response_tokens, all
+    kv_token_s    an iteration's more per token in the cache: the most running, prompts of data.max_prompt_tokens
+                  against a quarter of that
+    prefill_token_s  per prompt token computed, siblings computing only what fills no block of the prefix cache;
+                     response_s: per response that
                   starts; both from 1 token each, at these two lengths of prompts
     prefix_cache  seconds to make 1 token each: groups of siblings, against as many prompts of their own
-    load          --load responses per engine of log-normal length (median a quarter of rollout.max_response_tokens, mean 1.4 x that, cut at
-                  it; alike within a group), submitted at once and dealt out by grpo_mcore.rollout.dispatch; beside it what simulate.py makes of the
-                  same lengths with this profile
-    all           medians over --rounds, which alternate between all of these; the slowest engine counts; by the clock, other work on the machine
-                  included
+    load          --load responses per engine of log-normal length (median a quarter of rollout.max_response_tokens,
+                  mean 1.4 x that, cut at it; alike within a group), submitted at once and dealt out by
+                  grpo_mcore.rollout.dispatch; beside it what simulate.py makes of the same lengths with this profile
+    all           medians over --rounds, which alternate between all of these; the slowest engine counts; by the clock,
+                  other work on the machine included
 """
 
 from grpo_mcore import entry  # noqa: I001  first: what it sets in the environment must be there before torch is imported
@@ -173,7 +178,8 @@ def predicted_load_s(cfg: config.Config, profile: EngineProfile, draws: list[Dra
 
 
 def endless(source: str | Path, folder: str | Path) -> None:
-    """A copy of the model in which vLLM finds no token that ends a response: not in its config, and without its generation_config."""
+    """A copy of the model in which vLLM finds no token that ends a response: not in its config, and without its
+    generation_config."""
     for path in Path(source).iterdir():
         if path.name != "generation_config.json":
             shutil.copy(path, folder)

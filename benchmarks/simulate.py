@@ -1,15 +1,19 @@
-"""A real run, and what the simulator makes of it: its engines are profiled between its steps, so that other work on the machine, which comes and
-goes, weighs on both alike.
+"""A real run, and what the simulator makes of it: its engines are profiled between its steps, so that other work on the
+machine, which comes and goes, weighs on both alike.
 
     python benchmarks/simulate.py --cfg configs/quickstart.yaml num_steps=20
-    python benchmarks/simulate.py --cfg configs/smollm2.yaml --running 1,8,32 --out benchmarks/results/simulate_smollm2.json num_steps=6 engine.num_engines=2 engine.num_threads=1
+    python benchmarks/simulate.py --cfg configs/smollm2.yaml --running 1,8,32 --out
+    benchmarks/results/simulate_smollm2.json num_steps=6 engine.num_engines=2 engine.num_threads=1
 
 Definitions:
-    run           launch/train.py's, with rollout.max_staleness = 0, without evaluation and checkpoints; its first step warms up and does not count
-    profile       benchmarks/rollout.py's, from one round of its work before each counted step's sampling, outside of the run's clocks; means over rounds,
-                  as means over steps are predicted
-    measured, predicted  mean seconds of a step, by phase: rollout (the wait for the groups) is predicted from the profile and the lengths that were
-                  sampled; train and refit are the run's own (predictions for another batch, cluster or staleness start from these)
+    run           launch/train.py's, with rollout.max_staleness = 0, without evaluation and checkpoints; its first step
+                  warms up and does not count
+    profile       benchmarks/rollout.py's, from one round of its work before each counted step's sampling, outside of
+                  the run's clocks; means over rounds, as means over steps are predicted
+    measured, predicted  mean seconds of a step, by phase: rollout (the wait for the groups) is predicted from the
+                         profile and the lengths that were
+                  sampled; train and refit are the run's own (predictions for another batch, cluster or staleness start
+                  from these)
 """
 
 from grpo_mcore import entry  # noqa: I001  first: what it sets in the environment must be there before torch is imported

@@ -1,33 +1,38 @@
-"""The policy's part of a step, by phase: tokens/s, model FLOP utilisation and peak memory; random weights, synthetic tokens.
+"""The policy's part of a step, by phase: tokens/s, model FLOP utilisation and peak memory; random weights, synthetic
+tokens.
 
-    python benchmarks/train_step.py                                       CPU: SmolLM2-135M in bf16 and fp32; GPU: 1.5B in bf16 and FP8
+    python benchmarks/train_step.py
+        # CPU: SmolLM2-135M in bf16 and fp32; GPU: 1.5B in bf16 and FP8
     torchrun --nproc-per-node 2 benchmarks/train_step.py parallel.tp=2    any layout, parallel.* as in a recipe
     python benchmarks/train_step.py --model FOLDER --sequence-tokens 4096 --precision bf16,fp8-blockwise
 
-A case is a precision at a length. All run in one process, into one file, which is written anew after each. A case that this
-machine, model or layout cannot run is listed as skipped, one that runs out of memory or fails as that, and the next one
-starts; but with several ranks an error ends the run, for the others would wait in a collective.
+A case is a precision at a length. All run in one process, into one file, which is written anew after each. A case that
+this machine, model or layout cannot run is listed as skipped, one that runs out of memory or fails as that, and the
+next one starts; but with several ranks an error ends the run, for the others would wait in a collective.
 
 On a CPU the peak also holds what malloc cannot give back between phases, most at fp32 and long microbatches: with
 MALLOC_MMAP_THRESHOLD_=262144 in the environment it does not, at the cost of the clock.
 
 Definitions:
-    step          the phases logprob (old log-probs, no gradient), forward_backward (of the update, gradient reduction included)
-                  and optimizer_step (gradient norm and clipping included), over one global batch; seconds are medians over the
-                  steps after the warm-up; a phase begins and ends with the device idle and all ranks together
-    batch         sequences of one length, a prompt and a response each; no two share a prompt; packed by grpo_mcore.loss.batch
+    step          the phases logprob (old log-probs, no gradient), forward_backward (of the update, gradient reduction
+                  included) and optimizer_step (gradient norm and clipping included), over one global batch; seconds are
+                  medians over the steps after the warm-up; a phase begins and ends with the device idle and all ranks
+                  together
+    batch         sequences of one length, a prompt and a response each; no two share a prompt; packed by
+                  grpo_mcore.loss.batch
     tokens_per_s  tokens of all sequences, prompts included, padding not, over all ranks
-    model_flops   forward: 2 x the layers' matrix parameters per token, 2 x the head's (vocabulary x hidden) per response token
-                  (the head never sees prompt tokens), and 2 x L^2 x heads x head_dim per layer for causal attention over a
-                  sequence of L tokens (L^2/2 pairs, each 2 x head_dim for q.k and 2 x head_dim for weights.v, per head);
-                  forward and backward: 3 x that. Not counted: recomputation, padding, embedding, norms, RoPE, softmax, optimizer
-    mfu           model_flops / seconds / the ranks' peak together. Measured peak: the fastest of many products of two square
-                  matrices (torch.matmul) on all ranks at once, before each case of the run: float32 for fp32, else bfloat16, also for FP8.
-                  Published peak: of dense bfloat16, where the GPU is known; not for fp32
-    peak_memory   on the fullest rank, from the phase's beginning to its end, with all that was there before it; of a further
-                  step, which is not timed. CUDA: torch.cuda.max_memory_allocated, reset at each phase. CPU: VmHWM of
-                  /proc/self/status, reset at each phase by writing 5 to /proc/self/clear_refs once malloc has given back what
-                  is free (malloc_trim), minus VmRSS before the first model was built
+    model_flops   forward: 2 x the layers' matrix parameters per token, 2 x the head's (vocabulary x hidden) per
+                  response token (the head never sees prompt tokens), and 2 x L^2 x heads x head_dim per layer for
+                  causal attention over a sequence of L tokens (L^2/2 pairs, each 2 x head_dim for q.k and 2 x head_dim
+                  for weights.v, per head); forward and backward: 3 x that. Not counted: recomputation, padding,
+                  embedding, norms, RoPE, softmax, optimizer
+    mfu           model_flops / seconds / the ranks' peak together. Measured peak: the fastest of many products of two
+                  square matrices (torch.matmul) on all ranks at once, before each case of the run: float32 for fp32,
+                  else bfloat16, also for FP8. Published peak: of dense bfloat16, where the GPU is known; not for fp32
+    peak_memory   on the fullest rank, from the phase's beginning to its end, with all that was there before it; of a
+                  further step, which is not timed. CUDA: torch.cuda.max_memory_allocated, reset at each phase. CPU:
+                  VmHWM of /proc/self/status, reset at each phase by writing 5 to /proc/self/clear_refs once malloc has
+                  given back what is free (malloc_trim), minus VmRSS before the first model was built
 """
 
 from grpo_mcore import entry  # noqa: I001  first: what it sets in the environment must be there before torch is imported
@@ -154,7 +159,8 @@ class Phases:
         self._phase: str | None = None
 
     def begin(self, phase: str | None, *, memory: bool) -> None:
-        """Ends the running phase, and begins another unless it is None. `memory`: measures it, at the cost of the clock."""
+        """Ends the running phase, and begins another unless it is None. `memory`: measures it, at the cost of the
+        clock."""
         cuda = self.topo.device.type == "cuda"
         wait(self.topo)
         if self._phase:

@@ -2,11 +2,12 @@
 
     OMP_NUM_THREADS=2 python benchmarks/trl_peer.py --cfg configs/quickstart.yaml run_dir=DIR num_steps=4
 
-The same model, prompts (token by token and in order), batch, sampling, loss, learning rate (without warm-up) and grading.
-Generation is transformers', the only one of TRL's that needs neither a GPU nor patches. Where there is a choice TRL has
-its fast one: weights and Adam in precision.params (ours keeps float32 main weights beside bfloat16), no gradient
-checkpointing, no logging, and no pass for old log-probs where a step is one optimizer step. Attention is its default.
-Writes DIR/metrics.jsonl with the names of grpo_mcore.report.metrics; what is neither generation nor reward is `update`.
+The same model, prompts (token by token and in order), batch, sampling, loss, learning rate (without warm-up) and
+grading. Generation is transformers', the only one of TRL's that needs neither a GPU nor patches. Where there is a
+choice TRL has its fast one: weights and Adam in precision.params (ours keeps float32 main weights beside bfloat16), no
+gradient checkpointing, no logging, and no pass for old log-probs where a step is one optimizer step. Attention is its
+default. Writes DIR/metrics.jsonl with the names of grpo_mcore.report.metrics; what is neither generation nor reward is
+`update`.
 """
 
 import dataclasses

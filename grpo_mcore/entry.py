@@ -32,7 +32,8 @@ class Command:
 
 
 def parse(description: str, *options: str, flags: Sequence[str] = ()) -> Command:
-    """--cfg FILE [--dry-run] [options ...] [key.sub=value ...] of sys.argv; a flag is an option without a value. Raises InputError."""
+    """--cfg FILE [--dry-run] [options ...] [key.sub=value ...] of sys.argv; a flag is an option without a value. Raises
+    InputError."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--cfg", required=True, help="YAML file, such as configs/quickstart.yaml")
     parser.add_argument(
@@ -101,10 +102,11 @@ def die_with_parent(how: int = signal.SIGKILL) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs main and exits: 0; 2 for bad input, in one line; 130 when stopped; 143 when SIGTERM made it save and leave; 1 for
-    any other error, with its traceback.
+    """Runs main and exits: 0; 2 for bad input, in one line; 130 when stopped; 143 when SIGTERM made it save and leave;
+    1 for any other error, with its traceback.
 
-    Before training begins SIGTERM stops the driver as Ctrl-C does. The other ranks own nothing that must be closed: they just end.
+    Before training begins SIGTERM stops the driver as Ctrl-C does. The other ranks own nothing that must be closed:
+    they just end.
     """
     # Megatron warns of every missing CUDA extension, one by one.
     warnings.filterwarnings("ignore", module=r"megatron\..*")

@@ -10,8 +10,8 @@ TRUNCATED = "rollout/truncated_frac"
 def reason(rule: config.Stop, rows: Sequence[dict], step: int) -> str | None:
     """Why the run ends after `step` steps, or None.
 
-    What is known then are the rows of those steps and the evaluations before the last of them: later rows do not count, so that a
-    run that is taken up again is judged as it was.
+    What is known then are the rows of those steps and the evaluations before the last of them: later rows do not count,
+    so that a run that is taken up again is judged as it was.
     """
     if step < max(rule.after_steps, 1):
         return None

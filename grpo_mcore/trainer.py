@@ -107,7 +107,8 @@ def train(run: Run) -> None:
 
 
 def evaluate_and_sample(run: Run, step: int) -> Step | str | None:
-    """The step's graded groups on the driver ("" after the last step), or ENGINES_LOST, or None if SIGTERM came; elsewhere None.
+    """The step's graded groups on the driver ("" after the last step), or ENGINES_LOST, or None if SIGTERM came;
+    elsewhere None.
 
     With rollout.max_staleness, further steps go on being sampled afterwards.
     """
@@ -186,7 +187,8 @@ def assemble(run: Run, groups: list[Group], advantages_PG: torch.Tensor) -> list
 
 
 def score(run: Run, batches: list[GlobalBatch]) -> dict[str, metrics.Metric]:
-    """Fills in old and reference log-probs and importance weights of all batches, before the first update; returns how far the engines' log-probs differ."""
+    """Fills in old and reference log-probs and importance weights of all batches, before the first update; returns how
+    far the engines' log-probs differ."""
     parts = []
     for b in batches:
         for m, logprobs_R in zip(b.microbatches, run.policy.logprobs(b.microbatches), strict=True):
@@ -408,7 +410,8 @@ def check_lengths(cfg: config.Config, hf_config) -> None:
 
 
 def prepare_run_dir(cfg: config.Config) -> None:
-    """Makes the folder and saves the resolved configuration, and for each start what it ran with. Raises InputError if it cannot be written."""
+    """Makes the folder and saves the resolved configuration, and for each start what it ran with. Raises InputError if
+    it cannot be written."""
     try:
         Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
         (Path(cfg.run_dir) / "config.yaml").write_text(config_file.to_yaml(cfg))

@@ -1,7 +1,8 @@
 """What flows through a step. No behaviour.
 
 Shapes: P prompts, G responses of a group, N = P*G responses, S sequences of a microbatch, T packed tokens of it,
-R response tokens of it (the positions that carry a loss; with context parallelism T and R are of this rank), V vocabulary shard, D hidden.
+R response tokens of it (the positions that carry a loss; with context parallelism T and R are of this rank), V
+vocabulary shard, D hidden.
 
 A worked example, P = 1 and G = 2:
 
@@ -19,8 +20,8 @@ A worked example, P = 1 and G = 2:
         branch_T     0 0 0 0 1 1 1 2 2                  position_ids_T 0 1 2 3 4 5 6 4 5
         position_R   3 4 5 3 7
 
-    and the first of them on cp = 2 context ranks: each block is padded to a multiple of 2 * cp = 4 and cut into 4 chunks, of
-    which rank 0 holds the outer and rank 1 the inner two (parallel/context.py); T = 8+8, _ is padding:
+    and the first of them on cp = 2 context ranks: each block is padded to a multiple of 2 * cp = 4 and cut into 4
+    chunks, of which rank 0 holds the outer and rank 1 the inner two (parallel/context.py); T = 8+8, _ is padding:
         whole        7 + 5 = 1 2 EOS _ 7 + 5 = 1 3 _ _  cu_seqlens 0 8 16 and max_seqlen 8 on both ranks
         rank 0       7 + EOS _ 7 + _ _                  index_R -           position_R -          R = 0
         rank 1       5 = 1 2 5 = 1 3                    index_R 0 1 2 3 4   position_R 1 2 3 5 6

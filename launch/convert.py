@@ -1,6 +1,7 @@
 """Converts: launch/convert.py to-megatron --hf FOLDER --out CHECKPOINT, or to-hf --checkpoint FOLDER --out HF_FOLDER.
 
-prove --checkpoint FOLDER --hf HF_FOLDER [--out JSON] shows that an export is what was trained: see grpo_mcore/checkpoint/parity.py.
+prove --checkpoint FOLDER --hf HF_FOLDER [--out JSON] shows that an export is what was trained: see
+grpo_mcore/checkpoint/parity.py.
 """
 
 from grpo_mcore import entry

@@ -1,9 +1,10 @@
-"""Evaluates: launch/evaluate.py --cfg FILE [--model FOLDER_OR_CHECKPOINT] [--data SET[,SET ...]] [--out JSON] [--compare JSON] [key.sub=value ...].
+"""Evaluates: launch/evaluate.py --cfg FILE [--model FOLDER_OR_CHECKPOINT] [--data SET[,SET ...]] [--out JSON]
+[--compare JSON] [key.sub=value ...].
 
-Prompt template and sampling are the configuration's (eval.*), and so is the data without --data: files, hub data sets, or aime24 and math500.
-Without --model, the model is the run's newest checkpoint, or the configuration's model if there is none. --out keeps all numbers, the
-protocol and a table of the problems (of several sets, by set); --compare gives the difference from such a file, problem by problem,
-with its error bar.
+Prompt template and sampling are the configuration's (eval.*), and so is the data without --data: files, hub data sets,
+or aime24 and math500. Without --model, the model is the run's newest checkpoint, or the configuration's model if there
+is none. --out keeps all numbers, the protocol and a table of the problems (of several sets, by set); --compare gives
+the difference from such a file, problem by problem, with its error bar.
 """
 
 if __name__ == "__main__":

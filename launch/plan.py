@@ -1,15 +1,20 @@
-"""Plans, without a GPU: launch/plan.py [memory | simulate] --cfg FILE --gpu NAME --num-gpus N [--model-config FILE_OR_FOLDER] [key.sub=value ...].
+"""Plans, without a GPU: launch/plan.py [memory | simulate] --cfg FILE --gpu NAME --num-gpus N [--model-config
+FILE_OR_FOLDER] [key.sub=value ...].
 
-memory: bytes by part and seconds by phase of one step on GPUs of a kind (h100-80gb, h200-141gb, a100-80gb, a100-40gb, b200-180gb), or
-the smallest change that makes it fit. --prompt-tokens and --response-tokens are the mean lengths to assume (192; half of the limit).
+memory: bytes by part and seconds by phase of one step on GPUs of a kind (h100-80gb, h200-141gb, a100-80gb, a100-40gb,
+b200-180gb), or the smallest change that makes it fit. --prompt-tokens and --response-tokens are the mean lengths to
+assume (192; half of the limit).
 
-simulate: step time, utilisation and staleness, in virtual time. --staleness 0,1,2 side by side; lengths log-normal (--median-tokens,
---mean-tokens, --prompt-tokens) or those of a run (--like RUN); --profile JSON: engines as benchmarks/rollout.py measured them; without
---gpu, trainers as RUN measured them, and prediction beside measurement; --failures-per-day N, each back after --restart-s; --flat-frac:
-groups without variance; --steps; --out JSON. A cluster of 1,024 GPUs:
+simulate: step time, utilisation and staleness, in virtual time. --staleness 0,1,2 side by side; lengths log-normal
+(--median-tokens, --mean-tokens, --prompt-tokens) or those of a run (--like RUN); --profile JSON: engines as
+benchmarks/rollout.py measured them; without --gpu, trainers as RUN measured them, and prediction beside measurement;
+--failures-per-day N, each back after --restart-s; --flat-frac: groups without variance; --steps; --out JSON. A cluster
+of 1,024 GPUs:
 
-    python launch/plan.py simulate --cfg configs/deepscaler_24k.yaml --gpu h100-80gb --num-gpus 1024 --staleness 0,1,2 --failures-per-day 8 \\
-        engine.placement=disaggregated engine.num_engines=896 engine.tp=1 rollout.prompts_per_step=2048 rollout.group_size=16 batch.global_batch_size=4096
+    python launch/plan.py simulate --cfg configs/deepscaler_24k.yaml --gpu h100-80gb --num-gpus 1024 --staleness 0,1,2
+    --failures-per-day 8 \\
+        engine.placement=disaggregated engine.num_engines=896 engine.tp=1 rollout.prompts_per_step=2048
+        rollout.group_size=16 batch.global_batch_size=4096
 """
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Reports: launch/report.py RUN [RUN ...] [--out FOLDER] [--steps N] [--chars N] [--mib N].
 
-Writes RUN/report/index.html, one self-contained page with curves and rollouts, and reward.png and eval.png beside it; also of a run that
-is still going. Several RUNs are stages that follow each other; the page is then in the last one's folder.
+Writes RUN/report/index.html, one self-contained page with curves and rollouts, and reward.png and eval.png beside it;
+also of a run that is still going. Several RUNs are stages that follow each other; the page is then in the last one's
+folder.
 """
 
 if __name__ == "__main__":

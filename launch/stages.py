@@ -1,7 +1,9 @@
-"""Trains stage after stage: launch/stages.py --cfg FILE [--nproc-per-node N] [--dry-run] [--redo-from STAGE] [-- TORCHRUN_ARGUMENTS ...].
+"""Trains stage after stage: launch/stages.py --cfg FILE [--nproc-per-node N] [--dry-run] [--redo-from STAGE] [--
+TORCHRUN_ARGUMENTS ...].
 
-FILE names the stages and their configurations (configs/deepscaler.yaml). Each one trains (under torchrun, if N is more than 1), is
-exported to Hugging Face, proved and evaluated, and the next begins from it. The same command goes on wherever it was stopped.
+FILE names the stages and their configurations (configs/deepscaler.yaml). Each one trains (under torchrun, if N is more
+than 1), is exported to Hugging Face, proved and evaluated, and the next begins from it. The same command goes on
+wherever it was stopped.
 """
 
 if __name__ == "__main__":

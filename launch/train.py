@@ -1,4 +1,5 @@
-"""Trains: torchrun --nproc-per-node N launch/train.py --cfg FILE [--dry-run | --fit] [key.sub=value ...]; N = 1 needs no torchrun.
+"""Trains: torchrun --nproc-per-node N launch/train.py --cfg FILE [--dry-run | --fit] [key.sub=value ...]; N = 1 needs
+no torchrun.
 
 --fit: one worst case of a step, in minutes, with memory and seconds by phase; nothing is saved.
 """

@@ -1,4 +1,5 @@
-r"""A corpus of answers: pairs (answer, gold) with what each verifier must say of them, and hostile answers, which must only end.
+r"""A corpus of answers: pairs (answer, gold) with what each verifier must say of them, and hostile answers, which must
+only end.
 
 Expectations come from what the notation means and from the rules in the verifiers' docstrings, not from a run.
 """
@@ -191,7 +192,8 @@ for n in range(2, 22):
         (f"{n}-x", f"x-{n}", False, False),
     ]
 
-# What a model may write by accident or to win. The gold is 5.5 for all: a gold of 5 would spare the second verifier its sympy.
+# What a model may write by accident or to win. The gold is 5.5 for all: a gold of 5 would spare the second verifier its
+# sympy.
 HOSTILE = [
     "9^{9^{9^9}}",
     "9^9^9^9",

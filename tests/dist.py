@@ -23,7 +23,8 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def spawn(function: Callable, ranks: int, *args, timeout_s: float = 240) -> list:
-    """function(*args) on each rank; results in rank order. A rank that fails or is late fails the test with its output."""
+    """function(*args) on each rank; results in rank order. A rank that fails or is late fails the test with its
+    output."""
     from grpo_mcore.refit.weight_transfer import free_port
 
     port = str(free_port("127.0.0.1"))

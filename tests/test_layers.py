@@ -1,5 +1,5 @@
-"""Who may import whom, read from the source with `ast`: imports within functions count, and so do import_module("...") and
-the attribute torch.distributed.
+"""Who may import whom, read from the source with `ast`: imports within functions count, and so do import_module("...")
+and the attribute torch.distributed.
 
 Not covered here: names that are put together at run time.
 """

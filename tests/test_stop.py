@@ -56,7 +56,8 @@ def test_nothing_is_looked_for_before_after_steps():
 
 
 def test_a_run_that_is_taken_up_again_is_judged_as_it_was():
-    """Rows of later steps, which a killed run has left, and the evaluation of the last step, which comes after the judgement, do not count."""
+    """Rows of later steps, which a killed run has left, and the evaluation of the last step, which comes after the
+    judgement, do not count."""
     rule = Stop(plateau_window=1, plateau_metric="eval/mean@4")
     seen = [{"step": 0, "eval/mean@4": 0.2}, *rows([0.1, 0.1])]
     late = [{"step": 2, "eval/mean@4": 0.1}, {"step": 3, "reward/mean": 0.1, "rollout/truncated_frac": 0.0}]

@@ -152,8 +152,10 @@ def test_killed_and_resumed_equals_uninterrupted_and_two_layouts_agree(cfg, tmp_
     # A finished run is only summarised again.
     assert "is finished" in train(cfg)
 
-    # The first step's metrics in other layouts are the same, up to the order of float32 sums. One optimizer step a step: the first
-    # step of Adam moves every weight by lr, to either side where its gradient is 0 up to rounding, and what comes after it shows that.
+    # The first step's metrics in other layouts are the same, up to the order of float32 sums. One optimizer step a
+    # step: the first
+    # step of Adam moves every weight by lr, to either side where its gradient is 0 up to rounding, and what comes after
+    # it shows that.
     layouts = {
         "one": (0, []),
         "dp2": (2, []),

@@ -1,10 +1,10 @@
 """Checkpoints that prove themselves: weights, optimizer, generators, prompt cursor, step.
 
 RUN/checkpoints/step_000010/ holds Megatron's distributed checkpoint, which any layout can load; run.json (step, cursor,
-seconds, layout); hf/ (the model's config and tokenizer, which launch/convert.py needs); and attest.json, written last: the
-digest of every file, and of every part of the weights as they were in the model. A save is written in the background
-under another name, read back, compared with the live weights' digests, and only then renamed: a folder of that name
-is whole and holds the weights of its step. When it is loaded the files are compared with their digests again.
+seconds, layout); hf/ (the model's config and tokenizer, which launch/convert.py needs); and attest.json, written last:
+the digest of every file, and of every part of the weights as they were in the model. A save is written in the
+background under another name, read back, compared with the live weights' digests, and only then renamed: a folder of
+that name is whole and holds the weights of its step. When it is loaded the files are compared with their digests again.
 """
 
 import dataclasses
@@ -34,8 +34,8 @@ from grpo_mcore.policy.policy import Policy
 from grpo_mcore.report import metrics
 
 HF, RUN, ATTEST = "hf", "run.json", "attest.json"
-# The optimizer's state in the shape of the parameters, which any tp, pp and dp can load, gathered in the host memory of one data
-# rank, and not in every GPU's.
+# The optimizer's state in the shape of the parameters, which any tp, pp and dp can load, gathered in the host memory of
+# one data rank, and not in every GPU's.
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": True}
 
 
@@ -85,8 +85,8 @@ class Checkpoints:
         self.newest_step = 0  # saved, or being saved
 
     def restore(self) -> Progress:
-        """Loads the newest good checkpoint, if there is any, whatever its layout. Names each that is passed over. Without any, begins at
-        step 0 with the weights and the optimizer of checkpoint.start_from.
+        """Loads the newest good checkpoint, if there is any, whatever its layout. Names each that is passed over.
+        Without any, begins at step 0 with the weights and the optimizer of checkpoint.start_from.
 
         Raises InputError if there are checkpoints, and none is good.
         """
@@ -118,7 +118,8 @@ class Checkpoints:
         return Progress()
 
     def save(self, progress: Progress) -> None:
-        """Begins a save, and returns while it is written, unless checkpoint.asynchronous is off. Waits for the one before.
+        """Begins a save, and returns while it is written, unless checkpoint.asynchronous is off. Waits for the one
+        before.
 
         Raises InputError on all ranks, and leaves nothing behind, if the disk cannot hold it.
         """
@@ -195,7 +196,8 @@ class Checkpoints:
 
 
 class Writing:
-    """One checkpoint on its way: begun here, written in the background, attested and published by `publish`. Collective."""
+    """One checkpoint on its way: begun here, written in the background, attested and published by `publish`.
+    Collective."""
 
     def __init__(
         self, folder: Path, state: dict, weights: dict, progress: Progress, topology: Topology, *, hf_folder: str | Path

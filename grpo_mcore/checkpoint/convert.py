@@ -1,8 +1,8 @@
-"""Hugging Face folders <-> Megatron checkpoints, tensor by tensor, without a model: any layout reads what is written here,
-and what any layout wrote is read here.
+"""Hugging Face folders <-> Megatron checkpoints, tensor by tensor, without a model: any layout reads what is written
+here, and what any layout wrote is read here.
 
-In a checkpoint the shards of all ranks make one tensor (checkpoint's keys are Transformer Engine's names, on a CPU too):
-layers are stacked along a first axis, gate stands above up, and the vocabulary may be padded at its end.
+In a checkpoint the shards of all ranks make one tensor (checkpoint's keys are Transformer Engine's names, on a CPU
+too): layers are stacked along a first axis, gate stands above up, and the vocabulary may be padded at its end.
 """
 
 from pathlib import Path
@@ -19,7 +19,8 @@ from grpo_mcore.policy.hf_weights import Row, gate_up
 
 
 def from_hf(hf_folder: str | Path, folder: str | Path, topology: Topology, *, timeout_s: float = 3600) -> None:
-    """A Hugging Face folder as a checkpoint at step 0, without optimizer. On one rank; holds the model once. Raises InputError."""
+    """A Hugging Face folder as a checkpoint at step 0, without optimizer. On one rank; holds the model once. Raises
+    InputError."""
     hf_config = model.load_hf_config(str(hf_folder))
     rows = hf_weights.table(hf_config, transformer_engine=True)
     with hf_weights.Reader(hf_folder) as reader:
@@ -37,7 +38,8 @@ def from_hf(hf_folder: str | Path, folder: str | Path, topology: Topology, *, ti
 
 
 def to_hf(folder: str | Path, hf_folder: str | Path) -> None:
-    """The weights of a checkpoint as a Hugging Face folder, in the checkpoint's dtype; holds one tensor at a time. Raises InputError."""
+    """The weights of a checkpoint as a Hugging Face folder, in the checkpoint's dtype; holds one tensor at a time.
+    Raises InputError."""
     side = Path(folder) / HF
     if not side.is_dir():
         raise InputError(

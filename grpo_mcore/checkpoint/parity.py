@@ -1,9 +1,11 @@
-"""Proof of an export: a Hugging Face folder holds what the policy of a checkpoint was, and Hugging Face's model computes with it
-what the trainer's does.
+"""Proof of an export: a Hugging Face folder holds what the policy of a checkpoint was, and Hugging Face's model
+computes with it what the trainer's does.
 
-1. Each part of the weights, as a rank held it when the checkpoint was saved, has the digest that attest.json keeps: of the same
+1. Each part of the weights, as a rank held it when the checkpoint was saved, has the digest that attest.json keeps: of
+the same
    part cut from the folder's tensors. This goes from the folder to the live weights, past the checkpoint's own tensors.
-2. Log-probs of a few fixed sequences by transformers and by the trainer's model (its log-prob pass, as in training) agree. Both are
+2. Log-probs of a few fixed sequences by transformers and by the trainer's model (its log-prob pass, as in training)
+agree. Both are
    in float32 on a CPU, one after the other: what is compared is the model, not the rounding of a precision.
 """
 
@@ -38,7 +40,8 @@ class ParityError(RuntimeError):
 
 
 def prove(checkpoint: str | Path, hf_folder: str | Path, out: str | Path | None = None) -> dict:
-    """The proof's numbers, also to the JSON file `out`. On one rank; holds one model at a time. Raises InputError, ParityError."""
+    """The proof's numbers, also to the JSON file `out`. On one rank; holds one model at a time. Raises InputError,
+    ParityError."""
     num_parts = compare_weights(checkpoint, hf_folder)
     sequences = fixed_sequences(model.load_hf_config(str(hf_folder)).vocab_size)
     theirs = hf_logprobs(hf_folder, sequences)
@@ -68,8 +71,8 @@ def prove(checkpoint: str | Path, hf_folder: str | Path, out: str | Path | None 
 
 
 def compare_weights(checkpoint: str | Path, hf_folder: str | Path) -> int:
-    """How many parts of the weights the checkpoint attests; all are compared, and all of the folder's weights are compared with one.
-    Holds one Megatron parameter. Raises InputError, ParityError."""
+    """How many parts of the weights the checkpoint attests; all are compared, and all of the folder's weights are
+    compared with one. Holds one Megatron parameter. Raises InputError, ParityError."""
     attested = Path(checkpoint) / ATTEST
     if not attested.is_file():
         raise InputError(

@@ -12,7 +12,8 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 
 class Stored:
-    """Megatron stacks the layers of a parameter: `decoder.layers.mlp.linear_fc2.weight` of layer 3 is the part at (3, 0, 0)."""
+    """Megatron stacks the layers of a parameter: `decoder.layers.mlp.linear_fc2.weight` of layer 3 is the part at (3,
+    0, 0)."""
 
     def __init__(self, folder: str | Path):
         self._reader = FileSystemReader(str(folder))
@@ -22,7 +23,8 @@ class Stored:
         return self._metadata.state_dict_metadata[key].properties.dtype
 
     def read(self, key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
-        """The part of that shape that begins at `offset` of the whole tensor. Raises KeyError for a key that is not there."""
+        """The part of that shape that begins at `offset` of the whole tensor. Raises KeyError for a key that is not
+        there."""
         out = torch.empty(shape, dtype=self.dtype(key))
         planner = _OnePart(key, offset)
         planner.set_up_planner({key: out}, self._metadata, is_coordinator=True)

@@ -172,7 +172,8 @@ class Reward:
 
 @dataclass(frozen=True)
 class Shaping:
-    """What is added to the rewards before the advantages. The metrics reward/* and evaluations are of the grader's rewards alone."""
+    """What is added to the rewards before the advantages. The metrics reward/* and evaluations are of the grader's
+    rewards alone."""
 
     overlong_buffer_tokens: int = (
         0  # the last tokens before rollout.max_response_tokens, over which a penalty grows linearly from 0; 0: none
@@ -229,7 +230,8 @@ class Refit:
 
 @dataclass(frozen=True)
 class Mismatch:
-    """Bounds of mismatch/logprob_abs_mean: what an engine sampled with against what the trainer scores. Null: no bound."""
+    """Bounds of mismatch/logprob_abs_mean: what an engine sampled with against what the trainer scores. Null: no
+    bound."""
 
     warn_above: float | None = 0.1
     stop_above: float | None = None
@@ -261,7 +263,8 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Stop:
-    """Ends a run before num_steps, after the first step whose metrics show one of two signs (stop.py). Null: not looked for."""
+    """Ends a run before num_steps, after the first step whose metrics show one of two signs (stop.py). Null: not looked
+    for."""
 
     after_steps: int = 0  # none is looked for before so many
     plateau_window: int | None = (

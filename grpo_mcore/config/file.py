@@ -1,10 +1,10 @@
 """A Config from YAML and back.
 
-Parsed once from a file plus dotted overrides; unknown keys are refused with a suggestion; values are coerced by the field's
-type (PyYAML reads `1e-6` as a string); the result is checked (rules.py).
+Parsed once from a file plus dotted overrides; unknown keys are refused with a suggestion; values are coerced by the
+field's type (PyYAML reads `1e-6` as a string); the result is checked (rules.py).
 
-`inherit: other.yaml`, a path from the file's own folder, takes all keys of that file (and of what it inherits), below the file's
-own: sections merge key by key; a value, a list or null replaces what was there.
+`inherit: other.yaml`, a path from the file's own folder, takes all keys of that file (and of what it inherits), below
+the file's own: sections merge key by key; a value, a list or null replaces what was there.
 """
 
 import dataclasses

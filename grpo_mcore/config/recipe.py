@@ -3,8 +3,8 @@
     guide      NeMo RL's "GRPO on DeepScaler"; what configs/deepscaler_*.yaml follow
     original   the first publication, agentica's DeepScaleR; what configs/original/deepscaler_*.yaml follow
 
-Both have stages of 8K, 16K and 24K tokens. The two are often taken for one another: their prompts, rewards, losses, optimizer
-mini-batches (64 responses, 64 prompts) and sampling differ. A quantity that the code fixes is a row too.
+Both have stages of 8K, 16K and 24K tokens. The two are often taken for one another: their prompts, rewards, losses,
+optimizer mini-batches (64 responses, 64 prompts) and sampling differ. A quantity that the code fixes is a row too.
 """
 
 import hashlib
@@ -31,7 +31,8 @@ class Each:
 
 @dataclass(frozen=True)
 class Row:
-    """`of` is the effective quantity of a configuration; `guide` and `original` are values of all stages, or Each; None: not said."""
+    """`of` is the effective quantity of a configuration; `guide` and `original` are values of all stages, or Each;
+    None: not said."""
 
     quantity: str
     unit: str
@@ -201,7 +202,8 @@ ROWS = (
 
 
 def deviations(config: Config) -> list[str]:
-    """The quantities in which a configuration deviates from its recipe, declared or not. Raises InputError for a declared one that is none."""
+    """The quantities in which a configuration deviates from its recipe, declared or not. Raises InputError for a
+    declared one that is none."""
     known = [row.quantity for row in ROWS]
     for name in config.recipe_deviations:
         if name not in known:

@@ -55,7 +55,8 @@ class Tokenizer:
 
 
 def read_rows(source: str, data: config.Data, name: str) -> list[tuple[str, str]]:
-    """(problem, answer) of every row of `source`, a file, a hub data set or a short name of PUBLISHED. `name` is the configuration's field, for errors. Raises InputError."""
+    """(problem, answer) of every row of `source`, a file, a hub data set or a short name of PUBLISHED. `name` is the
+    configuration's field, for errors. Raises InputError."""
     if source.startswith("arithmetic:"):
         return arithmetic.rows(source.removeprefix("arithmetic:"))
     from datasets import load_dataset
@@ -115,7 +116,8 @@ def _row(row: dict, data: config.Data, name: str, where: str) -> tuple[str, str]
 def load(
     source: str, data: config.Data, tokenizer: Tokenizer, name: str, *, overlong: str = "filter"
 ) -> tuple[list[Prompt], int]:
-    """(prompts in the data set's order, number of over-long ones: left out, or with overlong="mask" cut and masked). Raises InputError."""
+    """(prompts in the data set's order, number of over-long ones: left out, or with overlong="mask" cut and masked).
+    Raises InputError."""
     prompts, too_long = [], 0
     for i, (problem, answer) in enumerate(read_rows(source, data, name)):
         token_ids = tokenizer.encode(problem, data)

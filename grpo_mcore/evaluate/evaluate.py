@@ -1,4 +1,5 @@
-"""Evaluations of held-out prompts: mean@k, pass@j and maj@k with error bars (scores.py), their protocol, comparisons."""
+"""Evaluations of held-out prompts: mean@k, pass@j and maj@k with error bars (scores.py), their protocol,
+comparisons."""
 
 import dataclasses
 import hashlib
@@ -146,7 +147,8 @@ def check_paired(eval_prompts: Sequence[Prompt], problems: Sequence[scores.Probl
 
 
 def compare(result: Result, card: dict, problems: Sequence[scores.Problem], other: dict) -> dict:
-    """The paired comparison with an earlier evaluation, and in which of its terms the protocols (`card`, `other`) differ."""
+    """The paired comparison with an earlier evaluation, and in which of its terms the protocols (`card`, `other`)
+    differ."""
     paired = scores.compare(result.problems, problems)
     return {
         **dataclasses.asdict(paired),
@@ -156,10 +158,11 @@ def compare(result: Result, card: dict, problems: Sequence[scores.Problem], othe
 
 
 def evaluate_model(cfg: config.Config, source: str | None, *, compare_with: str | None = None) -> dict:
-    """Evaluates a Hugging Face folder or a checkpoint (None: the run's newest, else cfg.model) with engines alone, and compares it with
-    an earlier evaluation's JSON file.
+    """Evaluates a Hugging Face folder or a checkpoint (None: the run's newest, else cfg.model) with engines alone, and
+    compares it with an earlier evaluation's JSON file.
 
-    Returns model, metrics, estimates with error bars, protocol, comparison and the table of problems. Raises InputError.
+    Returns model, metrics, estimates with error bars, protocol, comparison and the table of problems. Raises
+    InputError.
     """
     earlier = read_problems(compare_with) if compare_with else None
     if cfg.eval.data is None:

@@ -1,15 +1,18 @@
 """What the graded samples of some problems say of a model, and how surely. Pure.
 
 mean@k     mean over problems of the share of right samples
-pass@j     mean over problems of 1 - C(n - c, j) / C(n, j), of n samples with c right: unbiased, Chen et al. 2021, arXiv 2107.03374, eq. 1
-maj@k      share of problems whose most frequent answer is right: self-consistency, Wang et al. 2022, arXiv 2203.11171. Answers count as the
-           same if they are one text after the verifier's normalisation, right ones and wrong ones alike; samples without an answer have
-           no vote; of answers with equally many votes each is taken with equal probability: a third of a problem is solved if one of three is right
-+-         standard error over problems, of which samples are repeated measurements (clustered: Miller 2024, arXiv 2411.00640): it measures how
-           far other problems of the kind, with as many samples each, would move the mean
-95%        value +- 1.96 standard errors, clipped to what is possible. The normal interval, since it has a closed form that is the same for a
-           paired difference and needs no seed; a bootstrap over problems agrees with it where there are enough, and with 30 Student's
-           would be 4% wider. Where all problems score the same (all or none solved) it has no width, which says too much.
+pass@j     mean over problems of 1 - C(n - c, j) / C(n, j), of n samples with c right: unbiased, Chen et al. 2021, arXiv
+           2107.03374, eq. 1
+maj@k      share of problems whose most frequent answer is right: self-consistency, Wang et al. 2022, arXiv 2203.11171.
+           Answers count as the same if they are one text after the verifier's normalisation, right ones and wrong ones
+           alike; samples without an answer have no vote; of answers with equally many votes each is taken with equal
+           probability: a third of a problem is solved if one of three is right
++-         standard error over problems, of which samples are repeated measurements (clustered: Miller 2024, arXiv
+           2411.00640): it measures how far other problems of the kind, with as many samples each, would move the mean
+95%        value +- 1.96 standard errors, clipped to what is possible. The normal interval, since it has a closed form
+           that is the same for a paired difference and needs no seed; a bootstrap over problems agrees with it where
+           there are enough, and with 30 Student's would be 4% wider. Where all problems score the same (all or none
+           solved) it has no width, which says too much.
 """
 
 import math
@@ -60,7 +63,8 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Sequence[float], least: float = 0.0, most: float = 1.0) -> "Estimate":
-        """The mean of one value a problem, each within [least, most]. A single problem tells nothing of others: its interval is all of that."""
+        """The mean of one value a problem, each within [least, most]. A single problem tells nothing of others: its
+        interval is all of that."""
         P = len(values)
         mean = math.fsum(values) / P
         if P == 1:
@@ -98,7 +102,8 @@ class Comparison:
 
 
 def compare(mine: Sequence[Problem], other: Sequence[Problem]) -> Comparison:
-    """Problems in any order; their numbers of samples may differ. Raises ValueError if they are not the same problems."""
+    """Problems in any order; their numbers of samples may differ. Raises ValueError if they are not the same
+    problems."""
     theirs = {(p.id, p.answer): p for p in other}
     if {(p.id, p.answer) for p in mine} != theirs.keys():
         raise ValueError(f"{len(mine)} problems and {len(other)}, not the same ones")

@@ -1,11 +1,13 @@
-"""Triton: linear_logprob of kernels/reference.py without logits in memory, in either direction. Deterministic: no atomics.
+"""Triton: linear_logprob of kernels/reference.py without logits in memory, in either direction. Deterministic: no
+atomics.
 
-Forward: a program keeps a block of rows and walks through one split of the vocabulary with an online softmax; the splits' partials
-are merged afterwards. Backward: logits are recomputed, a rectangle of rows x columns at a time, into their gradient dz in the
-weight's dtype; two matrix products of cuBLAS take it from there, dHidden += dz @ weight and dWeight += dz.T @ hidden, in float32.
+Forward: a program keeps a block of rows and walks through one split of the vocabulary with an online softmax; the
+splits' partials are merged afterwards. Backward: logits are recomputed, a rectangle of rows x columns at a time, into
+their gradient dz in the weight's dtype; two matrix products of cuBLAS take it from there, dHidden += dz @ weight and
+dWeight += dz.T @ hidden, in float32.
 
-Logits are kept in units of log 2 (suffix 2): exp2 is what the hardware has. Products accumulate in float32; what is rounded to
-the inputs' dtype is dz, once, and each finished gradient, once.
+Logits are kept in units of log 2 (suffix 2): exp2 is what the hardware has. Products accumulate in float32; what is
+rounded to the inputs' dtype is dz, once, and each finished gradient, once.
 """
 
 import os
@@ -27,7 +29,8 @@ ROWS = 4096  # of a rectangle of dz, at most
 
 
 class Blocks(NamedTuple):
-    """Of one program: rows, vocabulary rows and hidden columns at a time; warps; stages of the pipeline that loads them."""
+    """Of one program: rows, vocabulary rows and hidden columns at a time; warps; stages of the pipeline that loads
+    them."""
 
     T: int
     V: int
@@ -36,7 +39,8 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# For Hopper; benchmarks/kernels.py --search finds better ones. Two programs of 4 warps share a multiprocessor, so that one's softmax
+# For Hopper; benchmarks/kernels.py --search finds better ones. Two programs of 4 warps share a multiprocessor, so that
+# one's softmax
 # runs during the other's products: 128 x 128 float32 sums are 128 registers a thread, and 3 stages 96 KiB of its 227.
 FORWARD = {torch.bfloat16: Blocks(128, 128, 64, 4, 3), torch.float32: Blocks(64, 64, 32, 4, 3)}
 BACKWARD = {torch.bfloat16: Blocks(128, 128, 64, 4, 3), torch.float32: Blocks(64, 64, 32, 4, 3)}
@@ -254,7 +258,8 @@ def _programs_at_once(device: torch.device, blocks: Blocks) -> int:
 
 
 def num_splits(row_blocks: int, column_blocks: int, programs_at_once: int) -> int:
-    """Of the vocabulary, so that the programs end together: the fewest of the least (waves of programs x blocks of one)."""
+    """Of the vocabulary, so that the programs end together: the fewest of the least (waves of programs x blocks of
+    one)."""
 
     def duration(splits: int) -> int:
         return triton.cdiv(row_blocks * splits, programs_at_once) * triton.cdiv(column_blocks, splits)
@@ -263,7 +268,8 @@ def num_splits(row_blocks: int, column_blocks: int, programs_at_once: int) -> in
 
 
 def rectangle(T: int, D: int, itemsize: int, *, fused: bool) -> tuple[int, int]:
-    """(rows, columns) of dz within WORKSPACE_BYTES, columns a multiple of 128. fused: dWeight has its own float32 buffer."""
+    """(rows, columns) of dz within WORKSPACE_BYTES, columns a multiple of 128. fused: dWeight has its own float32
+    buffer."""
     rows = triton.cdiv(T, triton.cdiv(T, ROWS))
     bytes_per_column = rows * itemsize + (0 if fused or rows == T else 4 * D)
     return rows, max(WORKSPACE_BYTES // bytes_per_column // 128 * 128, 128)

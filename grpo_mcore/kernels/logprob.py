@@ -1,4 +1,5 @@
-"""Triton: logprob of kernels/reference.py, for logits [T, V] that exist anyway. One pass over them forward, one backward."""
+"""Triton: logprob of kernels/reference.py, for logits [T, V] that exist anyway. One pass over them forward, one
+backward."""
 
 import torch
 import triton
@@ -49,8 +50,8 @@ def _backward(logits, stride, d_logits, d_stride, target_T, of_row, T, V, scale,
 
 
 def of_row(g_logsumexp, g_target, g_mean, logsumexp2, mean2, temperature: float) -> torch.Tensor:
-    """[4, T] for a backward: logsumexp2, constant, slope and at_target of dz_j = p_j (constant + slope z2_j) + [j = target] at_target,
-    the gradient of a logit before its division by the temperature; see reference.LinearLogprob."""
+    """[4, T] for a backward: logsumexp2, constant, slope and at_target of dz_j = p_j (constant + slope z2_j) + [j =
+    target] at_target, the gradient of a logit before its division by the temperature; see reference.LinearLogprob."""
     constant = g_logsumexp + g_mean * (1 - mean2 / LOG2_E)
     return torch.stack([logsumexp2, constant / temperature, g_mean / (LOG2_E * temperature), g_target / temperature])
 
@@ -99,11 +100,12 @@ class Logprob(torch.autograd.Function):
 def logprob(
     logits_TV: torch.Tensor, target_T: torch.Tensor, *, temperature: float, in_place: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(logsumexp_T, target_T, mean_logit_T), float32: the outputs of reference.linear_logprob, of logits before their division by the
-    temperature, bfloat16 or float32.
+    """(logsumexp_T, target_T, mean_logit_T), float32: the outputs of reference.linear_logprob, of logits before their
+    division by the temperature, bfloat16 or float32.
 
-    in_place: the backward overwrites the logits by their gradient, which is that memory; no other may need them then (autograd
-    raises RuntimeError if it sees that one does). ValueError for logits without contiguous rows or of another dtype.
+    in_place: the backward overwrites the logits by their gradient, which is that memory; no other may need them then
+    (autograd raises RuntimeError if it sees that one does). ValueError for logits without contiguous rows or of another
+    dtype.
     """
     if logits_TV.dtype not in (torch.bfloat16, torch.float32) or logits_TV.stride(1) != 1:
         raise ValueError(

@@ -1,4 +1,5 @@
-"""Kernels, each in a plain PyTorch form and a Triton one of the same signature. Triton is imported once it is picked."""
+"""Kernels, each in a plain PyTorch form and a Triton one of the same signature. Triton is imported once it is
+picked."""
 
 import functools
 import importlib
@@ -12,7 +13,8 @@ NAMES = ("linear_logprob", "logprob")
 
 
 def pick(name: str, impl: str = "auto", device: torch.device | None = None) -> Callable:
-    """The function `name`, as `impl` has it: "reference", "triton", or "auto": Triton's on CUDA, the reference elsewhere. Says so, once.
+    """The function `name`, as `impl` has it: "reference", "triton", or "auto": Triton's on CUDA, the reference
+    elsewhere. Says so, once.
 
     device: of the tensors; None: CUDA where there is one. ValueError for what cannot run there.
     """

@@ -9,9 +9,9 @@ import torch
 class LinearLogprob(torch.autograd.Function):
     """In chunks of the vocabulary, recomputed in the backward; [T, V] never exists.
 
-    Above inputs and gradients it takes dHidden in float32 and, for a chunk, the product in the inputs' dtype and two [T, chunk]
-    blocks in float32. All are written in place: on a CPU, fresh memory costs more than the arithmetic done in it.
-    With p the softmax within the shard and g the upstream gradients,
+    Above inputs and gradients it takes dHidden in float32 and, for a chunk, the product in the inputs' dtype and two
+    [T, chunk] blocks in float32. All are written in place: on a CPU, fresh memory costs more than the arithmetic done
+    in it. With p the softmax within the shard and g the upstream gradients,
 
         dz_j = p_j (g_logsumexp + g_mean (1 + z_j - mean)) + [j = target] g_target
     """
@@ -108,13 +108,13 @@ def linear_logprob(
     main_grad_VD: torch.Tensor | None = None,
     chunk_V: int = 2048,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(logsumexp_T, target_T, mean_logit_T), float32, differentiable, of z = hidden @ weight.T / temperature of this shard:
-    log sum exp z; z at the target (0 where the target, counted from this shard's first row, lies outside it); and the mean of z
-    under the softmax of this shard.
+    """(logsumexp_T, target_T, mean_logit_T), float32, differentiable, of z = hidden @ weight.T / temperature of this
+    shard: log sum exp z; z at the target (0 where the target, counted from this shard's first row, lies outside it);
+    and the mean of z under the softmax of this shard.
 
-    main_grad_VD: float32, these rows of Megatron's gradient buffer. The weight's gradient is added there, and none is returned:
-    param.grad stays None (or what the embedding has put there, if tied), which DDP's hook does not add again; so
-    param.grad_added_to_main_grad must stay False. Not for overlap_grad_reduce, whose hook insists on a param.grad.
+    main_grad_VD: float32, these rows of Megatron's gradient buffer. The weight's gradient is added there, and none is
+    returned: param.grad stays None (or what the embedding has put there, if tied), which DDP's hook does not add again;
+    so param.grad_added_to_main_grad must stay False. Not for overlap_grad_reduce, whose hook insists on a param.grad.
     """
     return LinearLogprob.apply(hidden_TD, weight_VD, target_T, temperature, chunk_V, main_grad_VD)
 
@@ -122,7 +122,8 @@ def linear_logprob(
 def linear_logprob_full(
     hidden_TD: torch.Tensor, weight_VD: torch.Tensor, target_T: torch.Tensor, *, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """linear_logprob as one writes it first: logits [T, V] and all that autograd keeps of them. For benchmarks and tests."""
+    """linear_logprob as one writes it first: logits [T, V] and all that autograd keeps of them. For benchmarks and
+    tests."""
     return _of_logits((hidden_TD @ weight_VD.T).float() / temperature, target_T)
 
 

@@ -4,8 +4,8 @@
     leave_one_out   (r - mean of the others) / std of the others     RLOO, arXiv 2402.14740, normalised
     no std          the numerator alone       Dr. GRPO, arXiv 2503.20783
 
-Stds are unbiased (Bessel), as both published DeepScaleR runs compute them: the guide's (NeMo RL) is leave_one_out, with the std of the
-G - 1 others; the original is mean. Where a std is 0 the advantage is left as it is:
+Stds are unbiased (Bessel), as both published DeepScaleR runs compute them: the guide's (NeMo RL) is leave_one_out, with
+the std of the G - 1 others; the original is mean. Where a std is 0 the advantage is left as it is:
 for `mean` it is 0 then; for `leave_one_out` the odd one out among equals keeps its plain difference.
 """
 

@@ -1,18 +1,18 @@
 """Groups and advantages to packed, balanced microbatches; owner of the loss mask and of the ONE loss denominator.
 
-Every rank sees all groups and plans the same way, so no collective is needed: a rank takes its part of the plan. The plan
-balances what ranks wait for, the cost of their sequences, and bounds what a device holds, the tokens of a microbatch.
-The denominator is a property of the global batch; every token's weight already carries it:
+Every rank sees all groups and plans the same way, so no collective is needed: a rank takes its part of the plan. The
+plan balances what ranks wait for, the cost of their sequences, and bounds what a device holds, the tokens of a
+microbatch. The denominator is a property of the global batch; every token's weight already carries it:
 
     token_mean      1 / (response tokens of the global batch)                        DAPO
     sequence_mean   1 / (own length x responses of the global batch)                 GRPO, arXiv 2402.03300
     constant        1 / (max_response_tokens x responses of the global batch)        Dr. GRPO
 
 so that loss = sum over tokens of weight * loss, whatever the packing, the padding, the microbatch size and the ranks.
-Responses to a masked prompt are packed like others, but none of their tokens is a response token of a microbatch: they count neither
-in the loss nor in a denominator nor in a statistic.
-With skip_truncated (DAPO's overlong filtering, section 3.4), responses that hit the length limit have weight 0 and count
-neither as tokens nor as responses; but Dr. GRPO's constant stays one, and counts all that are not masked.
+Responses to a masked prompt are packed like others, but none of their tokens is a response token of a microbatch: they
+count neither in the loss nor in a denominator nor in a statistic.
+With skip_truncated (DAPO's overlong filtering, section 3.4), responses that hit the length limit have weight 0 and
+count neither as tokens nor as responses; but Dr. GRPO's constant stays one, and counts all that are not masked.
 """
 
 import math
@@ -34,7 +34,8 @@ MAX_BLOCK_TOKENS = 512
 
 @dataclass(frozen=True)
 class Cost:
-    """What a sequence costs, in units of one token's linear layers: tokens + head * response tokens + quadratic * tokens**2."""
+    """What a sequence costs, in units of one token's linear layers: tokens + head * response tokens + quadratic *
+    tokens**2."""
 
     head: float = 0.0  # the vocabulary's matrix product of one response token
     quadratic: float = 0.0  # causal attention
@@ -165,13 +166,14 @@ def _global_batch(
 
 
 def pack(tokens: Sequence[int], costs: Sequence[float], packing: Packing) -> list[list[list[int]]]:
-    """[dp rank][microbatch][index into tokens]: equal numbers of microbatches per rank, as few as were found to do, none
-    empty, none above max_tokens with its padding; cost balanced over both. Deterministic.
+    """[dp rank][microbatch][index into tokens]: equal numbers of microbatches per rank, as few as were found to do,
+    none empty, none above max_tokens with its padding; cost balanced over both. Deterministic.
 
-    The dearest sequence first, to the cheapest rank, and in the same way to the cheapest microbatch that has room: the many
-    short ones of a long tail come last and level what the long ones left. For 1,024 log-normal lengths up to 24K on 8 ranks the
-    dearest rank is 0.003% above the mean (128 lengths: 0.16%), with no microbatch beyond what tokens / max_tokens asks for. Largest
-    differencing comes closer still (0.04%), too little to notice, and takes ten times as long for 10,000 sequences on 128 ranks.
+    The dearest sequence first, to the cheapest rank, and in the same way to the cheapest microbatch that has room: the
+    many short ones of a long tail come last and level what the long ones left. For 1,024 log-normal lengths up to 24K
+    on 8 ranks the dearest rank is 0.003% above the mean (128 lengths: 0.16%), with no microbatch beyond what tokens /
+    max_tokens asks for. Largest differencing comes closer still (0.04%), too little to notice, and takes ten times as
+    long for 10,000 sequences on 128 ranks.
 
     Raises ValueError, which names what does not fit.
     """
@@ -187,8 +189,8 @@ def pack(tokens: Sequence[int], costs: Sequence[float], packing: Packing) -> lis
 
 
 def pack_in_order(samples: Sequence[Sample], packing: Packing) -> list[list[list[int]]]:
-    """Like `pack`, but consecutive samples stay together, so that siblings can share their prompt: cut where the running cost
-    comes nearest to equal parts. Shared prompts count once in tokens and cost.
+    """Like `pack`, but consecutive samples stay together, so that siblings can share their prompt: cut where the
+    running cost comes nearest to equal parts. Shared prompts count once in tokens and cost.
     """
     whole = blocks(samples, share_prompts=True)
     running = [0.0]  # cost of all samples so far, as if nothing were cut
@@ -238,8 +240,8 @@ def _spread(
     max_tokens: float,
     min_items: int,
 ) -> list[list[int]] | None:
-    """Dearest first, each to the cheapest bin that has room, at least min_items to each; indices ascending within a bin.
-    None if one finds no room.
+    """Dearest first, each to the cheapest bin that has room, at least min_items to each; indices ascending within a
+    bin. None if one finds no room.
     """
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     load, held = [0.0] * num_bins, [0] * num_bins
@@ -302,7 +304,8 @@ def microbatch(samples: Sequence[Sample], weights: Sequence[float], packing: Pac
     targets, sequences, advantages, weight_R, rollout_logprobs = [], [], [], [], []
 
     def pad(multiple: int) -> None:
-        # Padding goes on with the block's last response, without a loss: last under a causal mask, it is seen by no other token.
+        # Padding goes on with the block's last response, without a loss: last under a causal mask, it is seen by no
+        # other token.
         n = -len(token_ids) % multiple
         token_ids.extend([0] * n)
         position_ids.extend(range(position_ids[-1] + 1, position_ids[-1] + 1 + n))

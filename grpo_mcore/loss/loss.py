@@ -1,25 +1,30 @@
-"""The GRPO losses. Pure: per token in, weighted sum out; the weights carry mask, aggregation and denominator (batch.py).
+"""The GRPO losses. Pure: per token in, weighted sum out; the weights carry mask, aggregation and denominator
+(batch.py).
 
-    policy_loss  ppo_clip  -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A)    PPO, arXiv 1707.06347, eq. 7; two bounds (clip-higher):
+    policy_loss  ppo_clip  -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A)    PPO, arXiv 1707.06347, eq. 7;
+                 two bounds (clip-higher):
                            DAPO, arXiv 2503.14476, eq. 8
-                 gspo      the same with the geometric mean of a response's ratios for the ratio of each of its tokens: GSPO, arXiv 2507.18071,
-                           eq. 5, with aggregation sequence_mean and clips of 3e-4 / 4e-4
-                 cispo     -clip(ratio, 1 - clip_low, 1 + clip_high) A logprob, the clipped ratio without gradient: CISPO, MiniMax-M1, arXiv
-                           2506.13585, eq. 4, without a lower clip (clip_low 1)
+                 gspo      the same with the geometric mean of a response's ratios for the ratio of each of its tokens:
+                           GSPO, arXiv 2507.18071, eq. 5, with aggregation sequence_mean and clips of 3e-4 / 4e-4
+                 cispo     -clip(ratio, 1 - clip_low, 1 + clip_high) A logprob, the clipped ratio without gradient:
+                           CISPO, MiniMax-M1, arXiv 2506.13585, eq. 4, without a lower clip (clip_low 1)
     clip_dual    where A < 0, no more than -clip_dual A: Ye et al. 2020, arXiv 1912.09729 (dual-clip PPO)
-    kl_coef      k1, k2, k3 of http://joschu.net/blog/kl-approx.html to the reference, per token, differentiated as written; kl_limit clamps the
-                 estimate, whose gradient is 0 beyond (both published DeepScaleR runs: 10)
+    kl_coef      k1, k2, k3 of http://joschu.net/blog/kl-approx.html to the reference, per token, differentiated as
+                 written; kl_limit clamps the estimate, whose gradient is 0 beyond (both published DeepScaleR runs: 10)
     entropy_coef minus the entropy of each token's distribution, differentiated (original DeepScaleR: 0.001)
-    importance_* exp(old - rollout), times the policy loss: corrects for tokens that other weights or other arithmetic than the trainer's
-                 sampled. Cut at a cap: TIS, Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training"; set to
-                 0 beyond it: IcePop, ringtech.notion.site/icepop (2025). Per token in both; of a whole response: Liu, Li et al. 2025, "When
-                 Speed Kills Stability: Demystifying RL Collapse from the Training-Inference Mismatch". A masked token still counts in the
-                 denominator; KL and entropy are not corrected, as in these.
+    importance_* exp(old - rollout), times the policy loss: corrects for tokens that other weights or other arithmetic
+    than the trainer's
+                 sampled. Cut at a cap: TIS, Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You
+                 Off-Policy RL Training"; set to 0 beyond it: IcePop, ringtech.notion.site/icepop (2025). Per token in
+                 both; of a whole response: Liu, Li et al. 2025, "When Speed Kills Stability: Demystifying RL Collapse
+                 from the Training-Inference Mismatch". A masked token still counts in the denominator; KL and entropy
+                 are not corrected, as in these.
 
 All exponents are clamped to +-20 before exp, so that one absurd token gives a large loss and not an infinite one.
 
-Declared deviation: the original DeepScaleR run means over the tokens of each micro-batch and sums the means, so that its loss depends on
-how a batch is cut. That is not built; its configurations here have token_mean, over the whole batch of an optimizer step.
+Declared deviation: the original DeepScaleR run means over the tokens of each micro-batch and sums the means, so that
+its loss depends on how a batch is cut. That is not built; its configurations here have token_mean, over the whole batch
+of an optimizer step.
 """
 
 from collections.abc import Callable
@@ -30,7 +35,8 @@ from grpo_mcore.config import config
 from grpo_mcore.config.config import EXPONENT_LIMIT
 from grpo_mcore.types import Microbatch
 
-# Sums over S sequences [S, ...] of one rank's tokens -> the sums over those of all ranks that share the sequences, with gradient.
+# Sums over S sequences [S, ...] of one rank's tokens -> the sums over those of all ranks that share the sequences, with
+# gradient.
 OverRanks = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -89,7 +95,8 @@ def policy_loss(
 
 
 def importance(batch: Microbatch, cfg: config.Loss, over_ranks: OverRanks = alone) -> tuple[torch.Tensor, torch.Tensor]:
-    """(importance_R float32, which of them the cap changed, bool [R]), of old and rollout log-probs; cfg.importance_level is token or sequence."""
+    """(importance_R float32, which of them the cap changed, bool [R]), of old and rollout log-probs;
+    cfg.importance_level is token or sequence."""
     log_weight = batch.old_logprobs_R - batch.rollout_logprobs_R
     if cfg.importance_level == "sequence":
         log_weight = sequence_sum(log_weight, batch, over_ranks)
@@ -102,7 +109,8 @@ def importance(batch: Microbatch, cfg: config.Loss, over_ranks: OverRanks = alon
 
 
 def sequence_sum(values_R: torch.Tensor, batch: Microbatch, over_ranks: OverRanks) -> torch.Tensor:
-    """For each token the sum over its response's tokens of `values_R` [R, ...]; float64, so that no order of the tokens shows."""
+    """For each token the sum over its response's tokens of `values_R` [R, ...]; float64, so that no order of the tokens
+    shows."""
     sums_S = values_R.new_zeros(batch.num_sequences, *values_R.shape[1:], dtype=torch.float64).index_add(
         0, batch.sequence_R, values_R.double()
     )

@@ -31,7 +31,8 @@ def on_any_rank(flag: bool, topology: Topology) -> bool:
 
 
 def start_gather(shard: torch.Tensor, topology: Topology) -> Callable[[], list[torch.Tensor]]:
-    """Starts the gathering of one parameter's equal-shaped shards; the result waits for them, in tp order, on every tp rank."""
+    """Starts the gathering of one parameter's equal-shaped shards; the result waits for them, in tp order, on every tp
+    rank."""
     if topology.tp == 1:
         return lambda: [shard]
     shard = shard.contiguous()
@@ -62,7 +63,8 @@ class _SumOverContext(torch.autograd.Function):
 
 
 def sum_over_context(tensor: torch.Tensor, topology: Topology) -> torch.Tensor:
-    """The sum over the context ranks, which hold parts of the same sequences; with its gradient. Collective over them, also in the backward."""
+    """The sum over the context ranks, which hold parts of the same sequences; with its gradient. Collective over them,
+    also in the backward."""
     if topology.cp == 1:
         return tensor
     return _SumOverContext.apply(tensor.to(topology.device), topology.cp_group).to(tensor.device)

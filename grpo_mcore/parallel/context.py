@@ -1,10 +1,11 @@
 """The zigzag split of context parallelism, which Transformer Engine expects of packed sequences (THD).
 
-Each block of n tokens is cut into 2 * size chunks, and rank r holds chunks r and 2 * size - 1 - r: under a causal mask an early
-chunk is cheap and a late one dear, so that every rank has as much to do. Attention is given the bounds of whole blocks,
-so cu_seqlens and max_seqlen are not split.
+Each block of n tokens is cut into 2 * size chunks, and rank r holds chunks r and 2 * size - 1 - r: under a causal mask
+an early chunk is cheap and a late one dear, so that every rank has as much to do. Attention is given the bounds of
+whole blocks, so cu_seqlens and max_seqlen are not split.
 
-T tokens and R response tokens of the whole microbatch; a rank has T / size of the one and any number, even 0, of the other.
+T tokens and R response tokens of the whole microbatch; a rank has T / size of the one and any number, even 0, of the
+other.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,8 @@ from grpo_mcore.types import Microbatch
 
 
 def indices(cu_seqlens: torch.Tensor, rank: int, size: int) -> torch.Tensor:
-    """int64 [T / size], the place in the whole microbatch of each token of this rank: block by block, the early chunk first.
+    """int64 [T / size], the place in the whole microbatch of each token of this rank: block by block, the early chunk
+    first.
 
     Raises ValueError if size > 1 and a block's tokens are no multiple of 2 * size.
     """
@@ -37,8 +39,8 @@ def indices(cu_seqlens: torch.Tensor, rank: int, size: int) -> torch.Tensor:
 
 
 def split(batch: Microbatch, rank: int, size: int) -> Microbatch:
-    """This rank's tokens, and the response tokens whose predicting hidden state (position_R) is among them, in the order of
-    the whole batch. A target may be another rank's token: it travels in target_R.
+    """This rank's tokens, and the response tokens whose predicting hidden state (position_R) is among them, in the
+    order of the whole batch. A target may be another rank's token: it travels in target_R.
     """
     if size == 1:
         return batch
@@ -56,7 +58,8 @@ def split(batch: Microbatch, rank: int, size: int) -> Microbatch:
 def merge(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
     """Undoes the split: from (index_R, values_R) of every rank, the values [R] in the order of the whole batch.
 
-    Raises ValueError if an index is missing (before the largest: how many there should be, it cannot know) or comes twice.
+    Raises ValueError if an index is missing (before the largest: how many there should be, it cannot know) or comes
+    twice.
     """
     index_R, order = torch.cat([index for index, _ in parts]).sort()
     if not torch.equal(index_R, torch.arange(len(index_R), device=index_R.device)):
@@ -69,7 +72,8 @@ def merge(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
 def attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, group, scale: float
 ) -> torch.Tensor:
-    """Causal attention of this rank's queries over each whole block: [T/size, heads, head_dim], zigzag, like the inputs.
+    """Causal attention of this rank's queries over each whole block: [T/size, heads, head_dim], zigzag, like the
+    inputs.
 
     Keys and values are gathered from the group; their gradients are summed over it and scattered.
     """

@@ -1,7 +1,7 @@
 """What Megatron-Core needs to run without CUDA. `install()` does nothing where CUDA exists.
 
-Megatron asks torch.cuda for a device, a stream and a generator, writes device="cuda" into tensor factories, and compares
-tensor type strings. Each patch below answers one of these with the CPU's counterpart, as narrowly as it can:
+Megatron asks torch.cuda for a device, a stream and a generator, writes device="cuda" into tensor factories, and
+compares tensor type strings. Each patch below answers one of these with the CPU's counterpart, as narrowly as it can:
 torch's own factories stay untouched (patching them breaks `with torch.device("meta")`, and with it
 transformers' from_pretrained, silently), so Megatron's modules get a stand-in for the name `torch` instead.
 """

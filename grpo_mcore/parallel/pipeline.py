@@ -8,8 +8,8 @@ denominator (batch.py):
     DDP         calculate_per_token_loss                                       sums over data ranks, not averages
     finalize    num_tokens is withheld                                         divides by nothing
 
-so the gradient is the plain sum over microbatches and data ranks, whatever their number. With Megatron's default, a mean
-over microbatches and data ranks, the gradient would depend on how tokens fall into microbatches.
+so the gradient is the plain sum over microbatches and data ranks, whatever their number. With Megatron's default, a
+mean over microbatches and data ranks, the gradient would depend on how tokens fall into microbatches.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -40,11 +40,13 @@ def run(
     forward: Callable[[torch.nn.Module, object], torch.Tensor],
     loss: Callable[[torch.Tensor, object], tuple[torch.Tensor, object]] | None = None,
 ) -> list:
-    """One pass of Megatron's schedule over `items` (one microbatch each), in order. Collective over the pipeline's stages.
+    """One pass of Megatron's schedule over `items` (one microbatch each), in order. Collective over the pipeline's
+    stages.
 
-    `chunks` are this rank's part of the model; `forward(chunk, item)` gives a chunk's output. With `loss`, `loss(output, item)`
-    of the last chunk gives (scalar to be summed, anything to be returned), and gradients are left reduced in the model's
-    buffers; without it there is no backward and the last chunk's outputs are returned. Other stages get Nones.
+    `chunks` are this rank's part of the model; `forward(chunk, item)` gives a chunk's output. With `loss`,
+    `loss(output, item)` of the last chunk gives (scalar to be summed, anything to be returned), and gradients are left
+    reduced in the model's buffers; without it there is no backward and the last chunk's outputs are returned. Other
+    stages get Nones.
     """
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -60,7 +62,8 @@ def run(
 
         return forward(chunk, item), after
 
-    # The interleaved schedule takes whole rounds of its stages. A scoring pass may go round for nothing; batch.py packs updates so.
+    # The interleaved schedule takes whole rounds of its stages. A scoring pass may go round for nothing; batch.py packs
+    # updates so.
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     idle = -len(items) % stages if len(chunks) > 1 and loss is None else 0
     padded = items + items[-1:] * idle

@@ -98,7 +98,8 @@ def connect(
 ) -> Topology:
     """Joins torchrun's ranks (or makes a world of one), builds Megatron's process groups and seeds its generators.
 
-    `num_threads` are this rank's CPU threads. `timeout_s` bounds every collective: a rank that waits longer fails, and torchrun ends the others.
+    `num_threads` are this rank's CPU threads. `timeout_s` bounds every collective: a rank that waits longer fails, and
+    torchrun ends the others.
     """
     torch.set_num_threads(num_threads)
     if deterministic:  # of cuBLAS, Transformer Engine's attention, NCCL and torch's own kernels, in this order

@@ -1,7 +1,7 @@
 """Log-prob and entropy over a vocabulary that is split over tp ranks.
 
-Each rank's kernel reduces its shard to three numbers a token (kernels/reference.py); here they meet. The gradient rule on
-both sides follows Megatron: downstream of the gather every tp rank computes the same loss, so the gradient of the
+Each rank's kernel reduces its shard to three numbers a token (kernels/reference.py); here they meet. The gradient rule
+on both sides follows Megatron: downstream of the gather every tp rank computes the same loss, so the gradient of the
 gathered values is complete on each rank and its own slice is taken without a sum; upstream, each rank's
 gradient of the hidden state covers only its own shard of the vocabulary, so it is summed.
 """
@@ -45,7 +45,8 @@ def rows(
 ) -> torch.Tensor:
     """hidden_RD of the given positions, as every rank's head may read them. group None: the vocabulary is not split.
 
-    With sequence_parallel, hidden_TD is this rank's T/tp tokens: gathered here, and in the backward summed and scattered.
+    With sequence_parallel, hidden_TD is this rank's T/tp tokens: gathered here, and in the backward summed and
+    scattered.
     """
     if sequence_parallel:
         from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region

@@ -1,6 +1,8 @@
-"""What a cluster's parts take: seconds of an engine's iteration, of a training step, of a refit; lengths of responses. For simulate.py.
+"""What a cluster's parts take: seconds of an engine's iteration, of a training step, of a refit; lengths of responses.
+For simulate.py.
 
-Measured (benchmarks/rollout.py, a run's metrics and rollouts), or estimated from data sheets as memory.py and time.py do.
+Measured (benchmarks/rollout.py, a run's metrics and rollouts), or estimated from data sheets as memory.py and time.py
+do.
 """
 
 import json

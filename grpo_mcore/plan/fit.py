@@ -1,4 +1,5 @@
-"""Whether a run fits its machines, in minutes (launch/train.py --fit): all that a run builds, and a worst case of its step.
+"""Whether a run fits its machines, in minutes (launch/train.py --fit): all that a run builds, and a worst case of its
+step.
 
     refit      weights to the engines: the first time, and after the update
     logprob    old (and reference) log-probs of ONE global batch of random sequences, each of the greatest length
@@ -36,7 +37,8 @@ NUM_UPDATES = 2
 
 
 class Phases:
-    """`measured`: seconds (summed) and peak bytes of each phase on this rank. GPU: allocated and reserved by it, in use by all at the phase's end."""
+    """`measured`: seconds (summed) and peak bytes of each phase on this rank. GPU: allocated and reserved by it, in use
+    by all at the phase's end."""
 
     def __init__(self, cfg: config.Config):
         self.measured: dict[str, dict[str, float]] = {}
@@ -161,7 +163,8 @@ def sample(run: trainer.Run) -> None:
 
 
 def report(cfg: config.Config, ranks: list[dict[str, dict[str, float]]], machine: memory.Machine | None) -> str:
-    """Of each phase the slowest and the fullest of the ranks' `Phases.measured`; in brackets what the planner foretells."""
+    """Of each phase the slowest and the fullest of the ranks' `Phases.measured`; in brackets what the planner
+    foretells."""
     foretold = {}
     if machine:
         hf_config, once = memory.hf_config_of(cfg, None), 1 / cfg.optimizer_steps_per_step

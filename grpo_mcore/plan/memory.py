@@ -1,13 +1,15 @@
-"""What a configuration takes on named GPUs, without one: memory by part and by phase, and the smallest change that makes it fit.
+"""What a configuration takes on named GPUs, without one: memory by part and by phase, and the smallest change that
+makes it fit.
 
-Arithmetic on the model's shapes, and the assumptions below. It has not been compared with a GPU; weights, gradients and optimizer
-are compared with what Megatron allocates on a CPU (tests/plan/test_memory.py). Bytes are of one GPU, the fullest; GB are 1e9 bytes.
+Arithmetic on the model's shapes, and the assumptions below. It has not been compared with a GPU; weights, gradients and
+optimizer are compared with what Megatron allocates on a CPU (tests/plan/test_memory.py). Bytes are of one GPU, the
+fullest; GB are 1e9 bytes.
 
     update     policy, gradients, optimizer, activations; a colocated engine sleeps, its weights and KV cache given back
     rollout    engine and KV cache; beside it, if colocated, what of the policy stays on the GPU between updates
 
-Attention never holds its L x L scores (flash attention), and the head never its logits (kernels/). What FP8 layers keep is counted as
-if it were bfloat16: too much.
+Attention never holds its L x L scores (flash attention), and the head never its logits (kernels/). What FP8 layers keep
+is counted as if it were bfloat16: too much.
 """
 
 import itertools
@@ -34,7 +36,8 @@ HEAD_WORKSPACE_BYTES = 64 << 20  # of the Triton kernel
 
 @dataclass(frozen=True)
 class Gpu:
-    """Of the makers' data sheets (SXM, dense, without sparsity); memory as torch.cuda reports it, a little less than the name says."""
+    """Of the makers' data sheets (SXM, dense, without sparsity); memory as torch.cuda reports it, a little less than
+    the name says."""
 
     memory_bytes: float
     bf16_flops_per_s: float
@@ -146,7 +149,8 @@ def kv_bytes_per_token(hf_config, itemsize: int) -> int:
 
 
 def state_bytes(cfg: Config, hf_config, dp: int, stage: int = 0) -> dict[str, float]:
-    """What a policy rank holds from the first optimizer step on: Megatron's distributed optimizer, sharded over dp x cp."""
+    """What a policy rank holds from the first optimizer step on: Megatron's distributed optimizer, sharded over dp x
+    cp."""
     numbers = num_parameters(hf_config, cfg.parallel, stage)
     bf16 = cfg.precision.params == "bfloat16"
     parts = {
@@ -173,7 +177,8 @@ def layer_parameters(hf_config) -> int:
 
 
 def layer_activation_bytes(cfg: Config, hf_config) -> tuple[float, float, float]:
-    """(all that a layer keeps for its backward, the MLP's part of it, its input alone), per token of a microbatch on one rank."""
+    """(all that a layer keeps for its backward, the MLP's part of it, its input alone), per token of a microbatch on
+    one rank."""
     p, size = cfg.parallel, 2 if cfg.precision.params == "bfloat16" else 4
     sp = p.tp if p.sequence_parallel else 1
     d, ffn = hf_config.hidden_size / sp, hf_config.intermediate_size / p.tp
@@ -218,7 +223,8 @@ def activation_bytes(cfg: Config, hf_config, machine: Machine, stage: int) -> di
 
 
 def head_bytes(cfg: Config, hf_config, machine: Machine) -> float:
-    """Hidden states to log-probs, every token a response token: the chosen rows and their gradients, the weight's gradient; no logits."""
+    """Hidden states to log-probs, every token a response token: the chosen rows and their gradients, the weight's
+    gradient; no logits."""
     tokens, size = cfg.batch.max_tokens_per_microbatch, 2 if cfg.precision.params == "bfloat16" else 4
     d, rows = hf_config.hidden_size, -(-hf_config.vocab_size // cfg.parallel.tp)
     # Triton's needs a Hopper or newer; the plain one has two float32 blocks [tokens, chunk] and their product.
@@ -340,7 +346,8 @@ def remedies(cfg: Config, hf_config) -> Iterator[dict[str, object]]:
 
 
 def smallest_change(cfg: Config, hf_config, machine: Machine) -> dict[str, object] | None:
-    """The fewest keys that make it fit, of those the ones that leave the policy's arithmetic the fastest; None if there are none."""
+    """The fewest keys that make it fit, of those the ones that leave the policy's arithmetic the fastest; None if there
+    are none."""
     options = list(remedies(cfg, hf_config))
     for count in (1, 2, 3):
         found = []
@@ -431,8 +438,8 @@ def machine_of(name: str | None, num_gpus: str | None) -> Machine:
 
 
 def hf_config_of(cfg: Config, given: str | None):
-    """The model's config: `given`, a config.json or its folder; else cfg.model's, which for the recipe's 1.5B and what its stages make
-    of it needs no network. Raises InputError."""
+    """The model's config: `given`, a config.json or its folder; else cfg.model's, which for the recipe's 1.5B and what
+    its stages make of it needs no network. Raises InputError."""
     if given is not None:
         return model.load_hf_config(given)
     if not Path(cfg.model).is_dir() and (cfg.model == RECIPE_MODEL or cfg.recipe is not None):

@@ -1,4 +1,5 @@
-"""Before a cluster is paid for: step time, utilisation and staleness that a configuration will have, or had, beside what was measured.
+"""Before a cluster is paid for: step time, utilisation and staleness that a configuration will have, or had, beside
+what was measured.
 
 What is asked for is a Question; its answer is printed as a table, one column per staleness.
 """
@@ -153,7 +154,8 @@ def run(cfg: Config, parts: Cluster, draw: Measured | LogNormal, *, num_steps: i
 
 
 def answer(cfg: Config, ask: Question) -> dict:
-    """Predictions by staleness, with what they rest on; with `like`, of the same configuration too, beside what was measured."""
+    """Predictions by staleness, with what they rest on; with `like`, of the same configuration too, beside what was
+    measured."""
     draw = lengths_of(cfg, ask)
     parts = cluster_of(cfg, ask, draw)
     measured = cluster.measured_steps(ask.like) if ask.like else []

@@ -1,13 +1,17 @@
-"""A run in virtual time: the decisions are Dispatch's and Admission's, the seconds those of a Cluster; what it samples is drawn.
+"""A run in virtual time: the decisions are Dispatch's and Admission's, the seconds those of a Cluster; what it samples
+is drawn.
 
 Events move engines from one change to the next, never token by token.
 
     engine      simulated_engine.py
-    trainer     the loop of trainer.py: refit, wait for the step's groups, train. A refit suspends the iteration under way.
-    failures    of an engine, after exponential times; its requests go to the others, and begin anew. One that has started again
-                joins at the next refit; if no engine is left, there is one as soon as the first has started.
+    trainer     the loop of trainer.py: refit, wait for the step's groups, train. A refit suspends the iteration under
+                way.
+    failures    of an engine, after exponential times; its requests go to the others, and begin anew. One that has
+                started again joins at the next refit; if no engine is left, there is one as soon as the first has
+                started.
 
-Not in it: evaluation, grading that takes longer than the slowest response, engines that sleep while the trainer trains, trainers that fail.
+Not in it: evaluation, grading that takes longer than the slowest response, engines that sleep while the trainer trains,
+trainers that fail.
 """
 
 import heapq

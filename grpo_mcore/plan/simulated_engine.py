@@ -1,9 +1,9 @@
 """A vLLM engine in virtual time: what it does with its requests, and when something changes.
 
-Responses run in the order in which they came, at most max_running_responses and what the cache holds; without room for the next tokens
-the youngest response goes back to the queue. What happens within an iteration takes effect at its end. A prompt is computed
-when its first response starts, its siblings find all whole blocks of it. Between two changes every running response gains one
-token an iteration, so that their ends keep their order on the engine's count of iterations.
+Responses run in the order in which they came, at most max_running_responses and what the cache holds; without room for
+the next tokens the youngest response goes back to the queue. What happens within an iteration takes effect at its end.
+A prompt is computed when its first response starts, its siblings find all whole blocks of it. Between two changes every
+running response gains one token an iteration, so that their ends keep their order on the engine's count of iterations.
 """
 
 import heapq
@@ -78,7 +78,8 @@ class SimulatedEngine:
             self.at = max(self.at, now)
 
     def look_ahead(self) -> float | None:
-        """When something changes at the soonest, for `change`. To be called after `settle` and whatever was added or cancelled."""
+        """When something changes at the soonest, for `change`. To be called after `settle` and whatever was added or
+        cancelled."""
         if not self._running:
             self.ahead = 0 if self._queue else None
         else:
@@ -183,7 +184,8 @@ class SimulatedEngine:
             self._prefill(tokens, started)
 
     def _prompt_tokens(self, response: _Response) -> int:
-        """Those to compute: of a sibling only what fills no block of the prefix cache; of one that lost its place all."""
+        """Those to compute: of a sibling only what fills no block of the prefix cache; of one that lost its place
+        all."""
         if response.tokens or not response.attempt.prompt_computed:
             response.attempt.prompt_computed = True
             return response.context

@@ -1,9 +1,12 @@
-"""How long a step of a configuration takes on named GPUs, phase by phase: arithmetic and the assumptions below, compared with no GPU.
+"""How long a step of a configuration takes on named GPUs, phase by phase: arithmetic and the assumptions below,
+compared with no GPU.
 
-    rollout    decoding reads the weights and the running responses' KV cache for each token of each: it waits for memory, until
-               so many run that it waits for arithmetic. The step's longest response sets a floor: its tokens come one by one
+    rollout    decoding reads the weights and the running responses' KV cache for each token of each: it waits for
+               memory, until so many run that it waits for arithmetic. The step's longest response sets a floor: its
+               tokens come one by one
     logprob    a forward pass over all sequences; another of the reference policy's
-    update     forward, backward (2 x) and what is recomputed; tp's messages; the gradients' and the weights' way over data ranks
+    update     forward, backward (2 x) and what is recomputed; tp's messages; the gradients' and the weights' way over
+               data ranks
     refit      the weights, once to each engine
 Reward, data and evaluation are not in it.
 """
@@ -101,7 +104,8 @@ def _microbatches(cfg: Config, a: Assumptions, ranks: int) -> int:
 
 
 def _tp_s(cfg: Config, hf_config, machine: Machine, a: Assumptions, ranks: int) -> float:
-    """Two all-reduces a layer (or what sequence parallelism makes of them) forward, two backward, two recomputed; none hidden."""
+    """Two all-reduces a layer (or what sequence parallelism makes of them) forward, two backward, two recomputed; none
+    hidden."""
     p = cfg.parallel
     if p.tp == 1:
         return 0.0

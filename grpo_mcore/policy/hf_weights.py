@@ -32,7 +32,8 @@ SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float1
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 
 
-# (HF tensors, one tp rank's shard, hf_config, tp, tp_rank) -> (HF view, shard view) pairs: all that the shard has of them.
+# (HF tensors, one tp rank's shard, hf_config, tp, tp_rank) -> (HF view, shard view) pairs: all that the shard has of
+# them.
 Layout = Callable[..., Iterable[tuple[torch.Tensor, torch.Tensor]]]
 
 
@@ -74,11 +75,11 @@ def vocab(hf, shard, hf_config, tp, rank):
 
 
 def table(hf_config, parallel: Parallel = Parallel(), *, transformer_engine: bool = False) -> list[Row]:
-    """Every parameter of the model, in the order of its layers. Transformer Engine fuses each layer norm into the linear
-    map behind it, and the parameter's name says so.
+    """Every parameter of the model, in the order of its layers. Transformer Engine fuses each layer norm into the
+    linear map behind it, and the parameter's name says so.
 
-    The embedding comes behind the layers, since engines would wait for so large a tensor at the start of a refit; the head not right
-    behind it, since who goes through the table holds two tensors for a moment."""
+    The embedding comes behind the layers, since engines would wait for so large a tensor at the start of a refit; the
+    head not right behind it, since who goes through the table holds two tensors for a moment."""
     attention_norm, mlp_norm = (
         ("self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight")
         if transformer_engine
@@ -151,7 +152,8 @@ def _rows_of(
 
 @torch.no_grad()
 def load(chunks: Sequence[Backbone], hf_config, folder: str | Path, topology: Topology) -> None:
-    """Fills the chunks with their shards of the folder's weights, one tensor at a time, converted to the parameters' dtype.
+    """Fills the chunks with their shards of the folder's weights, one tensor at a time, converted to the parameters'
+    dtype.
 
     Raises InputError naming every missing, extra or misshapen tensor.
     """
@@ -178,9 +180,9 @@ def export(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """(HF name, whole tensor) one after the other, in layer order, on the driver; `everywhere`: on every rank.
 
-    A tensor is written to into(name), contiguous and of `dtype` (None: the parameters'), or, where that is None, to memory of its own, which may be the parameter
-    itself. The next parameter is gathered over tp meanwhile. Collective over the driver's replica (or all), whose ranks must
-    all iterate; where nothing is delivered it is empty.
+    A tensor is written to into(name), contiguous and of `dtype` (None: the parameters'), or, where that is None, to
+    memory of its own, which may be the parameter itself. The next parameter is gathered over tp meanwhile. Collective
+    over the driver's replica (or all), whose ranks must all iterate; where nothing is delivered it is empty.
     """
     if not (everywhere or topology.in_driver_replica):
         return
@@ -310,10 +312,12 @@ def save_folder(
     dtype: torch.dtype,
     write: bool = True,
 ) -> None:
-    """Writes a Hugging Face folder: the tensors, in files of at most MAX_FILE_BYTES, and the side files of another folder.
+    """Writes a Hugging Face folder: the tensors, in files of at most MAX_FILE_BYTES, and the side files of another
+    folder.
 
-    `shapes` foretells the tensors, in their order, all of `dtype`: each goes to its place in its file as it comes, and no two are held.
-    Collective with `export`: ranks with write=False only take part in the gathering. The folder appears whole or not at all.
+    `shapes` foretells the tensors, in their order, all of `dtype`: each goes to its place in its file as it comes, and
+    no two are held. Collective with `export`: ranks with write=False only take part in the gathering. The folder
+    appears whole or not at all.
     """
     if not write:
         for _ in tensors:
@@ -357,7 +361,8 @@ def save_folder(
 
 
 def _write_header(f, shapes: dict[str, tuple[int, ...]], size: dict[str, int], dtype: torch.dtype) -> dict[str, int]:
-    """The head of a safetensors file (https://huggingface.co/docs/safetensors, "Format"), and each tensor's place in it, sorted by name."""
+    """The head of a safetensors file (https://huggingface.co/docs/safetensors, "Format"), and each tensor's place in
+    it, sorted by name."""
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name in sorted(shapes):
         header[name] = {

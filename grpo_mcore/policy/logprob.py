@@ -21,8 +21,8 @@ def logprobs_and_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(logprob_R, entropy_R) of softmax(hidden @ weight.T / temperature), float32, with gradients for both.
 
-    hidden_RD comes from vocab.rows. weight_VD is this rank's shard of equal rows; rows at or beyond `vocab_size` pad the vocabulary and take no part.
-    impl: of the kernel, see kernels/pick.py; ValueError if it cannot run.
+    hidden_RD comes from vocab.rows. weight_VD is this rank's shard of equal rows; rows at or beyond `vocab_size` pad
+    the vocabulary and take no part. impl: of the kernel, see kernels/pick.py; ValueError if it cannot run.
     """
     start = vocab.first_row(weight_VD.shape[0], tp_group)
     weight_VD = weight_VD[: max(vocab_size - start, 0)]

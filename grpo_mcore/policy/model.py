@@ -1,7 +1,7 @@
 """Hugging Face config -> TransformerConfig -> GPTModel whose output is the last hidden state.
 
-Families: Qwen2, Qwen3, Llama (dense). On CUDA the layers are Transformer Engine's; on a CPU they are Megatron's own with
-the RMSNorm and the packed attention below, their plain twins.
+Families: Qwen2, Qwen3, Llama (dense). On CUDA the layers are Transformer Engine's; on a CPU they are Megatron's own
+with the RMSNorm and the packed attention below, their plain twins.
 """
 
 import math
@@ -104,7 +104,8 @@ class PackedAttention(MegatronModule):
 
 
 class Backbone(GPTModel):
-    """One stage's GPTModel, without the head's matrix product: returns [T, 1, D]; the head's weight is `head_weight`."""
+    """One stage's GPTModel, without the head's matrix product: returns [T, 1, D]; the head's weight is
+    `head_weight`."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -258,7 +259,8 @@ def cost_of(hf_config) -> Cost:
 
 
 def rope_settings(hf_config) -> tuple[float, torch.Tensor | None]:
-    """(base, inverse frequencies or None for the plain ones). Raises InputError for a scaling that also scales attention."""
+    """(base, inverse frequencies or None for the plain ones). Raises InputError for a scaling that also scales
+    attention."""
     rope = hf_config.rope_parameters
     if rope["rope_type"] == "default":
         return rope["rope_theta"], None
@@ -299,8 +301,8 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=parallel.virtual_pp if parallel.virtual_pp > 1 else None,
         context_parallel_size=parallel.cp,
         sequence_parallel=parallel.sequence_parallel,
-        # Interleaved stages send one direction at a time: batched, two stages, which are each other's next and previous,
-        # would take one's forward message for the other's backward one.
+        # Interleaved stages send one direction at a time: batched, two stages, which are each other's next and
+        # previous, would take one's forward message for the other's backward one.
         overlap_p2p_comm=parallel.virtual_pp > 1,
         batch_p2p_comm=parallel.virtual_pp == 1,
         **_recompute(parallel),
@@ -355,7 +357,8 @@ def _fp8(precision: Precision) -> dict:
 
 
 def build(hf_config, *, topology: Topology, precision: Precision) -> list[Backbone]:
-    """This rank's model chunks (more than one if pipeline stages are interleaved), with random weights; hf_weights.load fills them."""
+    """This rank's model chunks (more than one if pipeline stages are interleaved), with random weights; hf_weights.load
+    fills them."""
     parallel = topology.parallel
     config = transformer_config(hf_config, parallel=parallel, precision=precision, cuda=topology.device.type == "cuda")
     return [_chunk(hf_config, config, topology, index) for index in range(parallel.virtual_pp)]
@@ -416,15 +419,16 @@ def packing(hf_config, topology: Topology, precision: Precision, *, max_tokens: 
         cp_rank=topology.cp_rank,
         align_tokens=packed_alignment(parallel, precision),
         microbatch_multiple=parallel.pp if parallel.virtual_pp > 1 else 1,
-        # Siblings behind one copy of their prompt need an attention that knows trees: PackedAttention alone, and not over cp.
+        # Siblings behind one copy of their prompt need an attention that knows trees: PackedAttention alone, and not
+        # over cp.
         share_prompts=topology.device.type == "cpu" and parallel.cp == 1,
         cost=cost_of(hf_config),
     )
 
 
 def hidden_states(stage: torch.nn.Module, batch: Microbatch, topology: Topology) -> torch.Tensor:
-    """What one model chunk makes of `batch` (on its device): what the next one needs, or from the last chunk hidden_RD of
-    the positions that predict the response tokens."""
+    """What one model chunk makes of `batch` (on its device): what the next one needs, or from the last chunk hidden_RD
+    of the positions that predict the response tokens."""
     packed = (
         blocks_of(batch, topology.cp)
         if topology.device.type == "cpu"

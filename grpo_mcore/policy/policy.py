@@ -32,8 +32,8 @@ class FrozenPolicy:
         kernels: config.Kernels = config.Kernels(),
         load_weights: bool = True,
     ):
-        """`folder` is a Hugging Face folder; log-probs are taken of logits / temperature. Without `load_weights`, of which a
-        benchmark has no need, its config.json is enough, and the weights are Megatron's random ones."""
+        """`folder` is a Hugging Face folder; log-probs are taken of logits / temperature. Without `load_weights`, of
+        which a benchmark has no need, its config.json is enough, and the weights are Megatron's random ones."""
         self.folder, self.topology, self.precision, self.temperature, self.kernels = (
             folder,
             topology,
@@ -53,7 +53,8 @@ class FrozenPolicy:
     def logprobs(
         self, microbatches: Sequence[Microbatch], *, temperature: float | None = None
     ) -> list[torch.Tensor | None]:
-        """float32 [R] per microbatch, on the CPU; Nones but on the last stage. `temperature` None: the policy's own. Collective."""
+        """float32 [R] per microbatch, on the CPU; Nones but on the last stage. `temperature` None: the policy's own.
+        Collective."""
         outputs = pipeline.run(
             self.modules, list(microbatches), lambda chunk, m: self._score(chunk, m, temperature or self.temperature)
         )
@@ -84,12 +85,14 @@ class FrozenPolicy:
         )
 
     def export(self, **how) -> Iterator[tuple[str, torch.Tensor]]:
-        """(HF name, tensor) of the weights as they are now, by default on the driver; collective. `how` is hf_weights.export's."""
+        """(HF name, tensor) of the weights as they are now, by default on the driver; collective. `how` is
+        hf_weights.export's."""
         return hf_weights.export(self.chunks, self.hf_config, self.topology, **how)
 
 
 class Policy(FrozenPolicy):
-    """Learns. The optimizer's state is sharded over data ranks. Weights of biases and norms are not decayed (Megatron's rule)."""
+    """Learns. The optimizer's state is sharded over data ranks. Weights of biases and norms are not decayed (Megatron's
+    rule)."""
 
     def __init__(
         self,
@@ -137,7 +140,8 @@ class Policy(FrozenPolicy):
         )
 
     def update(self, batch: GlobalBatch, loss: LossFunction, *, lr: float) -> dict[str, metrics.Metric]:
-        """One optimizer step. Collective. Returns this rank's metrics: those of the ranks that report, merged, are the whole.
+        """One optimizer step. Collective. Returns this rank's metrics: those of the ranks that report, merged, are the
+        whole.
 
         Raises FloatingPointError on all ranks if the gradient is not finite; the weights are unchanged then.
         """
@@ -171,13 +175,15 @@ class Policy(FrozenPolicy):
         return super().export(**how)
 
     def finish_param_gather(self) -> None:
-        """Makes the updated weights whole now; with overlap_param_gather they else become so in the next forward pass."""
+        """Makes the updated weights whole now; with overlap_param_gather they else become so in the next forward
+        pass."""
         if self.topology.parallel.overlap_param_gather:
             for module in self.modules:
                 module.start_param_sync(force_sync=True)
 
     def offload(self, parts: Sequence[str]) -> None:
-        """Gives back the GPU memory of `gradients` and of the `optimizer`, whose state goes to the host's; `onload` undoes it."""
+        """Gives back the GPU memory of `gradients` and of the `optimizer`, whose state goes to the host's; `onload`
+        undoes it."""
         if "gradients" in parts:
             for module in self.modules:
                 module.offload_grad_buffers()

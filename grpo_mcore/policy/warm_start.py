@@ -1,7 +1,7 @@
 """The supervised pass that makes a model for the quickstart: a tiny Qwen2, taught arithmetic by flawed demonstrations.
 
-Runs as a process of its own (`python -m grpo_mcore.policy.warm_start CONFIG`), always on one rank: the model it makes does
-not depend on the layout of the run that asked for it. Uses the same Policy, packing and log-probs as GRPO.
+Runs as a process of its own (`python -m grpo_mcore.policy.warm_start CONFIG`), always on one rank: the model it makes
+does not depend on the layout of the run that asked for it. Uses the same Policy, packing and log-probs as GRPO.
 
 It stops when the model's probability of the right demonstration, averaged over held-out problems, reaches
 stop_at_pass_rate. That is a lower bound on the sampled pass rate, exact and without sampling.

@@ -1,8 +1,9 @@
 """Hugging Face tensors straight into the tensors that a running vLLM model computes with.
 
-vLLM's own reload first makes every layer anew (meta tensors, loaders that count, a copy to keep, one to load, one to put back): needed where
-weights are quantised or laid out anew. Where they are not, a tensor has a fixed place in a live parameter; and where a CPU
-engine keeps only a packed copy for its matrix product, that is made from what came, without a plain one between.
+vLLM's own reload first makes every layer anew (meta tensors, loaders that count, a copy to keep, one to load, one to
+put back): needed where weights are quantised or laid out anew. Where they are not, a tensor has a fixed place in a live
+parameter; and where a CPU engine keeps only a packed copy for its matrix product, that is made from what came, without
+a plain one between.
 """
 
 from collections.abc import Iterable, Sequence
@@ -47,8 +48,8 @@ class LiveWeights:
         self.lasting: set[str] = set()  # names of tensors that may be used where they lie, until they come again
         heads = [m for t in targets for m in t.owners if isinstance(m, ParallelLMHead)]
         for target in targets if current_platform.is_cpu() else ():
-            # A CPU worker multiplies with a packed copy of the head, beside the matrix in which it looks tokens up. A model that has no
-            # module for the head multiplies with its embedding.
+            # A CPU worker multiplies with a packed copy of the head, beside the matrix in which it looks tokens up. A
+            # model that has no module for the head multiplies with its embedding.
             target.repacked = [
                 m for m in target.owners if isinstance(m, VocabParallelEmbedding) and (not heads or m in heads)
             ]
@@ -68,7 +69,8 @@ class LiveWeights:
 
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Keeps none of the tensors but the lasting ones. Raises KeyError for a name that was not announced, or comes twice."""
+        """Keeps none of the tensors but the lasting ones. Raises KeyError for a name that was not announced, or comes
+        twice."""
         touched = {}
         for name, tensor in weights:
             self._missing.remove(name)
@@ -98,8 +100,8 @@ class LiveWeights:
 
 
 def _find_targets(model: torch.nn.Module, infos: Sequence[TensorInfo]) -> list[_Target] | None:
-    """Where the model's own load_weights puts each tensor, found by letting it load tensors without content into loaders that only
-    take notes."""
+    """Where the model's own load_weights puts each tensor, found by letting it load tensors without content into
+    loaders that only take notes."""
     targets: dict[int, _Target] = {}
     for module in model.modules():
         for parameter in module._parameters.values():

@@ -1,7 +1,8 @@
 """vLLM's side of the weight transfer. Importing this module registers the backend `grpo_mcore`.
 
-vLLM imports it in each worker process, as the module of `WorkerExtension`; it must stay light. One backend for all transports, so that
-the trainer can choose when it has seen where the engines are; NCCL and IPC are vLLM's own backends behind it.
+vLLM imports it in each worker process, as the module of `WorkerExtension`; it must stay light. One backend for all
+transports, so that the trainer can choose when it has seen where the engines are; NCCL and IPC are vLLM's own backends
+behind it.
 """
 
 import base64
@@ -113,7 +114,8 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
 
 
 def check_complete(model: torch.nn.Module) -> None:
-    """Before a layerwise reload ends, which would let a layer that got nothing keep its old weights. Raises RuntimeError."""
+    """Before a layerwise reload ends, which would let a layer that got nothing keep its old weights. Raises
+    RuntimeError."""
 
     def live(module) -> set[int]:  # its parameters when no reload is on
         return {id(p) for p in (get_layerwise_info(module).kernel_tensors or [module._parameters])[0].values()}
@@ -133,8 +135,8 @@ def check_complete(model: torch.nn.Module) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Of a CPU engine, which packs all its weights anew in each refit: pages given back to the system would be touched anew
-    each time, which takes as long as the packing. Where the C library has no mallopt, nothing changes."""
+    """Of a CPU engine, which packs all its weights anew in each refit: pages given back to the system would be touched
+    anew each time, which takes as long as the packing. Where the C library has no mallopt, nothing changes."""
     trim_threshold, mmap_max = -1, -4  # malloc.h
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(mmap_max, 0)

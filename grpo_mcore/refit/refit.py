@@ -1,11 +1,11 @@
 """Policy weights -> engines, in memory: streamed tensor by tensor from the Megatron shards, stamped, attested.
 
-Attested: after every refit the engines score fixed canary tokens, and their log-probs are compared with the trainer's. A
-tensor that did not arrive, arrived in a wrong layout or was served from a stale copy shows there, before a
+Attested: after every refit the engines score fixed canary tokens, and their log-probs are compared with the trainer's.
+A tensor that did not arrive, arrived in a wrong layout or was served from a stale copy shows there, before a
 single token that was sampled with it leaves the engine.
 
-An engine that dies, hangs or differs from the trainer is replaced, and the others go on. Where that does not explain it, because all
-differ or the transfer broke between healthy ends, the refit is done again, ATTEMPTS times in all.
+An engine that dies, hangs or differs from the trainer is replaced, and the others go on. Where that does not explain
+it, because all differ or the transfer broke between healthy ends, the refit is done again, ATTEMPTS times in all.
 """
 
 import contextlib
@@ -72,8 +72,8 @@ class Refit:
     def __call__(self, version: int) -> dict[str, metrics.Metric]:
         """The driver's metrics (elsewhere none).
 
-        Raises EngineError after engine.max_failures failures of engines, RefitError if the transfer or the canary fails ATTEMPTS times,
-        InputError if the engines are not where refit.transport needs them.
+        Raises EngineError after engine.max_failures failures of engines, RefitError if the transfer or the canary fails
+        ATTEMPTS times, InputError if the engines are not where refit.transport needs them.
         """
         start = time.perf_counter()
         with self._engines.refitting() if self._engines else contextlib.nullcontext():
@@ -116,7 +116,8 @@ class Refit:
         return collectives.broadcast(delivered, self._topology)
 
     def _join(self, version: int) -> str | None:
-        """Connects the sender with all engines that take part, if they are others than those of the last refit. The transport, or None if that failed."""
+        """Connects the sender with all engines that take part, if they are others than those of the last refit. The
+        transport, or None if that failed."""
         members = self._engines.assemble(f"refit to version {version}")
         if members == self._members:
             return self._transport
@@ -186,7 +187,8 @@ class Refit:
         return False
 
     def _attest(self, version: int) -> float | None:
-        """Mean |engine - trainer| log-prob over the canary tokens, of the worst engine that is left; None if the refit must be done again. Collective."""
+        """Mean |engine - trainer| log-prob over the canary tokens, of the worst engine that is left; None if the refit
+        must be done again. Collective."""
         samples = [
             batch.Sample(
                 Prompt(0, "", "", tuple(ids[:1])), Response(tuple(ids[1:]), (0.0,) * (len(ids) - 1), False), 0.0

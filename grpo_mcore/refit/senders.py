@@ -1,7 +1,9 @@
-"""The trainer's end of a refit's data plane. Control goes through vLLM's weight-transfer verbs (engine.py); here is what carries the bytes.
+"""The trainer's end of a refit's data plane. Control goes through vLLM's weight-transfer verbs (engine.py); here is
+what carries the bytes.
 
     broadcast   GlooSender, NcclSender    one stream to all engines, wherever they are, which load as it comes
-    shared      SharedSender, IpcSender   engines on the trainer's machine (IPC: on its GPUs) read a bucket where it was written
+    shared      SharedSender, IpcSender   engines on the trainer's machine (IPC: on its GPUs) read a bucket where it was
+                written
 
 A bucket is filled while the one before it is under way.
 """
@@ -32,7 +34,8 @@ from grpo_mcore.refit.weight_transfer import (
     unpack,
 )
 
-# (update_info, what) -> a wait with a deadline: starts the update on all engines; `what` names the tensors in its error.
+# (update_info, what) -> a wait with a deadline: starts the update on all engines; `what` names the tensors in its
+# error.
 Update = Callable[[dict, str], Callable[[], object]]
 
 
@@ -48,7 +51,8 @@ class Place(NamedTuple):
 
 
 def choose(transport: str, engines: Sequence[Sequence[Place]], trainers: Sequence[Place]) -> str:
-    """The vLLM backend of refit.transport, from where each process of each engine and each trainer rank is. Raises InputError."""
+    """The vLLM backend of refit.transport, from where each process of each engine and each trainer rank is. Raises
+    InputError."""
     cuda = bool(trainers[0].gpu)
     near = set(trainers if cuda else trainers[:1])  # on a CPU the driver alone sends
     apart = next((place for engine in engines for place in engine if place not in near), None)
@@ -77,7 +81,8 @@ class Stream:
         bucket_bytes: int,
         export: Callable[..., Iterator[tuple[str, torch.Tensor]]],
     ):
-        """`export(into=...)` yields (name, tensor) in the order of `groups`, each written to into(name) where that is not None."""
+        """`export(into=...)` yields (name, tensor) in the order of `groups`, each written to into(name) where that is
+        not None."""
         self.bucket_bytes, self.buckets = bucket_bytes, list(buckets(groups, bucket_bytes))
         self.infos = [info for bucket in self.buckets for info in bucket]
         self.at = self.infos[0].name  # what is being sent, for errors
@@ -206,8 +211,9 @@ class NcclSender:
 
 
 class SharedSender:
-    """Engines on this machine load a bucket from the memory that it was written to. All buckets are one update, and bytes on a socket say
-    whose turn it is: a call for each bucket would go through four processes, which on busy cores wait for each other."""
+    """Engines on this machine load a bucket from the memory that it was written to. All buckets are one update, and
+    bytes on a socket say whose turn it is: a call for each bucket would go through four processes, which on busy cores
+    wait for each other."""
 
     def __init__(self, stream: Stream, world_size: int, timeout_s: float):
         self._lengths, self._bucket_bytes = [len(bucket) for bucket in stream.buckets], stream.bucket_bytes
@@ -275,8 +281,9 @@ class SharedSender:
 
 
 class IpcSender:
-    """vLLM's own `ipc` backend, packed: engines load from the memory of the trainer rank on their GPU. Collective: every trainer rank
-    has one, and fills buckets of its own. torch must not use expandable segments, whose memory has no handles."""
+    """vLLM's own `ipc` backend, packed: engines load from the memory of the trainer rank on their GPU. Collective:
+    every trainer rank has one, and fills buckets of its own. torch must not use expandable segments, whose memory has
+    no handles."""
 
     def __init__(self, topology: Topology):
         self._topology = topology
@@ -300,7 +307,8 @@ class IpcSender:
                     wait()
             except Exception as e:
                 error = e
-            # When this returns, every rank has filled its bucket, and the engines have loaded the one before, whose memory is next.
+            # When this returns, every rank has filled its bucket, and the engines have loaded the one before, whose
+            # memory is next.
             sent = collectives.gather(
                 (error is None, str(torch.cuda.get_device_properties(device).uuid), _handle(buffers[index % 2])),
                 self._topology,

@@ -1,4 +1,5 @@
-"""What both ends of a refit's data plane share: the order of the tensors, buckets, a gloo group of its own, shared memory.
+"""What both ends of a refit's data plane share: the order of the tensors, buckets, a gloo group of its own, shared
+memory.
 
 The trainer's end is senders.py; the engines' is receiver.py, which vLLM imports: this module must stay light.
 """
@@ -51,8 +52,8 @@ def from_dict(d: dict) -> list[TensorInfo]:
 
 
 def buckets(groups: Iterable[Sequence[TensorInfo]], limit_bytes: int) -> Iterator[list[TensorInfo]]:
-    """Consecutive groups of together at most limit_bytes, or one that is larger alone. A group is never cut: its tensors come
-    from one parameter of the trainer, and become one of the engine."""
+    """Consecutive groups of together at most limit_bytes, or one that is larger alone. A group is never cut: its
+    tensors come from one parameter of the trainer, and become one of the engine."""
     bucket = []
     for group in groups:
         if bucket and num_bytes(bucket) + num_bytes(group) > limit_bytes:
@@ -78,8 +79,8 @@ class Position(NamedTuple):
 
 
 def positions(buckets: Sequence[Sequence[TensorInfo]], bucket_bytes: int) -> tuple[list[Position], int]:
-    """Where buckets stand, and the bytes of it all: in a ring of RING_BUCKETS, so that the sender may run ahead, but what is loaded is
-    still in a cache; those above bucket_bytes behind it, each in memory of its own."""
+    """Where buckets stand, and the bytes of it all: in a ring of RING_BUCKETS, so that the sender may run ahead, but
+    what is loaded is still in a cache; those above bucket_bytes behind it, each in memory of its own."""
 
     def whole_pages(size: int) -> int:
         return -(-size // PAGE) * PAGE
@@ -114,7 +115,8 @@ def unpack(buffer: torch.Tensor, bucket: Sequence[TensorInfo]) -> list[tuple[str
 
 
 def ranks(num_ranks: Sequence[int]) -> tuple[list[int], int]:
-    """(first rank of each engine, size) of a transfer group whose rank 0 is the sender, from the ranks that each engine has."""
+    """(first rank of each engine, size) of a transfer group whose rank 0 is the sender, from the ranks that each engine
+    has."""
     first = [1 + sum(num_ranks[:i]) for i in range(len(num_ranks))]
     return first, 1 + sum(num_ranks)
 
@@ -166,8 +168,8 @@ def await_turn(end: socket.socket) -> None:
 
 
 class SharedMemory:
-    """Bytes that several processes of one machine see. They have no name in any file system, and are gone with the last process
-    that has them open, however it ends; the size of /dev/shm does not bound them."""
+    """Bytes that several processes of one machine see. They have no name in any file system, and are gone with the last
+    process that has them open, however it ends; the size of /dev/shm does not bound them."""
 
     def __init__(self, num_bytes: int):
         self.num_bytes = num_bytes

@@ -58,7 +58,8 @@ class Sum:
 
 @dataclass(frozen=True)
 class EffectiveFraction:
-    """Kish's effective sample size of weights, (sum w)^2 / sum w^2, over their number: 1 if all are equal, 1/n if one has it all."""
+    """Kish's effective sample size of weights, (sum w)^2 / sum w^2, over their number: 1 if all are equal, 1/n if one
+    has it all."""
 
     total: float
     squares: float
@@ -99,8 +100,9 @@ POSITIONS = (0, 256, 1024, 4096, 16384)  # tokens into a sequence at which bucke
 def mismatch(
     rollout_logprobs_R: torch.Tensor, old_logprobs_R: torch.Tensor, position_R: torch.Tensor, cap: float = 2.0
 ) -> dict[str, Metric]:
-    """What the engine sampled with against what the trainer scores: log-prob differences, also by position in the sequence, the
-    share of tokens whose importance weight exp(old - rollout) exceeds `cap`, and k3 of KL(rollout || old)."""
+    """What the engine sampled with against what the trainer scores: log-prob differences, also by position in the
+    sequence, the share of tokens whose importance weight exp(old - rollout) exceeds `cap`, and k3 of KL(rollout ||
+    old)."""
     d = old_logprobs_R - rollout_logprobs_R
     out = {
         "mismatch/logprob_abs_mean": Mean.of(d.abs()),
@@ -129,7 +131,8 @@ def check_mismatch(merged: dict[str, Metric], bounds: config.Mismatch, *, speaks
 
 
 def importance(importance_R: torch.Tensor, beyond_R: torch.Tensor) -> dict[str, Metric]:
-    """The importance correction's weights as the loss takes them, token by token, and the share that the cap changed."""
+    """The importance correction's weights as the loss takes them, token by token, and the share that the cap
+    changed."""
     return {
         "importance/weight_mean": Mean.of(importance_R),
         "importance/beyond_cap_frac": Mean.of(beyond_R.float()),

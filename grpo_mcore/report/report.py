@@ -1,9 +1,11 @@
-"""One self-contained page about a run, or about stages that follow each other: curves, times, failures, and the rollouts themselves.
+"""One self-contained page about a run, or about stages that follow each other: curves, times, failures, and the
+rollouts themselves.
 
-RUN/report/index.html needs no network and no other file; reward.png and eval.png beside it are the two curves of the guide.
+RUN/report/index.html needs no network and no other file; reward.png and eval.png beside it are the two curves of the
+guide.
 
-What models wrote is hostile: it reaches the page as data (escaped JSON, shown by textContent), with control, bidirectional and
-surrogate characters spelt out, and the page's policy lets no script run but the page's own.
+What models wrote is hostile: it reaches the page as data (escaped JSON, shown by textContent), with control,
+bidirectional and surrogate characters spelt out, and the page's policy lets no script run but the page's own.
 """
 
 import base64
@@ -245,7 +247,8 @@ FACTS = (
 
 
 def write(run_dirs: Sequence[str | Path], out: str | Path | None = None, bounds: Bounds = Bounds()) -> Path:
-    """The page about runs in the order of their stages, in `out` (None: report/ in the last run's folder). Returns its path. Raises InputError."""
+    """The page about runs in the order of their stages, in `out` (None: report/ in the last run's folder). Returns its
+    path. Raises InputError."""
     stages = load(run_dirs)
     out = Path(out) if out else stages[-1].folder / "report"
     rows = [{**row, "step": stage.offset + row["step"]} for stage in stages for row in stage.rows]
@@ -352,7 +355,8 @@ def _names(rows: Sequence[dict]) -> list[str]:
 
 
 def _section(heading: str, charts: list[tuple[Plot, curves.Chart]], rows: Sequence[dict], drawn: dict) -> str:
-    """A section's figures; `drawn` gets what the page needs to tell the values under the pointer. What is 0 throughout is only named."""
+    """A section's figures; `drawn` gets what the page needs to tell the values under the pointer. What is 0 throughout
+    is only named."""
     figures, zero = [], []
     for plot, chart in charts:
         broken = sum(not math.isfinite(v) for row in rows for metric, v in row.items() if _of(plot, metric))
@@ -490,8 +494,9 @@ def _table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 
 def collect_rollouts(stages: Sequence[Stage], bounds: Bounds) -> tuple[list, str]:
-    """([[step of the page, stage, step, groups], ...], what was left out). A group: [position, prompt, problem, gold, responses];
-    a response: [sample, tokens, truncated, versions, reward, status, answer, rule, other verifier's, text]; a text: [beginning, characters left out, end]."""
+    """([[step of the page, stage, step, groups], ...], what was left out). A group: [position, prompt, problem, gold,
+    responses]; a response: [sample, tokens, truncated, versions, reward, status, answer, rule, other verifier's, text];
+    a text: [beginning, characters left out, end]."""
     files = [(stage, step, path) for stage in stages for step, path in run_folder.rollout_files(stage.folder).items()]
     chosen = [files[i] for i in evenly(len(files), bounds.steps)]
     total = int(bounds.mib * 2**20 / max(len(chosen), 1))

@@ -1,6 +1,8 @@
-"""What a run leaves in its folder, read back: metrics.jsonl, config.yaml, provenance.jsonl, summary.json, rollouts/, the checkpoints' layout.
+"""What a run leaves in its folder, read back: metrics.jsonl, config.yaml, provenance.jsonl, summary.json, rollouts/,
+the checkpoints' layout.
 
-A run may still be going: a half-written last line is dropped, and what is missing is empty. What is damaged is an InputError.
+A run may still be going: a half-written last line is dropped, and what is missing is empty. What is damaged is an
+InputError.
 """
 
 import json

@@ -1,16 +1,20 @@
-r"""The second verifier: by the rules of the original DeepScaleR run's grader (those of PRM800K's and MATH's), written anew.
+r"""The second verifier: by the rules of the original DeepScaleR run's grader (those of PRM800K's and MATH's), written
+anew.
 
 The last \boxed{} after the first </think>, of nested ones the inner; then, in this order, until one decides:
 
     1. equal normalised texts are equal
-    2. (a, b) and [a, b]: as many elements in the same brackets, each compared by 3 to 5; those around a single one do not count
+    2. (a, b) and [a, b]: as many elements in the same brackets, each compared by 3 to 5; those around a single one do
+    not count
     3. two fractions of integers are compared as written: 2/4 is not 1/2
     4. an integer equals nothing that is written otherwise: \sqrt{16} is not 4
-    5. sympy: the simplified difference is 0; only for what holds at most two letters and no power that could explode, else not equal
+    5. sympy: the simplified difference is 0; only for what holds at most two letters and no power that could explode,
+    else not equal
 
-So it is stricter than math_answer.py (3, 4, sets, intervals, equations), and more lenient with percent signs and units, which it drops.
-Departures from the original: one normalisation where it tries two; LaTeX goes to sympy through a parser, never through `eval`, so that
-functions (\sin, \log) are compared as text; -1 1/2 is -3/2; digits are compared and not their floating-point values.
+So it is stricter than math_answer.py (3, 4, sets, intervals, equations), and more lenient with percent signs and units,
+which it drops. Departures from the original: one normalisation where it tries two; LaTeX goes to sympy through a
+parser, never through `eval`, so that functions (\sin, \log) are compared as text; -1 1/2 is -3/2; digits are compared
+and not their floating-point values.
 
 Like math_answer.py, `compare` belongs into a process that can be killed, and `compare_text` is safe anywhere.
 """
@@ -25,8 +29,8 @@ _UNITS = "degree|cm|centimeter|meter|mile|second|minute|hour|day|week|month|year
 
 
 def extract_boxed(text: str) -> str | None:
-    r"""The content of the last \boxed{...} that is opened after the first </think>, or None: if that one is not closed, is blank or holds
-    more than MAX_BOX_CHARS characters. Time is linear in the length of the text.
+    r"""The content of the last \boxed{...} that is opened after the first </think>, or None: if that one is not closed,
+    is blank or holds more than MAX_BOX_CHARS characters. Time is linear in the length of the text.
 
     >>> extract_boxed(r"<think>\boxed{1}</think> \boxed{\boxed{5}+1}")
     '5'
@@ -121,7 +125,8 @@ _READABLE = re.compile(r"[0-9a-z +\-*/^(){}.]+")
 
 
 def compare_text(answer: str, gold: str) -> tuple[bool | None, str]:
-    """(equal, the rule that decided); None where it takes sympy. Microseconds, on any input of at most some kilobytes."""
+    """(equal, the rule that decided); None where it takes sympy. Microseconds, on any input of at most some
+    kilobytes."""
     pairs, rule = _pairs(answer, gold)
     if pairs is None:
         return rule == "text", rule

@@ -60,7 +60,8 @@ class Grader:
     cpu_s, wall_s: processor and clock seconds for one comparison; start-up does not count. wall_s >= cpu_s.
     memory_bytes: address space of each process. Importing sympy takes about 64 MiB of it.
     verifier: whose verdict gives the reward. compare_verifiers: the other one's stands beside it in Verdict.other.
-    require_think: a response without </think> has no answer. The opening tag is not asked for: chat templates put it into the prompt.
+    require_think: a response without </think> has no answer. The opening tag is not asked for: chat templates put it
+    into the prompt.
     """
 
     def __init__(

@@ -1,11 +1,11 @@
 r"""A process that compares answers and can be killed, from both sides: `python -m grpo_mcore.reward.grading_process`.
 
-Comparing two formulas can take for ever or crash, whatever time-out the comparing library promises. Each question has its own
-budget of processor time, which is what a busy machine does not falsify, a wider one of clock time, and its process a limit
-of memory.
+Comparing two formulas can take for ever or crash, whatever time-out the comparing library promises. Each question has
+its own budget of processor time, which is what a busy machine does not falsify, a wider one of clock time, and its
+process a limit of memory.
 
-The processes are fresh interpreters rather than forks: their parent has threads, process groups and a __main__ that must
-not be imported again. They get the boxed answer and the gold answer, never a response's text.
+The processes are fresh interpreters rather than forks: their parent has threads, process groups and a __main__ that
+must not be imported again. They get the boxed answer and the gold answer, never a response's text.
 """
 
 import contextlib

@@ -4,7 +4,8 @@ What decides is math-verify, with two departures from its defaults, both because
 
 * It never reads a response. It sees the content of one box, cut out by `extract_boxed`: in a whole response it would
   collect "\boxed{1} then \boxed{99}" as the set {1, 99}, count boxes inside the thinking, and spend quadratic time.
-* It does not strip units: its own list takes single letters for units, so that 2 passes for 2s and 3m for 3g. `normalise`
+* It does not strip units: its own list takes single letters for units, so that 2 passes for 2s and 3m for 3g.
+`normalise`
   does that part, and with it mends what math-verify gets wrong (7=5 for 5, 12431_8 for 12431_7, "1 000", 12.5%, ...).
 
 math-verify can run for ever on a hostile answer (9^{9^{9^9}}). Its own time-out is an alarm signal, which costs seconds
@@ -20,16 +21,17 @@ from typing import NamedTuple
 MAX_BOX_CHARS = 512
 """Longer boxes are refused: no answer is that long, and parsing time grows faster than length."""
 
-# An escaped brace (\{) prints a brace and does not group; "\\boxed{" is what a model writes that copied an escaped prompt.
+# An escaped brace (\{) prints a brace and does not group; "\\boxed{" is what a model writes that copied an escaped
+# prompt.
 _TOKEN = re.compile(r"\\\\?boxed\s*\{|\\[^a-zA-Z]|[{}]", re.DOTALL)
 
 
 def extract_boxed(text: str) -> str | None:
     r"""The content of the last balanced \boxed{...} after the first </think>, or None.
 
-    Without a </think> the whole text is read. "Last" is the box that closes last, so of nested boxes it is the outer one.
-    None when there is no such box, when it is blank, or when it holds more than MAX_BOX_CHARS characters (an earlier,
-    shorter box does not stand in). Time is linear in the length of the text.
+    Without a </think> the whole text is read. "Last" is the box that closes last, so of nested boxes it is the outer
+    one. None when there is no such box, when it is blank, or when it holds more than MAX_BOX_CHARS characters (an
+    earlier, shorter box does not stand in). Time is linear in the length of the text.
 
     >>> extract_boxed(r"<think>\boxed{1}</think> It is \boxed{\frac{3}{4}}, not \boxed{2")
     '\\frac{3}{4}'

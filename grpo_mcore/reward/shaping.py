@@ -1,7 +1,8 @@
 """What is added to graded rewards before they become advantages. Pure.
 
-soft overlong penalty    0 up to L = max_response_tokens - overlong_buffer_tokens, then (L - length) / overlong_buffer_tokens x overlong_penalty,
-                         which is -overlong_penalty at max_response_tokens     DAPO, arXiv 2503.14476, section 3.4 (there overlong_penalty is 1)
+soft overlong penalty    0 up to L = max_response_tokens - overlong_buffer_tokens, then (L - length) /
+                         overlong_buffer_tokens x overlong_penalty, which is -overlong_penalty at max_response_tokens
+                             # DAPO, arXiv 2503.14476, section 3.4 (there overlong_penalty is 1)
 """
 
 from collections.abc import Sequence

@@ -1,19 +1,20 @@
 """Which prompts may be sampled when, and which groups make a step. Decisions only, as dispatch.py.
 
-A prompt is its position in the endless stream, which is also its name in the run. Steps take groups in the order of the stream,
-never in that of arrival: which prompts a step trains on does not depend on how long their responses are. While a step is
-waited for, its policy is version `step`, and max_staleness further steps are being sampled:
+A prompt is its position in the endless stream, which is also its name in the run. Steps take groups in the order of the
+stream, never in that of arrival: which prompts a step trains on does not depend on how long their responses are. While
+a step is waited for, its policy is version `step`, and max_staleness further steps are being sampled:
 
     prompts_per_step 2, max_staleness 1       step 0 waits for 0 1;  0 1 2 3 may be sampled, all with version 0
                                               step 1 waits for 2 3;  now also 4 5, begun with version 1
 
-so the group at position p is begun with version p // prompts_per_step - max_staleness or a later one, and no token is staler
-than max_staleness when it is trained on. 0 is the synchronous run. What is unfinished when a step ends goes on in the next.
+so the group at position p is begun with version p // prompts_per_step - max_staleness or a later one, and no token is
+staler than max_staleness when it is trained on. 0 is the synchronous run. What is unfinished when a step ends goes on
+in the next.
 
-Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): a group whose rewards are all equal has no gradient. It is passed over,
-and one more prompt is drawn for it, up to max_draws * prompts_per_step prompts for one step; then such groups fill the step.
-Over-sampling draws prompts ahead of that need. One that turns out not to be needed in time, so that its tokens would
-become too stale, is dropped and sampled anew when its turn comes.
+Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): a group whose rewards are all equal has no gradient. It is
+passed over, and one more prompt is drawn for it, up to max_draws * prompts_per_step prompts for one step; then such
+groups fill the step. Over-sampling draws prompts ahead of that need. One that turns out not to be needed in time, so
+that its tokens would become too stale, is dropped and sampled anew when its turn comes.
 """
 
 import math
@@ -47,8 +48,9 @@ class Admission:
         cursor: int = 0,
         num_steps: float = math.inf,
     ):
-        """`cursor`: positions before it have been trained on, or passed over. `oversampling_frac` and `max_draws` are multiples of
-        prompts_per_step, and of no effect without dynamic sampling. Nothing is sampled ahead for steps from num_steps on."""
+        """`cursor`: positions before it have been trained on, or passed over. `oversampling_frac` and `max_draws` are
+        multiples of prompts_per_step, and of no effect without dynamic sampling. Nothing is sampled ahead for steps
+        from num_steps on."""
         self._P, self._max_staleness, self._dynamic, self._num_steps = (
             prompts_per_step,
             max_staleness,

@@ -1,8 +1,9 @@
-"""Which engine samples what. Decisions only: no engine, no clock. engines.py drives it with real engines, simulate.py in virtual time.
+"""Which engine samples what. Decisions only: no engine, no clock. engines.py drives it with real engines, simulate.py
+in virtual time.
 
-A request is one prompt with its responses; its key is unique, and keys are served in their order. It goes to the engine with the
-fewest responses to sample. An engine holds what it runs at once and as much again, so that it never waits for more; what is
-beyond that waits here, where any engine can take it.
+A request is one prompt with its responses; its key is unique, and keys are served in their order. It goes to the engine
+with the fewest responses to sample. An engine holds what it runs at once and as much again, so that it never waits for
+more; what is beyond that waits here, where any engine can take it.
 """
 
 import heapq
@@ -85,7 +86,8 @@ class Dispatch:
             yield engine, key
 
     def done(self, engine: Engine, key: Key) -> bool:
-        """Whether this answer counts: not if the request was taken from the engine meanwhile, so that none is answered twice."""
+        """Whether this answer counts: not if the request was taken from the engine meanwhile, so that none is answered
+        twice."""
         if self._owner.get(key) != engine:
             return False
         self._forget(key)

@@ -1,4 +1,5 @@
-"""One vLLM engine as a Ray actor: token ids in, token ids and log-probs out. It never sees text. engines.py is the handle of all of them."""
+"""One vLLM engine as a Ray actor: token ids in, token ids and log-probs out. It never sees text. engines.py is the
+handle of all of them."""
 
 import asyncio
 import os
@@ -37,9 +38,9 @@ class Completion:
 class Engine:
     """One AsyncLLM. Runs in a Ray actor; every method is async, so calls interleave.
 
-    A refit is begin_refit, load (once for each piece of the weights), end_refit; then the caller may score, to see what arrived; then
-    release. Between begin and release no answer leaves: what was sampled with weights that are not yet proven stays here. An engine that
-    started with arbitrary weights samples nothing before its first release.
+    A refit is begin_refit, load (once for each piece of the weights), end_refit; then the caller may score, to see what
+    arrived; then release. Between begin and release no answer leaves: what was sampled with weights that are not yet
+    proven stays here. An engine that started with arbitrary weights samples nothing before its first release.
     """
 
     def __init__(self, args: dict, log: str, cores: Sequence[int]):
@@ -163,8 +164,8 @@ class Engine:
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
 
     async def begin_refit(self, discard: bool) -> None:
-        """Running requests pause; weights may arrive. With `discard` what they have, and what is not yet released, is sampled again from
-        its first token: the weights of the last refit were not what they should be."""
+        """Running requests pause; weights may arrive. With `discard` what they have, and what is not yet released, is
+        sampled again from its first token: the weights of the last refit were not what they should be."""
         self._released.clear()
         if self._names:  # it takes 20 ms
             await self._llm.pause_generation(mode="keep", clear_cache=False)
@@ -185,7 +186,8 @@ class Engine:
         return time.perf_counter() - start
 
     async def end_refit(self, version: int, keep_cache: bool) -> None:
-        """All weights have arrived. Running requests go on, with the keys and values of the old weights if keep_cache."""
+        """All weights have arrived. Running requests go on, with the keys and values of the old weights if
+        keep_cache."""
         await self._llm.finish_weight_update()
         if hasattr(self._llm, "update_weight_version"):
             await self._llm.update_weight_version(str(version))

@@ -1,8 +1,9 @@
 """All engines of a run, as Ray actors; lives on the driver.
 
-A thread deals requests out by load (dispatch.py), takes the answers, and asks after the engines' health, so that they sample while
-the trainer trains. An engine that dies, fails, answers garbage or no longer answers is replaced, and its requests go to the others;
-the replacement takes part from the next refit on. Whatever cannot go on says which engine, in which phase, with its own last words.
+A thread deals requests out by load (dispatch.py), takes the answers, and asks after the engines' health, so that they
+sample while the trainer trains. An engine that dies, fails, answers garbage or no longer answers is replaced, and its
+requests go to the others; the replacement takes part from the next refit on. Whatever cannot go on says which engine,
+in which phase, with its own last words.
 """
 
 import contextlib
@@ -134,10 +135,12 @@ class Engines:
             self._dispatch.join(slot)
             self._deal()
 
-    # --- requests -------------------------------------------------------------------------------------------------------
+    # --- requests
+    # -------------------------------------------------------------------------------------------------------
 
     def submit(self, key: tuple, token_ids: Sequence[int], sampling: Sampling, phase: str) -> Future:
-        """A list of Completion, some time: requests are served in the order of their keys. The future fails only when the run cannot go on."""
+        """A list of Completion, some time: requests are served in the order of their keys. The future fails only when
+        the run cannot go on."""
         request = _Request(next(self._names), phase, token_ids, sampling, Future())
         with self._lock:
             self._requests[key] = request
@@ -229,7 +232,8 @@ class Engines:
         for request in requests:
             request.answer.set_exception(error)
 
-    # --- health and failure ---------------------------------------------------------------------------------------------
+    # --- health and failure
+    # ---------------------------------------------------------------------------------------------
 
     def _check_health(self) -> None:
         """Loses engines that do not answer, or say that they cannot go on."""
@@ -280,7 +284,8 @@ class Engines:
 
     @contextlib.contextmanager
     def refitting(self):
-        """While it is open nobody else asks after the engines' health: a refit has its own deadlines, and they may be busy."""
+        """While it is open nobody else asks after the engines' health: a refit has its own deadlines, and they may be
+        busy."""
         self._refitting = True
         try:
             yield
@@ -290,9 +295,11 @@ class Engines:
             self._refitting = False
 
     def assemble(self, phase: str) -> list[Slot]:
-        """The engines that take part from now on, for the caller to refit them: those that answer, and replacements that have started.
+        """The engines that take part from now on, for the caller to refit them: those that answer, and replacements
+        that have started.
 
-        Waits for one if none is left. Raises EngineError if a replacement could not start, or after engine.max_failures failures.
+        Waits for one if none is left. Raises EngineError if a replacement could not start, or after engine.max_failures
+        failures.
         """
         self._raise_if_failed()
         _, failed = self.collect({slot: slot.actor.health.remote() for slot in self.ready}, self._cfg.health_timeout_s)
@@ -324,10 +331,12 @@ class Engines:
                 ) from e
             self._admit(slot, host, process_ids)
 
-    # --- calls to all ---------------------------------------------------------------------------------------------------
+    # --- calls to all
+    # ---------------------------------------------------------------------------------------------------
 
     def call(self, slots: Sequence[Slot], method: str, args: Sequence[tuple] | tuple = ()) -> dict[Slot, ray.ObjectRef]:
-        """Starts `method` on these engines, with the same arguments (a tuple) or each with its own (a list); `collect` waits."""
+        """Starts `method` on these engines, with the same arguments (a tuple) or each with its own (a list); `collect`
+        waits."""
         each = args if isinstance(args, list) else [args] * len(slots)
         return {slot: getattr(slot.actor, method).remote(*arg) for slot, arg in zip(slots, each, strict=True)}
 
@@ -347,7 +356,8 @@ class Engines:
         return results, failed
 
     def sleep(self, timeout_s: float) -> None:
-        """They give their GPUs' memory back, until the next refit. Raises EngineError after engine.max_failures failures."""
+        """They give their GPUs' memory back, until the next refit. Raises EngineError after engine.max_failures
+        failures."""
         _, failed = self.collect(self.call(self.ready, "sleep"), timeout_s)
         for slot, problem in failed.items():
             with contextlib.suppress(EnginesLost):
@@ -383,7 +393,8 @@ def _problem_with(completions: Sequence[Completion], sampling: Sampling) -> str 
 
 
 def _last_line(e: BaseException) -> str:
-    """Of a traceback from an engine; when the engine is gone Ray has an essay on it, of which the start says what happened."""
+    """Of a traceback from an engine; when the engine is gone Ray has an essay on it, of which the start says what
+    happened."""
     if isinstance(e, ray.exceptions.RayActorError):
         return "its process is gone"
     return str(e).strip().splitlines()[-1]

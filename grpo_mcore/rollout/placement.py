@@ -1,4 +1,5 @@
-"""Where engines stand: the Ray that they run in, the GPUs that it may give them, and the room reserved for all of them."""
+"""Where engines stand: the Ray that they run in, the GPUs that it may give them, and the room reserved for all of
+them."""
 
 import os
 
@@ -37,7 +38,8 @@ def start_ray(cfg: config.Engine, *, cuda: bool) -> None:
 
 
 def engine_gpus(visible: str | None, num_trainers: int, cfg: config.Engine) -> list[str]:
-    """Of this machine's GPUs those behind the trainers', which take the first ones. `visible` is CUDA_VISIBLE_DEVICES. Raises InputError."""
+    """Of this machine's GPUs those behind the trainers', which take the first ones. `visible` is CUDA_VISIBLE_DEVICES.
+    Raises InputError."""
     import torch
 
     gpus = [str(i) for i in range(torch.cuda.device_count())] if visible is None else visible.split(",")

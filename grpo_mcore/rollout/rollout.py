@@ -1,8 +1,9 @@
 """Prompts -> graded groups of responses, over all engines.
 
-`sample` is one batch of prompts with the weights as they are: evaluation. `Rollout` is the stage of training: it keeps the engines
-busy with the steps that may be sampled now (admission.py), grades groups as they arrive, and hands over a step's groups once
-they are complete. A response is a function of (seed, position in the stream, weights), whatever engine draws it.
+`sample` is one batch of prompts with the weights as they are: evaluation. `Rollout` is the stage of training: it keeps
+the engines busy with the steps that may be sampled now (admission.py), grades groups as they arrive, and hands over a
+step's groups once they are complete. A response is a function of (seed, position in the stream, weights), whatever
+engine draws it.
 """
 
 import queue
@@ -55,7 +56,8 @@ def sample(
     top_p: float = 1.0,
     phase: str = "evaluation",
 ) -> list[Group]:
-    """One group of `group_size` responses per prompt, in the order of the prompts. `max_tokens` of a response, by its prompt's length.
+    """One group of `group_size` responses per prompt, in the order of the prompts. `max_tokens` of a response, by its
+    prompt's length.
 
     Raises EngineError, EnginesLost, StaleError.
     """
@@ -117,7 +119,8 @@ def grade(
 
 
 class Rollout:
-    """The stage, on the driver. `begin` says that the engines have a new version of the weights, `take` waits for the step's groups.
+    """The stage, on the driver. `begin` says that the engines have a new version of the weights, `take` waits for the
+    step's groups.
 
     A thread takes answers as they come and grades them. What it cannot handle is raised by the next `take`.
     """
@@ -166,7 +169,8 @@ class Rollout:
             self._submit(admitted)
 
     def take(self) -> Step:
-        """The groups of the step that starts from the version begun last. Raises EngineError, EnginesLost (call again after a refit), StaleError."""
+        """The groups of the step that starts from the version begun last. Raises EngineError, EnginesLost (call again
+        after a refit), StaleError."""
         end = time.monotonic() + self._cfg.rollout.timeout_s
         with self._changed:
             while (taken := self._admission.take()) is None:

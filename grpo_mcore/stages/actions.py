@@ -79,7 +79,8 @@ def run(plan: Plan, launcher: Launcher, redo_from: int | None = None) -> None:
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Holds DIR/lock, which the commands inherit: it is held as long as one of them lives. Raises InputError if others hold it."""
+    """Holds DIR/lock, which the commands inherit: it is held as long as one of them lives. Raises InputError if others
+    hold it."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as f:
         try:
@@ -302,7 +303,8 @@ DO = {"train": train, "choose": choose, "export": export, "prove": prove, "evalu
 
 
 def execute(command: list[str], what: str, timeout_s: float | None = None) -> None:
-    """Runs a command to its end, its output passed through, SIGTERM and Ctrl-C passed on. It ends with this process, however that ends.
+    """Runs a command to its end, its output passed through, SIGTERM and Ctrl-C passed on. It ends with this process,
+    however that ends.
 
     Training and evaluation bound their own waits. Raises ActionFailed, entry.Preempted, KeyboardInterrupt.
     """

@@ -1,10 +1,13 @@
-"""DIR/lineage.json: what has become of each stage, written after every action, so that the next one is known whenever it stopped.
+"""DIR/lineage.json: what has become of each stage, written after every action, so that the next one is known whenever
+it stopped.
 
-    {"stages": [{"name": "8k", "status": "finished", "spec": {...}, "config": {...}, "config_digest": "...", "versions": {...}, "commit": "...",
-                 "carry_over": {...}, "train": {...}, "choose": {...}, "export": {...}, "prove": {...}, "evaluate": {...}}, ...]}
+    {"stages": [{"name": "8k", "status": "finished", "spec": {...}, "config": {...}, "config_digest": "...", "versions":
+    {...}, "commit": "...",
+                 "carry_over": {...}, "train": {...}, "choose": {...}, "export": {...}, "prove": {...}, "evaluate":
+                 {...}}, ...]}
 
-An action that has its entry is finished. What it was told is compared with what it would be told now: a difference is an error that
-names the field.
+An action that has its entry is finished. What it was told is compared with what it would be told now: a difference is
+an error that names the field.
 """
 
 import dataclasses
@@ -79,7 +82,8 @@ def next_action(record: dict) -> str | None:
 
 
 def check_unchanged(record: dict, number: int, spec: dict, config: Config) -> None:
-    """Raises InputError naming the first field in which a stage that was trained, or what steered its later actions, differs from now."""
+    """Raises InputError naming the first field in which a stage that was trained, or what steered its later actions,
+    differs from now."""
     remedy = f"put it back, or do that stage and those after it again with --redo-from {number + 1}"
     if record["name"] != spec["name"]:
         raise InputError(f"stages[{number}].name", spec["name"], f"was {record['name']!r} in the lineage", remedy)

@@ -1,5 +1,6 @@
-"""Stages: what is trained after what, from one file. Each stage trains, chooses a checkpoint, exports it to Hugging Face, proves the
-export (parity.py) and evaluates it; the next one begins from that export. lineage.py keeps what was done; actions.py does it.
+"""Stages: what is trained after what, from one file. Each stage trains, chooses a checkpoint, exports it to Hugging
+Face, proves the export (parity.py) and evaluates it; the next one begins from that export. lineage.py keeps what was
+done; actions.py does it.
 
 What a stage takes over from the one before, beside the weights:
     reference policy   the stage's own initial weights, anew (where loss.kl_coef asks for one)
@@ -84,7 +85,8 @@ class Plan:
 
 
 def carry_over(plan: Plan, number: int, *, checkpoint: str, prompts_taken: int) -> list[str]:
-    """The overrides by which a stage begins from the one before: `checkpoint` is the chosen one, `prompts_taken` of the order led to it."""
+    """The overrides by which a stage begins from the one before: `checkpoint` is the chosen one, `prompts_taken` of the
+    order led to it."""
     if number == 0:
         return []
     stage = plan.file.stages[number]
@@ -97,7 +99,8 @@ def carry_over(plan: Plan, number: int, *, checkpoint: str, prompts_taken: int) 
 
 
 def load(path: str | Path, ranks: int | None) -> Plan:
-    """Reads the file and all configurations, and checks them for `ranks` ranks; None: as few as all stages can have. Raises InputError."""
+    """Reads the file and all configurations, and checks them for `ranks` ranks; None: as few as all stages can have.
+    Raises InputError."""
     file = config_file.read(StagesFile, path)
     if not file.stages:
         raise InputError("stages", [], "names no stage", "see configs/quickstart_stages.yaml")

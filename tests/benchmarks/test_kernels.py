@@ -1,4 +1,5 @@
-"""benchmarks/kernels.py: the program at small sizes, and that its float64 truth is the oracle's. Not covered here: CUDA."""
+"""benchmarks/kernels.py: the program at small sizes, and that its float64 truth is the oracle's. Not covered here:
+CUDA."""
 
 import json
 import subprocess

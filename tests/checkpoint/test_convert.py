@@ -1,4 +1,5 @@
-"""Hugging Face -> checkpoint -> Hugging Face, what it holds in memory on the way, and that the trainer's model reads it.
+"""Hugging Face -> checkpoint -> Hugging Face, what it holds in memory on the way, and that the trainer's model reads
+it.
 
 Not covered here: checkpoints of other layouts (test_checkpoint.py); the program around it (test_launch.py).
 """

@@ -282,7 +282,8 @@ def test_a_coefficient_may_be_zero_but_not_negative(minimal, name):
             ["data.prompt_template=Solve it."],
             "data.prompt_template = 'Solve it.': must contain {problem}. Remedy: add it where the problem goes.",
         ),
-        # 8192 tokens on 4 context ranks: 2048 each; aligned to sequence parallelism over 3 tp ranks, 2 zigzag chunks: 6 * 342 = 2052
+        # 8192 tokens on 4 context ranks: 2048 each; aligned to sequence parallelism over 3 tp ranks, 2 zigzag chunks: 6
+        # * 342 = 2052
         (
             [
                 "parallel.cp=4",

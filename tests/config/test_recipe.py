@@ -1,4 +1,5 @@
-"""The presets against the publications: what they say is restated here, number by number, apart from the package's own table.
+"""The presets against the publications: what they say is restated here, number by number, apart from the package's own
+table.
 
 Not covered here: that training with them reaches the published accuracy.
 """

@@ -1,4 +1,5 @@
-"""mean@k, pass@j, maj@k, error bars and paired comparisons: worked numbers, and enumeration of what a formula stands for.
+"""mean@k, pass@j, maj@k, error bars and paired comparisons: worked numbers, and enumeration of what a formula stands
+for.
 
 Not covered here: sampling and grading (test_evaluate.py, test_grader.py).
 """
@@ -28,7 +29,8 @@ def test_pass_at_j_is_the_share_of_subsets_of_j_samples_that_hold_a_right_one(n)
 
 
 def test_pass_at_j_of_a_worked_example():
-    # 4 samples, 1 right: 1 - C(3, 2) / C(4, 2) = 1 - 3/6; one wrong is enough for nothing: 1 - (3/4)^2 = 0.4375 would be biased
+    # 4 samples, 1 right: 1 - C(3, 2) / C(4, 2) = 1 - 3/6; one wrong is enough for nothing: 1 - (3/4)^2 = 0.4375 would
+    # be biased
     assert problem([0, 0, 1, 0]).pass_at(2) == 0.5
     # 64 samples, 1 right, numbers beyond float's integers
     assert problem([1] + [0] * 63).pass_at(32) == pytest.approx(0.5, rel=1e-12)

@@ -1,5 +1,5 @@
-"""The tests of the Triton kernels where there is no GPU: by Triton's interpreter, in a process of its own, for TRITON_INTERPRET must be
-set before triton is imported, and would then hold for all that import it."""
+"""The tests of the Triton kernels where there is no GPU: by Triton's interpreter, in a process of its own, for
+TRITON_INTERPRET must be set before triton is imported, and would then hold for all that import it."""
 
 import importlib.util
 import subprocess

@@ -1,5 +1,5 @@
-"""Triton's linear_logprob against the float64 oracle: by the interpreter on a CPU (tests/kernels/test_interpreter.py runs this file),
-on a GPU as it is, there at the sizes of training too.
+"""Triton's linear_logprob against the float64 oracle: by the interpreter on a CPU (tests/kernels/test_interpreter.py
+runs this file), on a GPU as it is, there at the sizes of training too.
 
 Not covered here: shards that meet (tests/parallel/test_vocab.py), speed and memory (benchmarks/kernels.py).
 """
@@ -39,12 +39,14 @@ def small_blocks(request, monkeypatch):
 
 @functools.cache
 def inputs(dtype=FLOAT32, rows: int = T, vocabulary: int = V, width: int = D, seed: int = 0):
-    """hidden, weight (logits with a standard deviation of about 3), targets of which some lie outside, upstream gradients."""
+    """hidden, weight (logits with a standard deviation of about 3), targets of which some lie outside, upstream
+    gradients."""
     g = torch.Generator().manual_seed(seed)
     hidden = torch.randn(rows, width, generator=g).to(dtype)
     weight = (torch.randn(vocabulary, width, generator=g) * 3 / width**0.5).to(dtype)
     target = torch.randint(-3, vocabulary + 3, (rows,), generator=g)
-    # Both ends, the edges of blocks, of splits and of rectangles, and the columns that a last block has but the shard has not.
+    # Both ends, the edges of blocks, of splits and of rectangles, and the columns that a last block has but the shard
+    # has not.
     edges = torch.tensor([0, vocabulary - 1, 31, 32, 127, 128, 255, 256, vocabulary, vocabulary + 1, -1])
     target[: len(edges)] = edges[:rows]
     upstream = {name: torch.randn(rows, generator=g).to(DEVICE) for name in OUTPUTS}
@@ -76,9 +78,10 @@ def truth(dtype, temperature: float, *shape: int):
 
 
 def noise(hidden, weight, temperature: float) -> float:
-    """16 ulp of the largest logit. A logit of some ten products is off by about one of its ulps, as are its factor log2(e) / temperature,
-    its product with that, the logsumexp that it is compared with, and the way back to natural units; exp turns the sum of those
-    absolute errors into a relative one of every probability, to which rescaling, sums and 1 + z - mean add a few more."""
+    """16 ulp of the largest logit. A logit of some ten products is off by about one of its ulps, as are its factor
+    log2(e) / temperature, its product with that, the logsumexp that it is compared with, and the way back to natural
+    units; exp turns the sum of those absolute errors into a relative one of every probability, to which rescaling, sums
+    and 1 + z - mean add a few more."""
     return 16 * 2.0**-23 * max((hidden.double() @ weight.double().T).abs().max().item() / temperature, 1)
 
 
@@ -113,8 +116,8 @@ def check_budget(mine, coarse, exact):
     for my, other, true in zip(mine, coarse, exact, strict=True):
         for name in true:
             error, budget = (my[name].double() - true[name]).abs(), (other[name].double() - true[name]).abs()
-            # By element the naive form may be right by luck: two bfloat16 ulps of the largest number are allowed for that, one
-            # for the dz that was rounded, one for the result.
+            # By element the naive form may be right by luck: two bfloat16 ulps of the largest number are allowed for
+            # that, one for the dz that was rounded, one for the result.
             assert (error <= budget + 2 * 2.0**-7 * true[name].abs().max()).all(), name
             # On average luck is small: both round dz and the result, and only the naive one all the rest.
             assert error.mean() <= budget.mean(), name
@@ -183,11 +186,13 @@ def test_extreme_logits_give_finite_and_right_values_and_gradients(name, tempera
     true_values, true_gradients = differentiate(
         lambda h, w: oracle.partials(h, w, target.tolist(), temperature), hidden.double(), weight.double(), upstream
     )
-    # The products are exact; their factor log2(e) / temperature, the product with it and the way back to natural units are rounded.
+    # The products are exact; their factor log2(e) / temperature, the product with it and the way back to natural units
+    # are rounded.
     ulps = 2 * 2.0**-23 * 1e4 / temperature
     for output in OUTPUTS:
         assert (values[output].cpu().double() - true_values[output]).abs().max() <= ulps, output
-    # dz carries 1 + z - mean, each off by those; the weight's sums 4 rows, the hidden state's is multiplied by up to 1e4.
+    # dz carries 1 + z - mean, each off by those; the weight's sums 4 rows, the hidden state's is multiplied by up to
+    # 1e4.
     assert (gradients["weight"].cpu().double() - true_gradients["weight"]).abs().max() <= 4 * 2 * 2 * ulps / temperature
     assert (
         gradients["hidden"].cpu().double() - true_gradients["hidden"]
@@ -242,7 +247,8 @@ def test_main_grad_is_added_to_in_float32_and_nothing_is_returned(monkeypatch, d
         )
     assert fused["weight"] is None and torch.equal(fused["hidden"], plain["hidden"])
     exact = truth(dtype, 1.0)[1]["weight"]
-    # dz is rounded to the dtype, half an ulp: at random over T rows, but it may be at most that of the largest gradient in each.
+    # dz is rounded to the dtype, half an ulp: at random over T rows, but it may be at most that of the largest gradient
+    # in each.
     ulp = 2.0**-8 if dtype == BFLOAT16 else noise(hidden, weight, 1.0)
     assert (main_grad.double() - 0.5 - 2 * exact).abs().max() <= 2 * ulp * exact.abs().max() + 2.0**-23
     if dtype == BFLOAT16:
@@ -266,7 +272,8 @@ def test_rectangles_of_worked_sizes():
     with pytest.MonkeyPatch.context() as m:
         m.setattr(kernel, "ROWS", 4096)
         m.setattr(kernel, "WORKSPACE_BYTES", 40 << 20)
-        # 6 x 4096 rows; a column takes 4096 x 2 B of dz and 1536 x 4 B of dWeight: 41943040 / 14336 = 2925.7, of which 22 x 128.
+        # 6 x 4096 rows; a column takes 4096 x 2 B of dz and 1536 x 4 B of dWeight: 41943040 / 14336 = 2925.7, of which
+        # 22 x 128.
         assert kernel.rectangle(24576, 1536, 2, fused=False) == (4096, 2816)
         # dWeight in main_grad: 41943040 / 8192 = 5120 = 40 x 128.
         assert kernel.rectangle(24576, 1536, 2, fused=True) == (4096, 5120)
@@ -279,7 +286,8 @@ def test_rectangles_of_worked_sizes():
 def test_the_vocabulary_is_split_until_the_programs_end_together():
     assert kernel.num_splits(264, 1187, 264) == 1  # one wave as it is
     assert kernel.num_splits(8, 1187, 264) == 33  # 8 x 33 = 264
-    # 192 row blocks fill 264 places 11 at a time: 192 x 11 = 8 waves of 108 blocks, 864; unsplit 1187, and fewer splits leave places empty.
+    # 192 row blocks fill 264 places 11 at a time: 192 x 11 = 8 waves of 108 blocks, 864; unsplit 1187, and fewer splits
+    # leave places empty.
     assert kernel.num_splits(192, 1187, 264) == 11
     assert kernel.num_splits(1, 3, 264) == 3
 
@@ -296,7 +304,8 @@ def test_what_the_kernel_cannot_take_is_refused():
 
 
 def in_float64(hidden, weight, target, temperature: float, upstream):
-    """What `differentiate` gives for the oracle, at sizes for which its loops are too slow: a thousand rows at a time."""
+    """What `differentiate` gives for the oracle, at sizes for which its loops are too slow: a thousand rows at a
+    time."""
     weight, parts = weight.double(), []
     d_weight = torch.zeros_like(weight)
     for start in range(0, len(hidden), 1024):

@@ -1,5 +1,6 @@
-"""Triton's logprob of given logits against the float64 oracle: by the interpreter on a CPU (tests/kernels/test_interpreter.py runs
-this file), on a GPU as it is, there also with more logits than 32 bits count."""
+"""Triton's logprob of given logits against the float64 oracle: by the interpreter on a CPU
+(tests/kernels/test_interpreter.py runs this file), on a GPU as it is, there also with more logits than 32 bits
+count."""
 
 import os
 
@@ -58,7 +59,8 @@ def test_float32_values_and_gradients_equal_the_float64_oracles(V, temperature, 
     logits, target, upstream = inputs(V)
     values, gradient = ours(logits, target, upstream, temperature, in_place)
     true_values, true_gradient = truth(logits, target, upstream, temperature)
-    # Some ulp of the largest logit: its factor log2(e) / temperature, the product with it, the logsumexp, the way back; a few for sums.
+    # Some ulp of the largest logit: its factor log2(e) / temperature, the product with it, the logsumexp, the way back;
+    # a few for sums.
     tolerance = 8 * 2.0**-23 * max(logits.abs().max() / temperature, 1)
     for name in OUTPUTS:
         assert values[name].dtype == torch.float32

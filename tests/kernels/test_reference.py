@@ -38,8 +38,9 @@ def upstreams() -> dict[str, torch.Tensor]:
 
 
 def noise(hidden, weight, temperature: float) -> float:
-    """8 ulp of the largest logit. A logit of 16 products is off by about one of its ulps; exp turns that absolute error into a
-    relative one of every probability, to which rescaling, the sums over V and R, and 1 + z - mean add a few more."""
+    """8 ulp of the largest logit. A logit of 16 products is off by about one of its ulps; exp turns that absolute error
+    into a relative one of every probability, to which rescaling, the sums over V and R, and 1 + z - mean add a few
+    more."""
     return 8 * ULP * ((hidden.detach() @ weight.detach().T).abs().max().item() / temperature)
 
 
@@ -113,7 +114,8 @@ def test_extreme_logits_give_finite_and_right_values_and_gradients(name, chunk_V
     ulp = ULP * 1e4 / temperature
     for output in OUTPUTS:
         assert (values[output].double() - true_values[output]).abs().max() <= ulp, output
-    # dz carries mean - z, off by one ulp of them; the weight's sums 4 rows, the hidden state's is multiplied by up to 1e4.
+    # dz carries mean - z, off by one ulp of them; the weight's sums 4 rows, the hidden state's is multiplied by up to
+    # 1e4.
     assert (gradients["weight"].double() - true_gradients["weight"]).abs().max() <= 4 * 2 * ulp / temperature
     assert (gradients["hidden"].double() - true_gradients["hidden"]).abs().max() <= 4 * 2 * ulp / temperature * 1e4
 
@@ -142,10 +144,11 @@ def test_bfloat16_errs_no_more_than_the_naive_form_in_bfloat16(chunk_V, temperat
     for mine, other, exact in zip(ours, coarse, truth, strict=True):
         for name in exact:
             my_error, budget = (mine[name].double() - exact[name]).abs(), (other[name].double() - exact[name]).abs()
-            # By element the naive form may be right by luck: two bfloat16 ulps of the largest number are allowed for that, one
-            # for the logit or dz that was rounded, one for the result.
+            # By element the naive form may be right by luck: two bfloat16 ulps of the largest number are allowed for
+            # that, one for the logit or dz that was rounded, one for the result.
             assert (my_error <= budget + 2 * 2.0**-7 * exact[name].abs().max()).all(), name
-            # On average luck is small: both forms round the product hidden x weight, and only the naive one all that follows.
+            # On average luck is small: both forms round the product hidden x weight, and only the naive one all that
+            # follows.
             assert my_error.mean() <= 1.1 * budget.mean(), name
 
 

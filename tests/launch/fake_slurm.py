@@ -1,8 +1,9 @@
 """sbatch, srun, scancel, scontrol and hostname of a cluster that is this machine: fake_slurm.py PROGRAM [arguments].
 
-A node is a session of processes with a loopback address of its own. What SLURM does that scripts stumble over, this does too: a batch script
-runs from a copy elsewhere, srun that is told TERM kills its tasks, scancel's TERM reaches a task's whole process group, and no batch script.
-FAKE_SLURM is a folder: batch.pid, the ids of running tasks in tasks/, and `requeue` once scontrol was asked to. sbatch stays until the job ends.
+A node is a session of processes with a loopback address of its own. What SLURM does that scripts stumble over, this
+does too: a batch script runs from a copy elsewhere, srun that is told TERM kills its tasks, scancel's TERM reaches a
+task's whole process group, and no batch script. FAKE_SLURM is a folder: batch.pid, the ids of running tasks in tasks/,
+and `requeue` once scontrol was asked to. sbatch stays until the job ends.
 """
 
 import contextlib

@@ -103,7 +103,8 @@ def test_a_script_is_one_that_bash_reads(script):
 
 @pytest.mark.slow
 def test_two_nodes_train_with_engines_on_both_and_go_on_where_the_time_limit_stopped_them(cfg, tmp_path):
-    # Engines of one core each: Ray has to place them on both nodes. Other nodes' memory cannot be shared: it is broadcast.
+    # Engines of one core each: Ray has to place them on both nodes. Other nodes' memory cannot be shared: it is
+    # broadcast.
     job = Job(tmp_path, cfg, "multi_node.sbatch", "engine.num_engines=2", "refit.transport=broadcast", nodes=2)
     try:
         job.wait_for_step(tmp_path / "run", 2)

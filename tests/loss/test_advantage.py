@@ -46,7 +46,8 @@ THIRD, ROOT3 = 1 / 3, math.sqrt(3)
         ([1, 0], "mean", True, [math.sqrt(0.5), -math.sqrt(0.5)]),
         # the others' means: 0 for the first, 1/3 for the rest
         ([1, 0, 0, 0], "leave_one_out", False, [1, -THIRD, -THIRD, -THIRD]),
-        # the first's others have std 0: left as it is. The rest's others are 1, 0, 0: (4/9 + 1/9 + 1/9) / 2 = 1/3: std 1/sqrt(3)
+        # the first's others have std 0: left as it is. The rest's others are 1, 0, 0: (4/9 + 1/9 + 1/9) / 2 = 1/3: std
+        # 1/sqrt(3)
         ([1, 0, 0, 0], "leave_one_out", True, [1, -1 / ROOT3, -1 / ROOT3, -1 / ROOT3]),
         # others 1 0 1 -> mean 2/3; 2 0 1 -> 1; 2 1 1 -> 4/3; 2 1 0 -> 1
         ([2, 1, 0, 1], "leave_one_out", False, [4 / 3, 0, -4 / 3, 0]),
@@ -70,7 +71,8 @@ def test_equal_rewards_give_advantages_of_exactly_zero(baseline, normalize_by_st
 
 @pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
 def test_the_rounding_of_a_mean_is_not_blown_up_by_its_own_std(baseline):
-    # The mean of three 0.1 is 0.10000000000000002 in float64: std 1.7e-17, and divided by it the advantages would be about 1.
+    # The mean of three 0.1 is 0.10000000000000002 in float64: std 1.7e-17, and divided by it the advantages would be
+    # about 1.
     assert advantages([0.1] * 3, baseline, True) == pytest.approx([0.0] * 3, abs=1e-12)
 
 

@@ -1,7 +1,7 @@
 """Groups to packed microbatches: the examples of types.py, the rules of the packing, and the ONE loss denominator.
 
-Not covered here: that Megatron's gradient keeps to these weights (test_policy.py), the split over context ranks by itself
-(parallel/test_context.py).
+Not covered here: that Megatron's gradient keeps to these weights (test_policy.py), the split over context ranks by
+itself (parallel/test_context.py).
 """
 
 import math
@@ -105,7 +105,8 @@ def test_the_worked_example_on_two_context_ranks():
         )[0].microbatches[0]
         for rank in range(2)
     )
-    # 7 and 6 tokens, padded to multiples of 2 * cp = 4: 8 and 8, cut in chunks of 2. Rank 0: chunks 0 and 3, rank 1: 1 and 2.
+    # 7 and 6 tokens, padded to multiples of 2 * cp = 4: 8 and 8, cut in chunks of 2. Rank 0: chunks 0 and 3, rank 1: 1
+    # and 2.
     assert m0.token_ids_T.tolist() == [7, 10, EOS, 0, 7, 10, 0, 0]
     assert m1.token_ids_T.tolist() == [5, 11, 1, 2, 5, 11, 1, 3]
     assert m0.position_ids_T.tolist() == [0, 1, 6, 7, 0, 1, 6, 7]
@@ -452,8 +453,8 @@ def test_ranks_of_equal_cost_have_less_to_wait_for_than_ranks_of_equal_tokens():
 
 
 def test_microbatches_of_a_rank_are_balanced_by_cost_within_the_bound():
-    # As above on one rank, in two microbatches: 266 and 264. With at most 210 tokens, 24 short ones are too many: 21 fit,
-    # and the other 9 stand beside the long one.
+    # As above on one rank, in two microbatches: 266 and 264. With at most 210 tokens, 24 short ones are too many: 21
+    # fit, and the other 9 stand beside the long one.
     lengths, cost = [100] + [10] * 30, Cost(quadratic=0.01)
     assert [len(b) for b in plan_of(lengths, Packing(240, cost=cost))[0]] == [7, 24]
     assert [len(b) for b in plan_of(lengths, Packing(210, cost=cost))[0]] == [10, 21]
@@ -474,10 +475,12 @@ def test_pack_makes_no_more_microbatches_than_tokens_ask_for():
 
 
 def test_a_rank_whose_one_sequence_is_dear_still_fills_as_many_microbatches_as_the_others():
-    # Costs 40 + 40**2 and 8 of 10 + 10**2 = 110: by cost alone 40 tokens stand against 80, which need two microbatches of 40.
+    # Costs 40 + 40**2 and 8 of 10 + 10**2 = 110: by cost alone 40 tokens stand against 80, which need two microbatches
+    # of 40.
     plan = plan_of([40] + [10] * 8, Packing(40, dp=2, cost=Cost(quadratic=1.0)))
     assert [[len(b) for b in bins] for bins in plan] == [[1, 1], [4, 3]]
-    # 30 against 4 * 12: 78 tokens would do with one microbatch of 40 on each rank, but 48 ask for two, and so for another share.
+    # 30 against 4 * 12: 78 tokens would do with one microbatch of 40 on each rank, but 48 ask for two, and so for
+    # another share.
     plan = plan_of([30] + [12] * 4, Packing(40, dp=2, cost=Cost(quadratic=1.0)))
     assert [[len(b) for b in bins] for bins in plan] == [[1, 1], [2, 1]]
 
@@ -565,9 +568,11 @@ def test_packed_frac_and_imbalance_of_a_worked_example(rank, max_tokens, cp, roo
 
 
 def test_shared_packing_cuts_where_cost_is_halved_and_counts_a_shared_prompt_once():
-    # Prompts of 2 tokens. Tokens and costs n + 0.5 * n**2 so far: 2+3 = 5: 17.5, 2+3+1 = 6: 24 | 2+1 = 3: 24 + 7.5, 2+1+1 = 4: 24 + 12 = 36.
+    # Prompts of 2 tokens. Tokens and costs n + 0.5 * n**2 so far: 2+3 = 5: 17.5, 2+3+1 = 6: 24 | 2+1 = 3: 24 + 7.5,
+    # 2+1+1 = 4: 24 + 12 = 36.
     # Half of it, 18, is nearest to 17.5: the first sample stands alone, the second has its prompt again.
-    # Ranks: 17.5 and 7.5 + 12 = 19.5, of a mean of 18.5; 5 and 3 + 4 tokens of 2 * 8. Halves by number would be 24 and 12.
+    # Ranks: 17.5 and 7.5 + 12 = 19.5, of a mean of 18.5; 5 and 3 + 4 tokens of 2 * 8. Halves by number would be 24 and
+    # 12.
     groups = [group(0, (7, 10), (1, 2, 3), (4,)), group(1, (8, 11), (5,), (6,))]
     packing = Packing(8, dp=2, share_prompts=True, cost=Cost(quadratic=0.5))
     (b0,), (b1,) = over_ranks(

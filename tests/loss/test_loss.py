@@ -1,6 +1,7 @@
 """The GRPO loss: worked numbers of value and gradient, identities, and a float64 oracle (tests/reference/grpo.py).
 
-Not covered here: where weights come from (test_batch.py), log-probs (test_logprob.py), invariance to ranks (test_policy.py).
+Not covered here: where weights come from (test_batch.py), log-probs (test_logprob.py), invariance to ranks
+(test_policy.py).
 """
 
 import math
@@ -21,7 +22,8 @@ FLOAT32 = 5e-7  # relative: a logarithm, an exp and two products in float32, eac
 def tokens(
     *, old, advantage, weight, ref=None, rollout=None, sequence=None, importance=None, dtype=torch.float32
 ) -> Microbatch:
-    """A microbatch of which only what a loss reads is filled in. `sequence`: which one each token is of; None: all of one."""
+    """A microbatch of which only what a loss reads is filled in. `sequence`: which one each token is of; None: all of
+    one."""
     empty = torch.empty(0)
     sequence = sequence or [0] * len(old)
 
@@ -421,7 +423,8 @@ def test_a_sequence_over_two_ranks_has_the_sum_of_both():
 
 
 def test_importance_multiplies_the_surrogate_and_not_the_kl():
-    # ratio 1, A = 2, importance 0.5 and 0: -0.5 x 2 x 0.25 = -0.25 and 0; KL of d = log 2: 1 - log 2 each, times 0.1 x 0.25
+    # ratio 1, A = 2, importance 0.5 and 0: -0.5 x 2 x 0.25 = -0.25 and 0; KL of d = log 2: 1 - log 2 each, times 0.1 x
+    # 0.25
     cfg = config.Loss(kl_coef=0.1, importance_level="token")
     batch = tokens(
         old=[-2.0, -2.0], ref=[-2.0 + LN2] * 2, advantage=[2.0, 2.0], weight=[0.25, 0.25], importance=[0.5, 0.0]

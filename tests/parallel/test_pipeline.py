@@ -13,7 +13,8 @@ DP, MICROBATCHES = 2, 4
 
 
 def chains(folder: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """(the final norm's gradient after the schedule and DDP, the plain sum of the microbatches' of all ranks) by chain."""
+    """(the final norm's gradient after the schedule and DDP, the plain sum of the microbatches' of all ranks) by
+    chain."""
     out = {}
     for name in ("ours", "Megatron's default"):
         topo = connect()

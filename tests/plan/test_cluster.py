@@ -1,4 +1,5 @@
-"""What parts of a cluster take: worked numbers; and that what benchmarks/rollout.py concludes is what it was timed with."""
+"""What parts of a cluster take: worked numbers; and that what benchmarks/rollout.py concludes is what it was timed
+with."""
 
 import json
 import os
@@ -43,7 +44,8 @@ def test_iterations_within_is_the_inverse_of_decode_s(seed):
 
 
 def test_estimates_are_those_of_the_planner():
-    """Its seconds of a training step for sequences of the assumed lengths; its weights, cache and assumptions for an engine."""
+    """Its seconds of a training step for sequences of the assumed lengths; its weights, cache and assumptions for an
+    engine."""
     cfg = config_file.load(
         ROOT / "configs/quickstart.yaml",
         [

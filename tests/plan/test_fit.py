@@ -29,7 +29,8 @@ def test_a_worst_step_goes_through_every_phase_and_leaves_nothing(tmp_path):
     text = CONFIG.format(model=tmp_path / "model", run_dir=tmp_path / "run")
     cfg.write_text("".join(line for line in text.splitlines(keepends=True) if "warm_start" not in line))
     out = train(cfg, "--fit", "optimizer.lr=1e-9", ranks=2, timeout_s=600)
-    # 4 prompts x 4 responses x 40 tokens: an untaught model, to which any token is likely, would else have ended most of them.
+    # 4 prompts x 4 responses x 40 tokens: an untaught model, to which any token is likely, would else have ended most
+    # of them.
     assert "4 of 4 groups of 4 responses were done within 60 s, 640 tokens" in out
     seen = re.findall(r"^  (\w+) +([\d.]+) s, resident ([\d.]+) GB$", out, re.MULTILINE)
     assert [phase for phase, *_ in seen] == ["build", "refit", "logprob", "update", "rollout"]

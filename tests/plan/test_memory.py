@@ -1,7 +1,7 @@
 """The planner: numbers worked by hand, and weights, gradients and optimizer against what Megatron allocates on a CPU.
 
-Not covered here: that GPUs agree. Activations are compared with a CPU where all are computed again; the fused layers of Transformer
-Engine keep others than a CPU's.
+Not covered here: that GPUs agree. Activations are compared with a CPU where all are computed again; the fused layers of
+Transformer Engine keep others than a CPU's.
 """
 
 import functools
@@ -116,12 +116,14 @@ def test_weights_gradients_and_optimizer_are_what_megatron_allocates(tmp_path, k
         dp = 2 // cfg.parallel.ranks_per_replica
         for rank, seen in enumerate(ranks):
             planned = sum(memory.state_bytes(cfg, hf_config, dp, stage=rank if cfg.parallel.pp > 1 else 0).values())
-            # Megatron pads buckets and shards so that ranks share them evenly, some hundred bytes; RoPE's tables are no weights.
+            # Megatron pads buckets and shards so that ranks share them evenly, some hundred bytes; RoPE's tables are no
+            # weights.
             assert seen[index] == pytest.approx(planned, rel=5e-3), (axes, params)
 
 
 def kept_bytes(folder: str, num_layers: int, tokens: int) -> int:
-    """What a forward pass of one sequence keeps for its backward, weights apart, if all layers are computed again, `num_layers` at a time."""
+    """What a forward pass of one sequence keeps for its backward, weights apart, if all layers are computed again,
+    `num_layers` at a time."""
     topo = topology.connect(
         Parallel(recompute="full", recompute_num_layers=num_layers), device=torch.device("cpu"), timeout_s=60, seed=1
     )
@@ -167,17 +169,20 @@ def test_with_full_recomputation_a_layer_keeps_its_input_alone(tmp_path):
 def test_the_memory_of_the_8k_stage_worked_by_hand(hf):
     cfg = preset("deepscaler_8k", "batch.max_tokens_per_microbatch=8192", "parallel.recompute=none")
     update = memory.of(cfg, hf, NODE).phases["update"]
-    # 1.777 B parameters: bfloat16 weights 3.55 GB, float32 gradients 7.11, main weights and two moments 21.33 over 8 ranks.
+    # 1.777 B parameters: bfloat16 weights 3.55 GB, float32 gradients 7.11, main weights and two moments 21.33 over 8
+    # ranks.
     assert [
         round(update[name] / 1e9, 2) for name in ("weights", "gradients (float32)", "optimizer, sharded (float32)")
     ] == [3.55, 7.11, 2.67]
-    # Per token and layer, in bfloat16 numbers: norm 2 x 1536, qkv 2 x 2048, attention 1536, norm 2 x 1536, MLP 3 x 8960; 12 float32 sums.
+    # Per token and layer, in bfloat16 numbers: norm 2 x 1536, qkv 2 x 2048, attention 1536, norm 2 x 1536, MLP 3 x
+    # 8960; 12 float32 sums.
     layer = 2 * (2 * 1536 + 2 * 2048 + 1536 + 2 * 1536 + 3 * 8960) + 12 * 4
     assert layer == 77_360
     assert update["activations kept"] == pytest.approx(1.1 * 8192 * 28 * layer) and update[
         "backward of a layer"
     ] == pytest.approx(1.1 * 8192 * layer)
-    # Never [8192, 151936] logits, 4.98 GB in float32: rows of 1536 (three times bfloat16, a gradient in both), the weight's gradient 0.47 GB, a workspace.
+    # Never [8192, 151936] logits, 4.98 GB in float32: rows of 1536 (three times bfloat16, a gradient in both), the
+    # weight's gradient 0.47 GB, a workspace.
     assert update["head"] == pytest.approx(1.1 * (8192 * 1536 * (3 * 2 + 2 + 4) + 2 * 151936 * 1536 + (64 << 20)))
     assert (
         "reference policy" not in update
@@ -354,14 +359,16 @@ EVEN = plan_time.Assumptions(prompt_tokens=192, response_tokens=4000)
 
 def test_the_arithmetic_of_the_policy_worked_by_hand(hf):
     cfg = preset("deepscaler_8k", "parallel.recompute=none")
-    # A sequence of 4192 tokens: 2 x 1.310 B of the layers a token, attention 28 layers x 2 x 1536 x 4192^2, head 2 x 151936 x 1536 x 4000.
+    # A sequence of 4192 tokens: 2 x 1.310 B of the layers a token, attention 28 layers x 2 x 1536 x 4192^2, head 2 x
+    # 151936 x 1536 x 4000.
     layers = 28 * (2 * 1536 * 1536 + 2 * 256 * 1536 + 3 * 8960 * 1536)
     flops = 2 * layers * 4192 + 28 * 2 * 1536 * 4192**2 + 2 * 151936 * 1536 * 4000
     assert sum(plan_time.forward_flops(hf, 4192, 4000)) == pytest.approx(flops)
     times = plan_time.times(cfg, hf, NODE, EVEN)
     forward = 1024 * flops / (8 * 0.4 * 989e12)
     assert times["logprob"] == pytest.approx(forward)
-    # 16 optimizer steps: 4 + 2 bytes of 1.777 B over NVLink but an eighth; 2 x 16 bytes of an eighth and 8 bytes of all through memory.
+    # 16 optimizer steps: 4 + 2 bytes of 1.777 B over NVLink but an eighth; 2 x 16 bytes of an eighth and 8 bytes of all
+    # through memory.
     n = 1_777_088_000
     step = 6 * n * 7 / 8 / (0.7 * 450e9) + (32 * n / 8 + 8 * n) / 3.35e12
     assert times["update"] == pytest.approx(3 * forward + 16 * step)
@@ -370,7 +377,8 @@ def test_the_arithmetic_of_the_policy_worked_by_hand(hf):
 
 
 def test_decoding_reads_weights_and_cache_for_every_token(hf):
-    # One prompt of 2 responses on one of 2 GPUs, all of 100 tokens: 100 times the weights and two caches of 192 + 50 tokens.
+    # One prompt of 2 responses on one of 2 GPUs, all of 100 tokens: 100 times the weights and two caches of 192 + 50
+    # tokens.
     cfg = with_engine(
         preset(
             "deepscaler_8k",

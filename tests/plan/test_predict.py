@@ -71,8 +71,8 @@ def test_a_summary_of_two_steps():
 
 
 def test_what_a_run_measured_stands_beside_what_is_predicted_of_it(run_dir, tmp_path):  # noqa: F811
-    """Two engines take one group each; an iteration takes 0.25 s, whatever runs: step 2 waits for its longest response, 22 tokens. The
-    trainer's 4 s are its own."""
+    """Two engines take one group each; an iteration takes 0.25 s, whatever runs: step 2 waits for its longest response,
+    22 tokens. The trainer's 4 s are its own."""
     profile = tmp_path / "profile.json"
     profile.write_text(
         json.dumps(

@@ -49,7 +49,8 @@ class Lives(Failures):
 
 
 def test_one_engine_two_responses():
-    """Iterations of 2 s with two responses and 1 s with one: 3 x 2 s, then 4 x 1 s; the trainer takes 1 s + 0.5 s a token, a refit 3 s."""
+    """Iterations of 2 s with two responses and 1 s with one: 3 x 2 s, then 4 x 1 s; the trainer takes 1 s + 0.5 s a
+    token, a refit 3 s."""
     sim = simulation(
         [(3, 7)], profile=EngineProfile(((1, 1), (2, 2))), trainer=TrainerProfile(step_s=1, token_s=0.5, refit_s=3)
     )
@@ -60,7 +61,8 @@ def test_one_engine_two_responses():
 
 
 def test_an_iteration_takes_longer_the_more_is_in_the_cache():
-    """10 s and 1 s per cached token, prompt of 4, one after the other: (10+4) + (10+5) + (10+6), then (10+4) + (10+5)."""
+    """10 s and 1 s per cached token, prompt of 4, one after the other: (10+4) + (10+5) + (10+6), then (10+4) +
+    (10+5)."""
     sim = simulation([(3, 2)], profile=EngineProfile(((1, 10),), kv_token_s=1), prompt_tokens=4, max_running=1)
     assert sim.run(1)[0].rollout_s == 45 + 29
 
@@ -83,13 +85,14 @@ def test_two_engines_share_the_groups_and_the_slower_one_is_waited_for():
 
 
 def test_what_has_no_slot_waits_for_one():
-    """Two slots, responses of 4, 6 | 3, 1 tokens: the third starts at 4 and ends at 7, the fourth starts at 6 and ends at 7."""
+    """Two slots, responses of 4, 6 | 3, 1 tokens: the third starts at 4 and ends at 7, the fourth starts at 6 and ends
+    at 7."""
     assert simulation([(4, 6), (3, 1)], prompts=2).run(1)[0].rollout_s == 7
 
 
 def test_the_youngest_loses_its_place_when_the_cache_is_full():
-    """The cache holds 10 tokens, no prompts: two responses reach 5 tokens each at 5 s, when the second leaves. The first ends at 8; the second
-    is computed again, 5 tokens of 1 s each, and makes its last 3 by 8 + 5 + 3."""
+    """The cache holds 10 tokens, no prompts: two responses reach 5 tokens each at 5 s, when the second leaves. The
+    first ends at 8; the second is computed again, 5 tokens of 1 s each, and makes its last 3 by 8 + 5 + 3."""
     sim = simulation([(8, 8)], profile=EngineProfile(((1, 1),), kv_cache_tokens=10, prefill_token_s=1))
     (step,) = sim.run(1)
     assert (step.rollout_s, step.preemptions, step.response_tokens) == (16, 1, 16)
@@ -138,16 +141,16 @@ def test_one_step_ahead_costs_the_longer_of_sampling_and_training(train_s):
 
 
 def test_staleness_is_that_of_each_token():
-    """One engine, one group at a time of 10 s; training takes 4 s. Step 1's group is sampled from 10 to 20, and the refit of version 1 comes
-    at 14: 4 tokens of each response have version 0, 6 version 1, so step 1 trains on 0.4."""
+    """One engine, one group at a time of 10 s; training takes 4 s. Step 1's group is sampled from 10 to 20, and the
+    refit of version 1 comes at 14: 4 tokens of each response have version 0, 6 version 1, so step 1 trains on 0.4."""
     first, second = simulation([(10, 10)], trainer=TrainerProfile(step_s=4), max_staleness=1).run(2)
     assert (first.seconds, first.staleness) == (14, 0)
     assert (second.rollout_s, second.staleness, second.max_staleness) == (6, 0.4, 1)
 
 
 def test_a_refit_suspends_what_runs_and_recomputes_its_cache():
-    """As before with a refit of 2 s: sampling from 2 to 12; training until 16, refit until 18, when each response has 4 tokens; 8 x 0.5 s to
-    recompute them; the other 6 until 28."""
+    """As before with a refit of 2 s: sampling from 2 to 12; training until 16, refit until 18, when each response has 4
+    tokens; 8 x 0.5 s to recompute them; the other 6 until 28."""
     for cache, again in (("recompute", 8 * 0.5), ("keep", 0)):
         profile = EngineProfile(((1, 1),), prefill_token_s=0.5)
         _, second = simulation(
@@ -161,7 +164,8 @@ def test_a_refit_suspends_what_runs_and_recomputes_its_cache():
 
 
 def test_a_group_without_variance_is_replaced():
-    """Of four prompts, the first gives nothing: with two a step, the third is drawn when that is known, at 3, and ends at 6."""
+    """Of four prompts, the first gives nothing: with two a step, the third is drawn when that is known, at 3, and ends
+    at 6."""
     sim = Simulation(
         config.Rollout(prompts_per_step=2, group_size=2, dynamic_sampling=True, max_draws=2),
         config.Engine(num_engines=4, max_running_responses=2),

@@ -44,7 +44,8 @@ def test_values_and_gradients_equal_the_float64_oracles(temperature):
 
 
 def test_temperature_divides_the_logits_before_the_softmax():
-    # Logits 0 and log 4 at temperature 2: 0 and log 2, so p = 1/3, 2/3. The other order: log(4/5) / 2 = -0.112, not -0.405.
+    # Logits 0 and log 4 at temperature 2: 0 and log 2, so p = 1/3, 2/3. The other order: log(4/5) / 2 = -0.112, not
+    # -0.405.
     hidden, weight = torch.ones(2, 1), torch.tensor([[0.0], [math.log(4)]])
     logprob, entropy = logprobs_and_entropy(hidden, weight, torch.tensor([0, 1]), temperature=2.0, vocab_size=2)
     assert logprob.tolist() == pytest.approx([math.log(1 / 3), math.log(2 / 3)], abs=FLOAT32)

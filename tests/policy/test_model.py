@@ -157,7 +157,8 @@ def test_packed_tokens_are_aligned_to_what_splits_and_multiplies_them(parallel, 
 
 
 def test_costs_are_in_units_of_a_tokens_layers():
-    # A layer of the 1.5B model multiplies 1536 * (2 * 1536 + 2 * 256 + 3 * 8960) = 46,792,704 numbers a token, the head 151936 * 1536.
+    # A layer of the 1.5B model multiplies 1536 * (2 * 1536 + 2 * 256 + 3 * 8960) = 46,792,704 numbers a token, the head
+    # 151936 * 1536.
     cost = model.cost_of(DISTILL)
     assert cost.head == pytest.approx(151936 * 1536 / (28 * 46_792_704))
     # Causal attention over L tokens: L^2 / 2 scores of 1536 multiplications, twice.

@@ -184,7 +184,8 @@ LOSSES = (
 
 
 def updates(folder: str, layouts: list[tuple[dict, str]], wrong: str = "") -> list[dict]:
-    """Loss, gradient norm and gradients (as Hugging Face's tensors, on the driver) of an optimizer step in each layout, one after the other."""
+    """Loss, gradient norm and gradients (as Hugging Face's tensors, on the driver) of an optimizer step in each layout,
+    one after the other."""
     out = []
     for index, (axes, packing) in enumerate(layouts):
         topo = connect(**axes)

@@ -1,4 +1,5 @@
-"""Engines and a trainer in virtual time, iteration by iteration and response by response: the oracle of grpo_mcore/plan/simulate.py.
+"""Engines and a trainer in virtual time, iteration by iteration and response by response: the oracle of
+grpo_mcore/plan/simulate.py.
 
 Shares with it who samples what and which groups make a step (Dispatch, Admission: tested on their own), nothing else.
 """

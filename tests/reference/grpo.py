@@ -11,7 +11,8 @@ def kl(current: float, ref: float, estimator: str) -> float:
 
 
 def surrogate(ratio: float, advantage: float, low: float, high: float, dual: float | None = None) -> float:
-    """PPO's objective of one token, to be maximised: min(ratio A, clip(ratio) A), and where A < 0 no less than dual A."""
+    """PPO's objective of one token, to be maximised: min(ratio A, clip(ratio) A), and where A < 0 no less than dual
+    A."""
     if ratio < 1 - low:
         clipped = 1 - low
     elif ratio > 1 + high:
@@ -48,8 +49,8 @@ def loss(
     entropy_coef: float = 0.0,
     frozen: list[float] | None = None,
 ) -> float:
-    """tokens: one {old, ref, advantage, weight, sequence, importance, entropy} for each log-prob of `current`. `frozen`: the log-probs of cispo's
-    weights, which have no gradient (None: current)."""
+    """tokens: one {old, ref, advantage, weight, sequence, importance, entropy} for each log-prob of `current`.
+    `frozen`: the log-probs of cispo's weights, which have no gradient (None: current)."""
     total = 0.0
     for logprob, ratio, token in zip(current, ratios(frozen or current, tokens, policy_loss), tokens, strict=True):
         if policy_loss == "cispo":

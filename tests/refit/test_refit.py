@@ -1,6 +1,7 @@
 """Real vLLM engines under Ray: what a refit delivers by each transport, and how it is attested.
 
-Not covered here: NCCL and IPC (they need GPUs); engines that fail and refits that are corrupted (test_engines.py); the data plane by itself (test_weight_transfer.py).
+Not covered here: NCCL and IPC (they need GPUs); engines that fail and refits that are corrupted (test_engines.py); the
+data plane by itself (test_weight_transfer.py).
 """
 
 import dataclasses
@@ -123,7 +124,8 @@ def test_after_every_refit_the_engines_score_as_the_trainer_does(session):
 def test_engines_on_this_machine_share_its_memory_and_the_metrics_say_how_fast(session):
     seen = session.refit_by("auto")(3)
     assert session.refit._transport == "shared_memory"
-    # Embedding 91 x 128; each of 2 layers: q, o 128 x 128, k, v 64 x 128, 3 x 96 x 128 and biases, norms 128 + 64 + 64 + 2 x 128; the last norm 128. float32.
+    # Embedding 91 x 128; each of 2 layers: q, o 128 x 128, k, v 64 x 128, 3 x 96 x 128 and biases, norms 128 + 64 + 64
+    # + 2 x 128; the last norm 128. float32.
     assert seen["refit/bytes"].value == 4 * (
         91 * 128 + 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 96 * 128 + 128 + 64 + 64 + 2 * 128) + 128
     )

@@ -1,7 +1,7 @@
 """The report page, from run folders written by hand: what it says is parsed out of it again.
 
-Not covered here: how it looks, and its drawing of a real run's metrics (test_trainer.py makes one). What its script does is asked of
-Chromium where there is one.
+Not covered here: how it looks, and its drawing of a real run's metrics (test_trainer.py makes one). What its script
+does is asked of Chromium where there is one.
 """
 
 import base64

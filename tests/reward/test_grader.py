@@ -1,8 +1,8 @@
 r"""Grading in processes that can be killed: the verdicts, the limits, and what is left behind.
 
-Nothing is replaced by a stand-in: the processes are the real ones, and the answers that hang math-verify do hang it. What
-is a right answer is test_math_answer.py's matter. Not covered: a comparison that ends in a crash of the interpreter (the
-same path as a kill from outside, which is covered).
+Nothing is replaced by a stand-in: the processes are the real ones, and the answers that hang math-verify do hang it.
+What is a right answer is test_math_answer.py's matter. Not covered: a comparison that ends in a crash of the
+interpreter (the same path as a kill from outside, which is covered).
 """
 
 import os
@@ -270,7 +270,8 @@ def test_senseless_limits_are_refused(arguments, named):
 
 
 def start_script(body: str) -> subprocess.Popen:
-    """A parent of its own, with a warm grader of one process that a question keeps busy for 2 s; it prints that one's id."""
+    """A parent of its own, with a warm grader of one process that a question keeps busy for 2 s; it prints that one's
+    id."""
     script = (
         "import os, signal, subprocess, sys, time\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job has it ignored

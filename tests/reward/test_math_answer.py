@@ -1,4 +1,5 @@
-r"""Extracting, spelling and comparing answers. Expected values are worked by hand; none is what the code happened to print.
+r"""Extracting, spelling and comparing answers. Expected values are worked by hand; none is what the code happened to
+print.
 
 Not covered: comparisons that do not end (test_grader.py, where they can be killed), and math-verify's own algebra.
 """

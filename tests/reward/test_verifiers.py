@@ -1,6 +1,8 @@
-r"""Both verifiers on one corpus (answers.py): what they must say, and that nothing hangs or crashes them. And the second one's own rules.
+r"""Both verifiers on one corpus (answers.py): what they must say, and that nothing hangs or crashes them. And the
+second one's own rules.
 
-Not covered here: the processes and their limits (test_grader.py), math_answer.py's rules one by one (test_math_answer.py).
+Not covered here: the processes and their limits (test_grader.py), math_answer.py's rules one by one
+(test_math_answer.py).
 """
 
 import time

@@ -1,4 +1,5 @@
-"""Admission: the examples of its docstring, and what holds of every run: which prompts a step trains on, and how stale they are."""
+"""Admission: the examples of its docstring, and what holds of every run: which prompts a step trains on, and how stale
+they are."""
 
 import random
 
@@ -83,8 +84,8 @@ def test_over_sampling_with_staleness_keeps_what_is_fresh_enough():
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("seed", range(25))
 def test_over_a_long_run(seed, dynamic):
-    """Groups arrive in any order; some are taken late. No position is trained on twice or skipped, none is too stale, and a step draws no more
-    than it may."""
+    """Groups arrive in any order; some are taken late. No position is trained on twice or skipped, none is too stale,
+    and a step draws no more than it may."""
     rng = random.Random(seed)
     P, S = rng.randint(1, 5), rng.randint(0, 3)
     max_draws, extra = (rng.choice([1, 1.5, 3]), rng.choice([0, 0.3, 1])) if dynamic else (1, 0)

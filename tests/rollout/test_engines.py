@@ -1,5 +1,5 @@
-"""Real vLLM engines under Ray that are killed, stopped and misled, while they sample and while they are refitted: nothing is lost,
-nothing comes twice, and others take their place.
+"""Real vLLM engines under Ray that are killed, stopped and misled, while they sample and while they are refitted:
+nothing is lost, nothing comes twice, and others take their place.
 
 Not covered here: GPUs, and several machines.
 """
@@ -225,7 +225,8 @@ def test_a_refit_that_stays_corrupted_ends_the_run_and_says_what_it_saw(session,
 def test_responses_that_run_during_a_refit_go_on_with_the_new_weights_and_every_token_knows_its_version(
     session, undisturbed, cache
 ):
-    """With `recompute` each token has the log-prob that the policy of its version gives; with `keep` those after the refit have another."""
+    """With `recompute` each token has the log-prob that the policy of its version gives; with `keep` those after the
+    refit have another."""
     session.refit(1)
     session.refit._keep_cache = cache == "keep"
     weights = session.weights()

@@ -1,6 +1,8 @@
-"""Sampling ahead of training, dynamic sampling and engines that die, in whole runs with real engines, and Staleness 0 against a plain loop.
+"""Sampling ahead of training, dynamic sampling and engines that die, in whole runs with real engines, and Staleness 0
+against a plain loop.
 
-Not covered here: which decisions are right (test_dispatch.py, test_admission.py); one engine's failures in detail (test_engines.py).
+Not covered here: which decisions are right (test_dispatch.py, test_admission.py); one engine's failures in detail
+(test_engines.py).
 """
 
 import dataclasses

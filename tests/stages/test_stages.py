@@ -1,5 +1,5 @@
-"""Stages: their strict file, the rules that span them, what a stage takes over, what the lineage says is next; and a whole run of
-three, killed and taken up again.
+"""Stages: their strict file, the rules that span them, what a stage takes over, what the lineage says is next; and a
+whole run of three, killed and taken up again.
 
 Not covered here: the stop rule's numbers (test_stop.py), the proof of an export (test_parity.py), several machines.
 """
