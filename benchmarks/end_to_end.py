@@ -235,8 +235,10 @@ def compare_ahead(recipe: str, args: argparse.Namespace, scratch: str) -> dict:
         "step_over_step_in_turns": round(ahead["step_s"] / turns["step_s"], 3),
     }
     print(
-        f"\n{recipe}, trainer on core {trainer_core}, engine on core {engine_core}: a step takes {turns['step_s']:.2f} s in turns (rollout {sides['rollout_s']:.2f} s, the rest {sides['rest_s']:.2f} s), "
-        f"{ahead['step_s']:.2f} s with sampling {args.ahead} ahead: {out['step_over_longer_side']:.3f} x the longer side (target: {out['target']})",
+        f"\n{recipe}, trainer on core {trainer_core}, engine on core {engine_core}: a step takes "
+        f"{turns['step_s']:.2f} s in turns (rollout {sides['rollout_s']:.2f} s, the rest {sides['rest_s']:.2f} s), "
+        f"{ahead['step_s']:.2f} s with sampling {args.ahead} ahead: {out['step_over_longer_side']:.3f} x the "
+        f"longer side (target: {out['target']})",
         flush=True,
     )
     return out

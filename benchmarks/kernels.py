@@ -379,7 +379,8 @@ def search(rows: int, vocabulary: int) -> None:
 
 def table(results: list[dict]) -> str:
     lines = [
-        f"{'rows':>6} {'vocabulary':>10} {'implementation':28} | {'forward s':>10} {'of naive':>8} {'of peak':>7} | {'fwd+bwd s':>10} {'of naive':>8} {'of peak':>7} | "
+        f"{'rows':>6} {'vocabulary':>10} {'implementation':28} | {'forward s':>10} {'of naive':>8} {'of peak':>7} "
+        f"| {'fwd+bwd s':>10} {'of naive':>8} {'of peak':>7} | "
         f"{'extra MB':>9} | errors: logprob, entropy, d_hidden, d_weight"
     ]
     for r in results:

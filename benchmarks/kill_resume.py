@@ -80,7 +80,8 @@ class Run:
             kill(process)
         if code:
             raise SystemExit(
-                f"{self.folder.name} ended with {code}:\n{(self.folder.parent / f'{self.folder.name}.log').read_text()[-3000:]}"
+                f"{self.folder.name} ended with "
+                f"{code}:\n{(self.folder.parent / f'{self.folder.name}.log').read_text()[-3000:]}"
             )
 
     def steps(self) -> int:
@@ -165,7 +166,8 @@ def main() -> None:
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
     print(
-        f"{len(kills)} kills, {steps} steps: weights {'equal' if result['weights_equal'] else 'DIFFER'}, metrics {'equal' if result['metrics_equal'] else 'DIFFER'}"
+        f"{len(kills)} kills, {steps} steps: weights {'equal' if result['weights_equal'] else 'DIFFER'}, metrics "
+        f"{'equal' if result['metrics_equal'] else 'DIFFER'}"
     )
     raise SystemExit(not (result["weights_equal"] and result["metrics_equal"]))
 

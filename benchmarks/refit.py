@@ -210,7 +210,8 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model",
-        help=f"folder with a config.json, or one of {', '.join(sorted(f.parent.name for f in MODELS.glob('*/config.json')))}",
+        help=f"folder with a config.json, or one of "
+        f"{', '.join(sorted(f.parent.name for f in MODELS.glob('*/config.json')))}",
     )
     parser.add_argument("--engines", type=int, help="(1; GPU: one for each rank)")
     parser.add_argument("--transport", default="auto", help="auto, broadcast or shared (auto)")
@@ -279,7 +280,8 @@ def main() -> None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps({**about, "load_average_after": os.getloadavg()[0], **result}, indent=1) + "\n")
         print(
-            f"{result['bytes'] / 1e6:.0f} MB by {result['transport']} to {about['engines']} engines, {result['buckets']} buckets\n"
+            f"{result['bytes'] / 1e6:.0f} MB by {result['transport']} to {about['engines']} engines, "
+            f"{result['buckets']} buckets\n"
         )
         for name, p in result["phases"].items():
             rate = f"{p['gb_per_s_of_median']:8.2f} GB/s" if "gb_per_s_of_median" in p else ""

@@ -91,7 +91,8 @@ class Bench:
         seconds = time.perf_counter() - start
         if {len(c.token_ids) for answer in answers for c in answer} != {max_tokens}:
             raise RuntimeError(
-                f"a response is not {max_tokens} tokens long, but {sorted({len(c.token_ids) for answer in answers for c in answer})}"
+                f"a response is not {max_tokens} tokens long, but "
+                f"{sorted({len(c.token_ids) for answer in answers for c in answer})}"
             )
         return seconds
 

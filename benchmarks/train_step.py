@@ -294,7 +294,8 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model",
-        help=f"folder with a config.json, or one of {', '.join(sorted(f.parent.name for f in MODELS.glob('*/config.json')))}",
+        help=f"folder with a config.json, or one of "
+        f"{', '.join(sorted(f.parent.name for f in MODELS.glob('*/config.json')))}",
     )
     parser.add_argument("--precision", help=f"of {','.join(PRECISIONS)}")
     parser.add_argument("--sequence-tokens", help="lengths of a sequence, prompt and response, such as 8192,16384")
@@ -361,7 +362,8 @@ def case_config(precision: str, tokens: int, args: argparse.Namespace) -> config
 
 def table(results: list[dict]) -> str:
     lines = [
-        f"{'precision':14} {'tokens':>6} {'packed':>6} | {'logprob tok/s':>13} {'MFU':>6} {'GiB':>6} | {'fwd+bwd tok/s':>13} {'MFU':>6} {'GiB':>6} | "
+        f"{'precision':14} {'tokens':>6} {'packed':>6} | {'logprob tok/s':>13} {'MFU':>6} {'GiB':>6} | "
+        f"{'fwd+bwd tok/s':>13} {'MFU':>6} {'GiB':>6} | "
         f"{'optimizer s':>11} {'GiB':>6} | {'step tok/s':>10} {'MFU':>6}   (MFU: of the measured peak)"
     ]
     for r in results:

@@ -49,7 +49,8 @@ class Recorder(TrainerCallback):
         self._num_tokens += sum(num_prompt_tokens) + num_response_tokens
         if self._num_tokens != trainer_state.num_input_tokens_seen:
             raise RuntimeError(
-                f"TRL has seen {trainer_state.num_input_tokens_seen} tokens; the recipe's prompts and the responses are {self._num_tokens}"
+                f"TRL has seen {trainer_state.num_input_tokens_seen} tokens; the recipe's prompts and the "
+                f"responses are {self._num_tokens}"
             )
         self._reward_ended = time.perf_counter()
         self._row = {

@@ -28,7 +28,10 @@ def _plateau(rule: config.Stop, rows: Sequence[dict]) -> str | None:
     before, last = sum(values[-2 * n : -n]) / n, sum(values[-n:]) / n
     if last - before > rule.plateau_min_gain:
         return None
-    return f"{rule.plateau_metric} went from {before:.4g} to {last:.4g}, means of {n} values, and stop.plateau_min_gain is {rule.plateau_min_gain:g}"
+    return (
+        f"{rule.plateau_metric} went from {before:.4g} to {last:.4g}, means of {n} values, and "
+        f"stop.plateau_min_gain is {rule.plateau_min_gain:g}"
+    )
 
 
 def _truncated(rule: config.Stop, rows: Sequence[dict]) -> str | None:
@@ -37,4 +40,7 @@ def _truncated(rule: config.Stop, rows: Sequence[dict]) -> str | None:
     values = [row[TRUNCATED] for row in rows if TRUNCATED in row][-rule.truncated_steps :]
     if len(values) < rule.truncated_steps or min(values) <= rule.truncated_above:
         return None
-    return f"{TRUNCATED} was {min(values):.4g} or more in {len(values)} steps, and stop.truncated_above is {rule.truncated_above:g}"
+    return (
+        f"{TRUNCATED} was {min(values):.4g} or more in {len(values)} steps, and stop.truncated_above is "
+        f"{rule.truncated_above:g}"
+    )

@@ -329,7 +329,8 @@ def open_run(cfg: config.Config) -> Iterator[Run]:
             prepare_run_dir(cfg)
             what = "masked" if cfg.data.overlong_prompts == "mask" else "left out"
             print(
-                f"{len(train_prompts)} prompts ({too_long} over-long {what}), {len(eval_prompts)} for evaluation; starting {cfg.engine.num_engines} engines",
+                f"{len(train_prompts)} prompts ({too_long} over-long {what}), {len(eval_prompts)} for evaluation; "
+                f"starting {cfg.engine.num_engines} engines",
                 flush=True,
             )
             engines = Engines(cfg, local, cuda=device.type == "cuda", stop_token_ids=tokenizer.stop_token_ids)
@@ -404,7 +405,8 @@ def check_lengths(cfg: config.Config, hf_config) -> None:
         raise config.InputError(
             "rollout.max_response_tokens",
             cfg.rollout.max_response_tokens,
-            f"with data.max_prompt_tokens = {cfg.data.max_prompt_tokens} makes {cfg.longest_tokens} tokens; the model was made for {hf_config.max_position_embeddings}",
+            f"with data.max_prompt_tokens = {cfg.data.max_prompt_tokens} makes {cfg.longest_tokens} tokens; the "
+            f"model was made for {hf_config.max_position_embeddings}",
             "shorten one of them",
         )
 

@@ -50,7 +50,8 @@ def prove(checkpoint: str | Path, hf_folder: str | Path, out: str | Path | None 
     error = (ours - theirs).abs().max().item()
     if not error <= TOLERANCE:
         raise ParityError(
-            f"{hf_folder}: log-probs of the same tokens by transformers and by the trainer differ by {error:.3g}, where {TOLERANCE:g} is allowed"
+            f"{hf_folder}: log-probs of the same tokens by transformers and by the trainer differ by {error:.3g}, "
+            f"where {TOLERANCE:g} is allowed"
         )
     proof = {
         "checkpoint": str(checkpoint),
@@ -62,7 +63,8 @@ def prove(checkpoint: str | Path, hf_folder: str | Path, out: str | Path | None 
         "digest": folder_digest(hf_folder),
     }
     print(
-        f"{hf_folder} is the policy of {checkpoint}: {num_parts} parts of the weights have its digests, and the log-probs of {len(ours)} tokens agree to {error:.1g}",
+        f"{hf_folder} is the policy of {checkpoint}: {num_parts} parts of the weights have its digests, and the "
+        f"log-probs of {len(ours)} tokens agree to {error:.1g}",
         flush=True,
     )
     if out:
@@ -92,7 +94,8 @@ def compare_weights(checkpoint: str | Path, hf_folder: str | Path) -> int:
                 part = _cut(whole, offset, shape)
                 if digest(part) != expected:
                     raise ParityError(
-                        f"{hf_folder}: {', '.join(row.hf)} is not what the policy held when {checkpoint} was saved (its part at {offset})"
+                        f"{hf_folder}: {', '.join(row.hf)} is not what the policy held when {checkpoint} was saved "
+                        f"(its part at {offset})"
                     )
                 covered += max(min(len(whole) - offset[0], shape[0]), 0) * part[0].numel()
             if covered != whole.numel():

@@ -162,13 +162,16 @@ def describe(config: Config, world_size: int) -> str:
     """The resolved configuration as YAML, then the derived sizes with their units."""
     p = config.parallel
     sizes = {
-        "responses per step": f"{config.responses_per_step} responses ({config.rollout.prompts_per_step} prompts x {config.rollout.group_size})",
+        "responses per step": f"{config.responses_per_step} responses ({config.rollout.prompts_per_step} prompts x "
+        f"{config.rollout.group_size})",
         "responses per optimizer step": f"{config.batch.global_batch_size} responses (over all ranks)",
         "optimizer steps per step": f"{config.optimizer_steps_per_step} optimizer steps",
         "tokens per microbatch": f"at most {config.batch.max_tokens_per_microbatch} tokens (per data-parallel rank)",
         "longest sequence": f"{config.longest_tokens} tokens (prompt and response)",
-        "optimizer steps of the run": f"{config.num_steps * config.optimizer_steps_per_step} optimizer steps ({config.num_steps} steps)",
-        "ranks by axis": f"tp {p.tp} x cp {p.cp} x pp {p.pp} x dp {world_size // p.ranks_per_replica} = {world_size} ranks; {config.engine.num_engines} engines",
+        "optimizer steps of the run": f"{config.num_steps * config.optimizer_steps_per_step} optimizer steps "
+        f"({config.num_steps} steps)",
+        "ranks by axis": f"tp {p.tp} x cp {p.cp} x pp {p.pp} x dp {world_size // p.ranks_per_replica} = "
+        f"{world_size} ranks; {config.engine.num_engines} engines",
     }
     width = max(map(len, sizes))
     return to_yaml(config) + "\n# derived\n" + "\n".join(f"# {k:{width}}  {v}" for k, v in sizes.items())

@@ -16,7 +16,10 @@ from grpo_mcore.config.config import EXPONENT_LIMIT, Config, InputError, Stop
 STAGES = ("8k", "16k", "24k")
 SAMPLE_PROMPT_TOKENS = 192  # of the prompt after which the limit of a response is compared
 
-GUIDE_PROMPT = "Think step-by-step to solve the following problem. Output your answer inside of \\\\boxed{} tags.:\n{problem}\n\nLet's think step-by-step"
+GUIDE_PROMPT = (
+    "Think step-by-step to solve the following problem. Output your answer inside of \\\\boxed{} "
+    "tags.:\n{problem}\n\nLet's think step-by-step"
+)
 ORIGINAL_PROMPT = "{problem} Let's think step by step and output the final answer within \\boxed{}."
 
 

@@ -15,7 +15,10 @@ stop.plateau_window stop.truncated_steps""".split()
 _NOT_NEGATIVE = """data.skip_prompts loss.kl_coef loss.entropy_coef shaping.overlong_buffer_tokens shaping.overlong_penalty loss.clip_low loss.clip_high optimizer.warmup_steps optimizer.weight_decay optimizer.clip_grad
 checkpoint.every checkpoint.keep_best engine.max_failures rollout.max_staleness rollout.oversampling_frac rollout.keep_texts
 precision.fp8_first_layers_bf16 precision.fp8_last_layers_bf16 stop.after_steps stop.plateau_min_gain""".split()
-_FRACTIONS = "stop.truncated_above engine.gpu_memory_frac loss.clip_low eval.top_p optimizer.beta1 optimizer.beta2 optimizer.warmup_start_frac warm_start.corrupted_frac warm_start.stop_at_pass_rate".split()
+_FRACTIONS = (
+    "stop.truncated_above engine.gpu_memory_frac loss.clip_low eval.top_p optimizer.beta1 optimizer.beta2 "
+    "optimizer.warmup_start_frac warm_start.corrupted_frac warm_start.stop_at_pass_rate".split()
+)
 
 
 def check(config: Config) -> None:
@@ -43,7 +46,8 @@ def check(config: Config) -> None:
         raise InputError(
             "batch.global_batch_size",
             config.batch.global_batch_size,
-            f"must divide the {config.responses_per_step} responses of a step (rollout.prompts_per_step x rollout.group_size)",
+            f"must divide the {config.responses_per_step} responses of a step (rollout.prompts_per_step x "
+            f"rollout.group_size)",
             "choose a divisor",
         )
     d, r = config.data, config.rollout
@@ -84,7 +88,8 @@ def check(config: Config) -> None:
         raise InputError(
             "checkpoint.best_metric",
             c.best_metric,
-            f"is known of a checkpoint only if eval.every = {e.every} divides checkpoint.every = {c.every}, and eval.data is given",
+            f"is known of a checkpoint only if eval.every = {e.every} divides checkpoint.every = {c.every}, and "
+            f"eval.data is given",
             "change one of them",
         )
     if config.stop.plateau_window and config.stop.plateau_metric.startswith("eval/") and e.data is None:

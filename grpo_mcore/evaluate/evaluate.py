@@ -68,7 +68,8 @@ class Result:
     def __str__(self) -> str:
         seen = scores.estimates(self.problems)
         return (
-            f"mean@{self.k} {seen[f'mean@{self.k}']}, pass@{self.k} {seen[f'pass@{self.k}'].value:.3f}, maj@{self.k} {seen[f'maj@{self.k}'].value:.3f} "
+            f"mean@{self.k} {seen[f'mean@{self.k}']}, pass@{self.k} {seen[f'pass@{self.k}'].value:.3f}, "
+            f"maj@{self.k} {seen[f'maj@{self.k}'].value:.3f} "
             f"({len(self.problems)} problems, {self.truncated_frac:.1%} truncated)"
         )
 
@@ -200,7 +201,8 @@ def evaluate_model(cfg: config.Config, source: str | None, *, compare_with: str 
     if earlier:
         out["comparison"] = {"with": compare_with, **compare(result, card, *earlier)}
         print(
-            f"minus {compare_with}: {out['comparison']['text']}; protocols differ in: {', '.join(out['comparison']['protocols_differ_in']) or 'nothing'}",
+            f"minus {compare_with}: {out['comparison']['text']}; protocols differ in: "
+            f"{', '.join(out['comparison']['protocols_differ_in']) or 'nothing'}",
             flush=True,
         )
     return {**out, "problems": [dataclasses.asdict(p) for p in result.problems]}

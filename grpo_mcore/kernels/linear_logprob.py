@@ -289,10 +289,12 @@ def linear_logprob(
     """
     if hidden_TD.dtype not in FORWARD or weight_VD.dtype != hidden_TD.dtype:
         raise ValueError(
-            f"linear_logprob: hidden {hidden_TD.dtype} and weight {weight_VD.dtype} must both be bfloat16 or both float32"
+            f"linear_logprob: hidden {hidden_TD.dtype} and weight {weight_VD.dtype} must both be bfloat16 or both "
+            f"float32"
         )
     if hidden_TD.shape[1] * hidden_TD.element_size() % 16:
         raise ValueError(
-            f"linear_logprob: D = {hidden_TD.shape[1]} of {hidden_TD.dtype} must be a multiple of 16 bytes: take impl = reference"
+            f"linear_logprob: D = {hidden_TD.shape[1]} of {hidden_TD.dtype} must be a multiple of 16 bytes: take "
+            f"impl = reference"
         )
     return LinearLogprob.apply(hidden_TD, weight_VD, target_T, temperature, main_grad_VD)

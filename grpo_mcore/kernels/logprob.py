@@ -109,6 +109,7 @@ def logprob(
     """
     if logits_TV.dtype not in (torch.bfloat16, torch.float32) or logits_TV.stride(1) != 1:
         raise ValueError(
-            f"logprob: logits of {logits_TV.dtype} with strides {logits_TV.stride()} must be bfloat16 or float32 with contiguous rows"
+            f"logprob: logits of {logits_TV.dtype} with strides {logits_TV.stride()} must be bfloat16 or float32 "
+            f"with contiguous rows"
         )
     return Logprob.apply(logits_TV, target_T, temperature, in_place)

@@ -119,7 +119,8 @@ def assemble(
     ]
     if len(samples) % global_batch_size or global_batch_size % packing.dp:
         raise ValueError(
-            f"{len(samples)} samples, global_batch_size {global_batch_size}, {packing.dp} data ranks: each must divide the one before"
+            f"{len(samples)} samples, global_batch_size {global_batch_size}, {packing.dp} data ranks: each must "
+            f"divide the one before"
         )
     return [
         _global_batch(samples[i : i + global_batch_size], aggregation, max_response_tokens, packing, skip_truncated)
@@ -224,7 +225,8 @@ def _nums_microbatches(num_sequences: int, longest: int, num_tokens: int, packin
     most = num_sequences // packing.dp // step * step
     if not most or packing.one_sequence and most * packing.dp != num_sequences:
         raise ValueError(
-            f"{num_sequences} sequences{', one a microbatch,' if packing.one_sequence else ''} do not make equal numbers of microbatches"
+            f"{num_sequences} sequences{', one a microbatch,' if packing.one_sequence else ''} do not make equal "
+            f"numbers of microbatches"
             f" on {packing.dp} data ranks, a multiple of {step} on each"
         )
     fewest = most if packing.one_sequence else _round_up(-(-num_tokens // (packing.dp * packing.capacity)), step)
@@ -264,7 +266,8 @@ def _spread(
 
 def _unpackable(num_sequences: int, packing: Packing) -> ValueError:
     return ValueError(
-        f"no plan found for {num_sequences} sequences on {packing.dp} data ranks in microbatches of at most {packing.max_tokens} tokens,"
+        f"no plan found for {num_sequences} sequences on {packing.dp} data ranks in microbatches of at most "
+        f"{packing.max_tokens} tokens,"
         f" as many on each rank, a multiple of {packing.microbatch_multiple}: raise max_tokens_per_microbatch"
     )
 
@@ -331,7 +334,8 @@ def microbatch(samples: Sequence[Sample], weights: Sequence[float], packing: Pac
         length = len(s.response.token_ids)
         if len(s.response.rollout_logprobs) != length:
             raise ValueError(
-                f"a response to prompt {s.prompt.id} has {length} tokens, but {len(s.response.rollout_logprobs)} rollout log-probs"
+                f"a response to prompt {s.prompt.id} has {length} tokens, but {len(s.response.rollout_logprobs)} "
+                f"rollout log-probs"
             )
         if s.prompt.masked:
             continue

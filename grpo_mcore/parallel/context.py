@@ -64,7 +64,8 @@ def merge(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
     index_R, order = torch.cat([index for index, _ in parts]).sort()
     if not torch.equal(index_R, torch.arange(len(index_R), device=index_R.device)):
         raise ValueError(
-            f"{len(index_R)} response tokens of {len(parts)} parts, each index from 0 on must come once: {index_R.tolist()}"
+            f"{len(index_R)} response tokens of {len(parts)} parts, each index from 0 on must come once: "
+            f"{index_R.tolist()}"
         )
     return torch.cat([values for _, values in parts])[order]
 

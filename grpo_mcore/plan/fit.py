@@ -90,7 +90,10 @@ def machine_here(cfg: config.Config) -> memory.Machine | None:
 
 def explain(cfg: config.Config, phase: str, error: Exception, machine: memory.Machine | None) -> str:
     change = memory.smallest_change(cfg, memory.hf_config_of(cfg, None), machine) if machine else None
-    return f"{phase} does not fit: {error} Remedy: {memory.overrides(change) if change else 'launch/plan.py, for GPUs like these'}"
+    return (
+        f"{phase} does not fit: {error} Remedy: "
+        f"{memory.overrides(change) if change else 'launch/plan.py, for GPUs like these'}"
+    )
 
 
 def greatest(cfg: config.Config) -> tuple[int, int]:
@@ -157,7 +160,8 @@ def sample(run: trainer.Run) -> None:
     run.engines.cancel([(i,) for i, answer in enumerate(answers) if answer in late])
     num_tokens = sum(len(c.token_ids) for answer in done for c in answer.result())
     print(
-        f"rollout: {len(done)} of {len(answers)} groups of {r.group_size} responses were done within {SAMPLE_S:.0f} s, {num_tokens} tokens",
+        f"rollout: {len(done)} of {len(answers)} groups of {r.group_size} responses were done within "
+        f"{SAMPLE_S:.0f} s, {num_tokens} tokens",
         flush=True,
     )
 
@@ -179,12 +183,14 @@ def report(cfg: config.Config, ranks: list[dict[str, dict[str, float]]], machine
             "rollout": f"in use {m.total('rollout') / 1e9:.2f} GB",
         }
     lines = [
-        f"the slowest and the fullest of {len(ranks)} ranks{f', and in brackets what is foretold for {machine.num_gpus} x {machine.name}' if machine else ''}"
+        f"the slowest and the fullest of {len(ranks)} "
+        f"ranks{f', and in brackets what is foretold for {machine.num_gpus} x {machine.name}' if machine else ''}"
     ]
     for phase in ranks[0]:
         most = {what: max(measured[phase][what] for measured in ranks) for what in ranks[0][phase]}
         lines.append(
-            f"  {phase:8} {most.pop('seconds'):7.1f} s, {', '.join(f'{what} {n / 1e9:.2f} GB' for what, n in most.items())}"
+            f"  {phase:8} {most.pop('seconds'):7.1f} s, "
+            f"{', '.join(f'{what} {n / 1e9:.2f} GB' for what, n in most.items())}"
             + (f" ({foretold[phase]})" if phase in foretold else "")
         )
     return "\n".join(lines)

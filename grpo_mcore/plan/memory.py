@@ -383,18 +383,25 @@ def check(cfg: Config, hf_config, machine: Machine) -> Memory:
     largest = sorted(m.phases[phase].items(), key=lambda part: -part[1])[:3]
     change = smallest_change(cfg, hf_config, machine)
     if change is not None:
-        remedy = f"{overrides(change)} makes {max(map(of(changed(cfg, change), hf_config, machine).total, m.phases)) / 1e9:.1f} GB"
+        remedy = (
+            f"{overrides(change)} makes "
+            f"{max(map(of(changed(cfg, change), hf_config, machine).total, m.phases)) / 1e9:.1f} GB"
+        )
     else:
         larger = [
             name
             for name, gpu in GPUS.items()
             if gpu.memory_bytes > machine.gpu.memory_bytes and _fits(cfg, hf_config, Machine(name, machine.num_gpus))
         ]
-        remedy = f"no change of recomputation, microbatch and axes does; take {' or '.join(larger) or 'a smaller model or shorter sequences'}"
+        remedy = (
+            f"no change of recomputation, microbatch and axes does; take "
+            f"{' or '.join(larger) or 'a smaller model or shorter sequences'}"
+        )
     raise InputError(
         f"{phase} on {machine.num_gpus} x {machine.name}",
         f"{m.total(phase) / 1e9:.1f} GB",
-        f"must be at most the GPU's {m.capacity_bytes / 1e9:.1f} GB; most of it: {', '.join(f'{name} {size / 1e9:.1f} GB' for name, size in largest)}",
+        f"must be at most the GPU's {m.capacity_bytes / 1e9:.1f} GB; most of it: "
+        f"{', '.join(f'{name} {size / 1e9:.1f} GB' for name, size in largest)}",
         remedy,
     )
 

@@ -113,7 +113,8 @@ def cluster_of(cfg: Config, ask: Question, draw: Callable[[int], Draw]) -> Clust
         raise InputError(
             "engine.tp",
             cfg.engine.tp,
-            f"leaves room for {engine.kv_cache_tokens} tokens in an engine's cache, less than the longest sequence, {cfg.longest_tokens}",
+            f"leaves room for {engine.kv_cache_tokens} tokens in an engine's cache, less than the longest "
+            f"sequence, {cfg.longest_tokens}",
             "raise it, or shorten the sequences",
         )
     rate = ask.number("failures_per_day", 0)

@@ -43,9 +43,12 @@ class Assumptions:
 
     def __str__(self) -> str:
         return (
-            f"responses of {self.response_tokens:g} tokens after prompts of {self.prompt_tokens:g} on average, the longest at the limit; "
-            f"{self.train_mfu:.0%} of the bfloat16 peak in training ({self.fp8_mfu:.0%} of FP8's); decoding at {self.decode_bandwidth_frac:.0%} of the memory's "
-            f"bandwidth and {self.decode_mfu:.0%} of the peak, with {1000 * self.decode_fixed_s:g} ms a token of an engine besides; {self.link_frac:.0%} of NVLink, "
+            f"responses of {self.response_tokens:g} tokens after prompts of {self.prompt_tokens:g} on average, the "
+            f"longest at the limit; "
+            f"{self.train_mfu:.0%} of the bfloat16 peak in training ({self.fp8_mfu:.0%} of FP8's); decoding at "
+            f"{self.decode_bandwidth_frac:.0%} of the memory's "
+            f"bandwidth and {self.decode_mfu:.0%} of the peak, with {1000 * self.decode_fixed_s:g} ms a token of "
+            f"an engine besides; {self.link_frac:.0%} of NVLink, "
             f"or of {self.network_bytes_per_s / 1e9:g} GB/s a GPU between nodes of 8"
         )
 
@@ -174,7 +177,8 @@ def report(cfg: Config, hf_config, machine: Machine, a: Assumptions) -> str:
     names = list(dict.fromkeys(name for parts in m.phases.values() for name in parts))
     lines = [
         f"{cfg.model}: {num_parameters(hf_config) / 1e9:.3f} B parameters; {machine.num_gpus} x {machine.name}, "
-        f"{'engines beside the policy' if at.colocated else 'engines and policy apart'}: tp {p.tp} x cp {p.cp} x pp {p.pp} x dp {at.dp} = {at.ranks} ranks, "
+        f"{'engines beside the policy' if at.colocated else 'engines and policy apart'}: tp {p.tp} x cp {p.cp} x "
+        f"pp {p.pp} x dp {at.dp} = {at.ranks} ranks, "
         f"{cfg.engine.num_engines} engines of {at.engine_tp} GPUs",
         "",
         f"{'GB of the fullest GPU':36}" + "".join(f"{phase:>9}" for phase in m.phases),
@@ -189,10 +193,12 @@ def report(cfg: Config, hf_config, machine: Machine, a: Assumptions) -> str:
         "",
         "seconds of a step",
         *(f"  {phase:34}{s:9.1f}" for phase, s in seconds.items()),
-        f"  {'sum':34}{sum(seconds.values()):9.1f}   {cfg.num_steps} steps: {cfg.num_steps * sum(seconds.values()) / 3600:.1f} hours",
+        f"  {'sum':34}{sum(seconds.values()):9.1f}   {cfg.num_steps} steps: "
+        f"{cfg.num_steps * sum(seconds.values()) / 3600:.1f} hours",
         f"  {running_responses(cfg, hf_config, machine, a):.0f} responses run at once on an engine",
         "",
-        f"Assumed: {a}; {ENGINE_OVERHEAD_BYTES >> 30} GiB of an engine beside weights and KV cache; every token a response token"
+        f"Assumed: {a}; {ENGINE_OVERHEAD_BYTES >> 30} GiB of an engine beside weights and KV cache; every token a "
+        f"response token"
         f"{'; an engine sleeps while the policy learns' if at.colocated else ''}. Not in it: reward, evaluation.",
         "Arithmetic, which has not been compared with a GPU.",
     ]

@@ -344,7 +344,8 @@ def save_folder(
             for expected, (name, tensor) in zip(part, tensors):
                 if (name, tuple(tensor.shape), tensor.dtype) != (expected, shapes[expected], dtype):
                     raise RuntimeError(
-                        f"{name} {tuple(tensor.shape)} {tensor.dtype} came where {expected} {shapes[expected]} {dtype} was foretold"
+                        f"{name} {tuple(tensor.shape)} {tensor.dtype} came where {expected} {shapes[expected]} "
+                        f"{dtype} was foretold"
                     )
                 f.seek(place.pop(name))
                 f.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -197,7 +197,8 @@ def check_parallel(hf_config, parallel: Parallel, precision: Precision = Precisi
                 "parallel.tp",
                 parallel.tp,
                 f"must divide the model's {size} {name}",
-                f"use one of {', '.join(map(str, fits))}, and parallel.pp, parallel.cp or data parallel for the other ranks",
+                f"use one of {', '.join(map(str, fits))}, and parallel.pp, parallel.cp or data parallel for the "
+                f"other ranks",
             )
     if layers % parallel.pp:
         raise InputError(

@@ -211,8 +211,10 @@ class Refit:
                 continue
             at = int(difference.nan_to_num(float("inf")).argmax())  # NaN is wrong too
             failed[slot] = (
-                f"does not compute what the trainer computes: mean |engine - trainer| log-prob of {len(theirs)} canary tokens is {error:.3g}, "
-                f"tolerance {self._tolerance:g}; worst at canary token {at}: engine {theirs[at]:.4f}, trainer {ours[at]:.4f}. "
+                f"does not compute what the trainer computes: mean |engine - trainer| log-prob of {len(theirs)} "
+                f"canary tokens is {error:.3g}, "
+                f"tolerance {self._tolerance:g}; worst at canary token {at}: engine {theirs[at]:.4f}, trainer "
+                f"{ours[at]:.4f}. "
                 "If the engines' arithmetic is coarser than the trainer's, raise refit.canary_tolerance"
             )
         if not errors:  # none is right: it is not the engines' doing

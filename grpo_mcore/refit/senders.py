@@ -60,7 +60,8 @@ def choose(transport: str, engines: Sequence[Sequence[Place]], trainers: Sequenc
         raise InputError(
             "refit.transport",
             transport,
-            f"needs every engine on {'the GPUs' if cuda else 'the machine'} of the trainer; one is on {' '.join(apart)}",
+            f"needs every engine on {'the GPUs' if cuda else 'the machine'} of the trainer; one is on "
+            f"{' '.join(apart)}",
             "set it to auto or broadcast, or place the engines there",
         )
     if transport == "broadcast" or apart:

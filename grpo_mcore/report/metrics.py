@@ -120,8 +120,14 @@ def mismatch(
 def check_mismatch(merged: dict[str, Metric], bounds: config.Mismatch, *, speaks: bool) -> None:
     """Raises MismatchError above the bound to stop at; says so (the rank that `speaks`) above the bound to warn at."""
     seen = merged["mismatch/logprob_abs_mean"].value
-    what = f"mean |old - rollout| log-prob is {seen:.3g}: the engines sample with another distribution than the trainer scores"
-    advice = "See mismatch/* by position: a rise with length points to the engines' precision or kernels (engine.dtype, quantization, enforce_eager, kv_cache_dtype)"
+    what = (
+        f"mean |old - rollout| log-prob is {seen:.3g}: the engines sample with another distribution than the "
+        f"trainer scores"
+    )
+    advice = (
+        "See mismatch/* by position: a rise with length points to the engines' precision or kernels "
+        "(engine.dtype, quantization, enforce_eager, kv_cache_dtype)"
+    )
     if bounds.stop_above is not None and not seen <= bounds.stop_above:  # NaN stops too
         raise MismatchError(
             f"{what}; mismatch.stop_above = {bounds.stop_above:g}. {advice}; loss.importance_level corrects for it."
@@ -207,7 +213,8 @@ class Writer:
             if k.startswith("time/") and k != "time/step_s"
         )
         self.say(
-            f"step {step}/{self._num_steps} | reward {row['reward/mean']:.3f} | {row['tokens_per_s']:.0f} tokens/s | {phases} | left {left_s / 60:.1f} min"
+            f"step {step}/{self._num_steps} | reward {row['reward/mean']:.3f} | {row['tokens_per_s']:.0f} tokens/s "
+            f"| {phases} | left {left_s / 60:.1f} min"
         )
 
     def say(self, text: str) -> None:

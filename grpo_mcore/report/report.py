@@ -147,7 +147,8 @@ SECTIONS: tuple[tuple[str, tuple[Plot, ...]], ...] = (
                 "By position in the sequence",
                 "nats",
                 ("mismatch/logprob_abs_mean_from_*",),
-                "Means over tokens from each position to the next. A rise with length points to the engines' precision.",
+                "Means over tokens from each position to the next. A rise with length points to the engines' "
+                "precision.",
                 log=True,
             ),
             Plot(
@@ -373,13 +374,15 @@ def _section(heading: str, charts: list[tuple[Plot, curves.Chart]], rows: Sequen
             [[s.label, list(s.steps), [_number(v) for v in s.values]] for s in chart.series],
         ]
         said = "; ".join(
-            f"{s.label}: {len(s.finite)} values from {s.finite[0]:.6g} to {s.finite[-1]:.6g}, lowest {min(s.finite):.6g}, highest {max(s.finite):.6g}"
+            f"{s.label}: {len(s.finite)} values from {s.finite[0]:.6g} to {s.finite[-1]:.6g}, lowest "
+            f"{min(s.finite):.6g}, highest {max(s.finite):.6g}"
             for s in chart.series
             if s.finite
         )
         gaps = f" {broken} values are not finite and not drawn." if broken else ""
         figures.append(
-            f'<figure id="{name}"><div class="chart" role="img" aria-label="{_escape(chart.title)}. {_escape(said)}">{svg.text}</div>'
+            f'<figure id="{name}"><div class="chart" role="img" aria-label="{_escape(chart.title)}. '
+            f'{_escape(said)}">{svg.text}</div>'
             f"<figcaption>{_escape(plot.note)}{gaps}</figcaption><output></output></figure>"
         )
     body = f'<div class="charts">{"".join(figures)}</div>' if figures else ""

@@ -117,7 +117,8 @@ class Engine:
         spans = getattr(completion, "weight_versions", None)
         if spans is None:
             raise RuntimeError(
-                "this vLLM does not say which weights sampled a token. Remedy: vllm 0.32 or newer, or rollout.max_staleness=0"
+                "this vLLM does not say which weights sampled a token. Remedy: vllm 0.32 or newer, or "
+                "rollout.max_staleness=0"
             )
         return tuple(
             (LOADED if s.version == "default" else int(s.version), s.end - s.start) for s in spans if s.end > s.start

@@ -174,7 +174,8 @@ class Engines:
             slot = max(left, key=lambda slot: len(left[slot]))
             num_left = sum(r.phase == phase for r in self._requests.values())
         return EngineError(
-            f"{phase}: {num_left} requests were not done within {timeout_s:.0f} s, {len(left[slot])} of them at engine {slot.index}. {slot.last_words()}"
+            f"{phase}: {num_left} requests were not done within {timeout_s:.0f} s, {len(left[slot])} of them at "
+            f"engine {slot.index}. {slot.last_words()}"
         )
 
     def _deal(self) -> None:
@@ -270,10 +271,12 @@ class Engines:
             _kill(slot)
             if self.num_failures > self._cfg.max_failures:
                 raise EngineError(
-                    f"{what}\nfailure {self.num_failures} of engines, and engine.max_failures = {self._cfg.max_failures}"
+                    f"{what}\nfailure {self.num_failures} of engines, and engine.max_failures = "
+                    f"{self._cfg.max_failures}"
                 )
             print(
-                f"{what}\n{len(left)} of its requests go to the {len(self.ready)} other engines; a replacement is started",
+                f"{what}\n{len(left)} of its requests go to the {len(self.ready)} other engines; a replacement is "
+                f"started",
                 flush=True,
             )
             self._slots[slot.index] = replacement = self._start(slot.index)
@@ -319,7 +322,8 @@ class Engines:
         done, _ = ray.wait(list(self._starting), num_returns=len(self._starting), timeout=0) if done else (done, [])
         if not done and not self.ready:
             raise EngineError(
-                f"engine start: no replacement was ready within {self._cfg.start_timeout_s:.0f} s. {next(iter(self._starting.values())).last_words()}"
+                f"engine start: no replacement was ready within {self._cfg.start_timeout_s:.0f} s. "
+                f"{next(iter(self._starting.values())).last_words()}"
             )
         for ref in done:
             slot = self._starting.pop(ref)
@@ -384,7 +388,10 @@ def _problem_with(completions: Sequence[Completion], sampling: Sampling) -> str 
         return f"garbage: {len(completions)} responses where {sampling.num_responses} were asked for"
     for c in completions:
         if not 0 < len(c.token_ids) <= sampling.max_tokens or len(c.logprobs) != len(c.token_ids):
-            return f"garbage: a response of {len(c.token_ids)} tokens with {len(c.logprobs)} log-probs, where 1 to {sampling.max_tokens} tokens were asked for"
+            return (
+                f"garbage: a response of {len(c.token_ids)} tokens with {len(c.logprobs)} log-probs, where 1 to "
+                f"{sampling.max_tokens} tokens were asked for"
+            )
         if not all(-math.inf < lp <= 1e-3 for lp in c.logprobs):  # NaN fails too
             return "garbage: a log-prob that is none"
         if sum(n for _, n in c.versions) != len(c.token_ids):

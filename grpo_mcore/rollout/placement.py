@@ -48,7 +48,8 @@ def engine_gpus(visible: str | None, num_trainers: int, cfg: config.Engine) -> l
         raise InputError(
             "engine.num_engines",
             cfg.num_engines,
-            f"x engine.tp = {cfg.tp} needs {needed} GPUs beside the {num_trainers} of the trainers, and this machine shows {len(gpus)}",
+            f"x engine.tp = {cfg.tp} needs {needed} GPUs beside the {num_trainers} of the trainers, and this "
+            f"machine shows {len(gpus)}",
             "lower it, start fewer trainers, set engine.placement=colocated, or join a Ray cluster (RAY_ADDRESS)",
         )
     return gpus[num_trainers:]

@@ -100,7 +100,8 @@ def group_of(prompt: Prompt, completions: Sequence[Completion], *, oldest: int, 
         if not oldest <= version <= newest:
             needs = f"{oldest}" if oldest == newest else f"{oldest} to {newest}"
             raise StaleError(
-                f"an engine sampled a response to prompt {prompt.id} with weights of version {version}, where the step needs {needs}"
+                f"an engine sampled a response to prompt {prompt.id} with weights of version {version}, where the "
+                f"step needs {needs}"
             )
     return Group(
         prompt, tuple(Response(tuple(c.token_ids), tuple(c.logprobs), c.truncated, c.versions) for c in completions)

@@ -344,7 +344,8 @@ def execute(command: list[str], what: str, timeout_s: float | None = None) -> No
         raise KeyboardInterrupt
     if code:
         raise ActionFailed(
-            f"{what} ended with {code}; its own words stand above. When that is mended, the same command goes on from there",
+            f"{what} ended with {code}; its own words stand above. When that is mended, the same command goes on "
+            f"from there",
             2 if code == 2 else 1,
         )
 
@@ -395,7 +396,8 @@ def summary(lineage: Lineage) -> str:
             or seen["skipped"]
         )
         lines.append(
-            f"stage {record['name']}: {record['train']['steps']} steps ({record['train']['ended_by']}); step {record['choose']['step']} in {record['export']['folder']}; {score}"
+            f"stage {record['name']}: {record['train']['steps']} steps ({record['train']['ended_by']}); step "
+            f"{record['choose']['step']} in {record['export']['folder']}; {score}"
         )
         if "minus_stage_before" in seen:
             lines.append(f"    minus the stage before: {seen['minus_stage_before']}")

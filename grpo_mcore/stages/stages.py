@@ -229,7 +229,10 @@ def reference(config: Config) -> str:
 
 def _ranks(plan: Plan, number: int) -> str:
     p = plan.configs[number].parallel
-    return f"tp {p.tp} x cp {p.cp} x pp {p.pp} x dp {plan.ranks // p.ranks_per_replica}; {plan.configs[number].engine.num_engines} engines"
+    return (
+        f"tp {p.tp} x cp {p.cp} x pp {p.pp} x dp {plan.ranks // p.ranks_per_replica}; "
+        f"{plan.configs[number].engine.num_engines} engines"
+    )
 
 
 def _chosen(plan: Plan, number: int) -> str:
@@ -243,7 +246,8 @@ def _chosen(plan: Plan, number: int) -> str:
 def _evaluation(plan: Plan, number: int) -> str:
     c = plan.config(number, evaluation=True)
     return (
-        f"{c.eval.samples_per_prompt} x {c.response_tokens(0, evaluation=True)} tokens at T={c.eval.temperature:g}, top_p={c.eval.top_p:g}"
+        f"{c.eval.samples_per_prompt} x {c.response_tokens(0, evaluation=True)} tokens at "
+        f"T={c.eval.temperature:g}, top_p={c.eval.top_p:g}"
         if c.eval.data
         else "none"
     )
@@ -263,7 +267,8 @@ QUANTITIES = {
     "longest sequence": lambda plan, n: f"{plan.configs[n].longest_train_tokens} tokens",
     "longest response": lambda plan, n: f"{plan.configs[n].response_tokens(0)} tokens",
     "learning rate": lambda plan, n: (
-        f"{plan.configs[n].optimizer.lr:g} {plan.configs[n].optimizer.lr_schedule}, warm-up {recipe.warm_up(plan.configs[n])}"
+        f"{plan.configs[n].optimizer.lr:g} {plan.configs[n].optimizer.lr_schedule}, warm-up "
+        f"{recipe.warm_up(plan.configs[n])}"
     ),
     "optimizer": lambda plan, n: plan.file.stages[n].optimizer,
     "reference policy": lambda plan, n: reference(plan.configs[n]),

@@ -88,7 +88,8 @@ def test_a_checkpoint_that_attests_only_a_part_proves_nothing(exported, tmp_path
     (tmp_path / "checkpoint/attest.json").write_text(json.dumps(attest))
     with pytest.raises(
         parity.ParityError,
-        match="attests 12288 of the 24576 elements of model.layers.0.mlp.gate_proj.weight, model.layers.0.mlp.up_proj.weight",
+        match="attests 12288 of the 24576 elements of model.layers.0.mlp.gate_proj.weight, "
+        "model.layers.0.mlp.up_proj.weight",
     ):
         parity.compare_weights(tmp_path / "checkpoint", exported[1])
     with pytest.raises(InputError, match="has no attest.json"):

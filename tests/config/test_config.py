@@ -98,7 +98,8 @@ def test_a_configuration_cannot_be_written_to(minimal):
         # Nothing is near: all keys of the section are shown.
         (
             "checkpoint.xyzzy=3",
-            "checkpoint.xyzzy = 3: there is no such key. Remedy: known keys here: every, keep, keep_best, best_metric, start_from, asynchronous, timeout_s.",
+            "checkpoint.xyzzy = 3: there is no such key. Remedy: known keys here: every, keep, keep_best, "
+            "best_metric, start_from, asynchronous, timeout_s.",
         ),
     ],
 )
@@ -190,7 +191,8 @@ def test_a_missing_file_is_named(tmp_path):
     path = str(tmp_path / "gone.yaml")
     assert (
         refused(load, path)
-        == f"--cfg = {path!r}: there is no such file. Remedy: give the path of a YAML file, such as configs/quickstart.yaml."
+        == f"--cfg = {path!r}: there is no such file. Remedy: give the path of a YAML file, such as "
+        f"configs/quickstart.yaml."
     )
 
 
@@ -223,7 +225,12 @@ rollout.group_size rollout.temperature rollout.max_response_tokens rollout.max_t
 engine.max_running_responses engine.num_threads engine.start_timeout_s reward.num_processes reward.cpu_s reward.wall_s
 reward.memory_bytes batch.global_batch_size batch.max_tokens_per_microbatch refit.bucket_bytes refit.timeout_s eval.every
 eval.samples_per_prompt eval.temperature eval.top_p checkpoint.keep stop.plateau_window stop.truncated_steps""".split()
-MAY_BE_ZERO = "data.skip_prompts loss.kl_coef loss.entropy_coef shaping.overlong_buffer_tokens shaping.overlong_penalty loss.clip_low loss.clip_high optimizer.warmup_steps optimizer.weight_decay optimizer.clip_grad checkpoint.every rollout.max_staleness rollout.oversampling_frac rollout.keep_texts stop.after_steps stop.plateau_min_gain".split()
+MAY_BE_ZERO = (
+    "data.skip_prompts loss.kl_coef loss.entropy_coef shaping.overlong_buffer_tokens "
+    "shaping.overlong_penalty loss.clip_low loss.clip_high optimizer.warmup_steps optimizer.weight_decay "
+    "optimizer.clip_grad checkpoint.every rollout.max_staleness rollout.oversampling_frac rollout.keep_texts "
+    "stop.after_steps stop.plateau_min_gain".split()
+)
 
 
 @pytest.mark.parametrize("name", MUST_BE_POSITIVE)
@@ -267,7 +274,8 @@ def test_a_coefficient_may_be_zero_but_not_negative(minimal, name):
         (
             ["batch.max_tokens_per_microbatch=8191"],
             "batch.max_tokens_per_microbatch = 8191: must hold the longest sequence, 8192 tokens "
-            "(data.max_prompt_tokens + rollout.max_response_tokens). Remedy: set it to 8192 or more, or shorten the sequences.",
+            "(data.max_prompt_tokens + rollout.max_response_tokens). Remedy: set it to 8192 or more, or shorten "
+            "the sequences.",
         ),
         (
             ["rollout.max_total_tokens=9000", "rollout.max_response_tokens=9000"],
@@ -276,7 +284,8 @@ def test_a_coefficient_may_be_zero_but_not_negative(minimal, name):
         ),
         (
             ["rollout.max_total_tokens=1024"],
-            "data.max_prompt_tokens = 1024: must leave room for a response in rollout.max_total_tokens = 1024. Remedy: lower it.",
+            "data.max_prompt_tokens = 1024: must leave room for a response in rollout.max_total_tokens = 1024. "
+            "Remedy: lower it.",
         ),
         (
             ["data.prompt_template=Solve it."],
@@ -291,20 +300,25 @@ def test_a_coefficient_may_be_zero_but_not_negative(minimal, name):
                 "parallel.sequence_parallel=true",
                 "batch.max_tokens_per_microbatch=2051",
             ],
-            "batch.max_tokens_per_microbatch = 2051: must hold the longest sequence, 8192 tokens (data.max_prompt_tokens + rollout.max_response_tokens); "
-            "with its padding 2052 on each of 4 context ranks. Remedy: set it to 2052 or more, or shorten the sequences.",
+            "batch.max_tokens_per_microbatch = 2051: must hold the longest sequence, 8192 tokens "
+            "(data.max_prompt_tokens + rollout.max_response_tokens); "
+            "with its padding 2052 on each of 4 context ranks. Remedy: set it to 2052 or more, or shorten the "
+            "sequences.",
         ),
         (
             ["parallel.ep=2"],
-            "parallel.ep = 2: expert parallelism is not built: the model families here are dense. Remedy: leave it at 1.",
+            "parallel.ep = 2: expert parallelism is not built: the model families here are dense. Remedy: leave it "
+            "at 1.",
         ),
         (
             ["parallel.sequence_parallel=true"],
-            "parallel.sequence_parallel = True: splits what tp ranks would each hold whole, and parallel.tp is 1. Remedy: raise parallel.tp, or set it to false.",
+            "parallel.sequence_parallel = True: splits what tp ranks would each hold whole, and parallel.tp is 1. "
+            "Remedy: raise parallel.tp, or set it to false.",
         ),
         (
             ["parallel.virtual_pp=2"],
-            "parallel.virtual_pp = 2: cuts a pipeline stage into chunks, and parallel.pp is 1. Remedy: raise parallel.pp, or set it to 1.",
+            "parallel.virtual_pp = 2: cuts a pipeline stage into chunks, and parallel.pp is 1. Remedy: raise "
+            "parallel.pp, or set it to 1.",
         ),
         (
             ["parallel.overlap_param_gather=true"],
@@ -316,7 +330,8 @@ def test_a_coefficient_may_be_zero_but_not_negative(minimal, name):
         ),
         (
             ["precision.fp8=tensorwise", "precision.params=float32"],
-            "precision.fp8 = 'tensorwise': needs precision.params = bfloat16, which is float32. Remedy: change one of them.",
+            "precision.fp8 = 'tensorwise': needs precision.params = bfloat16, which is float32. Remedy: change one "
+            "of them.",
         ),
         (
             ["precision.fp8=blockwise", "device=cpu"],
@@ -325,17 +340,20 @@ def test_a_coefficient_may_be_zero_but_not_negative(minimal, name):
         ),
         (
             ["precision.fp8=delayed", "precision.fp8_last_layers_bf16=1", "device=cuda"],
-            "precision.fp8 = 'delayed': cannot leave single layers in bfloat16: its scales are kept for the whole model. "
+            "precision.fp8 = 'delayed': cannot leave single layers in bfloat16: its scales are kept for the whole "
+            "model. "
             "Remedy: set fp8_first_layers_bf16 and fp8_last_layers_bf16 to 0, or choose tensorwise or blockwise.",
         ),
         (
             ["checkpoint.keep_best=2", "checkpoint.best_metric=eval/mean@8"],
-            "checkpoint.best_metric = 'eval/mean@8': is known of a checkpoint only if eval.every = 10 divides checkpoint.every = 10, "
+            "checkpoint.best_metric = 'eval/mean@8': is known of a checkpoint only if eval.every = 10 divides "
+            "checkpoint.every = 10, "
             "and eval.data is given. Remedy: change one of them.",
         ),
         (
             ["kernels.linear_logprob=triton", "device=cpu"],
-            "kernels.linear_logprob = 'triton': needs a GPU, and this is a CPU. Remedy: set it to auto, or run on a GPU.",
+            "kernels.linear_logprob = 'triton': needs a GPU, and this is a CPU. Remedy: set it to auto, or run on "
+            "a GPU.",
         ),
         (
             ["loss.clip_dual=1.0"],
@@ -343,12 +361,14 @@ def test_a_coefficient_may_be_zero_but_not_negative(minimal, name):
         ),
         (
             ["loss.clip_dual=3.0", "loss.policy_loss=cispo"],
-            "loss.clip_dual = 3.0: has no meaning for policy_loss = cispo, whose ratio is clipped whatever the advantage's sign. "
+            "loss.clip_dual = 3.0: has no meaning for policy_loss = cispo, whose ratio is clipped whatever the "
+            "advantage's sign. "
             "Remedy: set it to null.",
         ),
         (
             ["shaping.overlong_buffer_tokens=7169"],
-            "shaping.overlong_buffer_tokens = 7169: must be at most rollout.max_response_tokens = 7168, at whose end it stands. Remedy: lower it.",
+            "shaping.overlong_buffer_tokens = 7169: must be at most rollout.max_response_tokens = 7168, at whose "
+            "end it stands. Remedy: lower it.",
         ),
         (["loss.kl_limit=0"], "loss.kl_limit = 0.0: must be greater than 0. Remedy: raise it."),
         (
@@ -358,7 +378,8 @@ def test_a_coefficient_may_be_zero_but_not_negative(minimal, name):
         (["stop.truncated_above=1.5"], "stop.truncated_above = 1.5: must be between 0 and 1. Remedy: lower it."),
         (
             ["stop.plateau_window=2", "stop.plateau_metric=eval/mean@8"],
-            "stop.plateau_metric = 'eval/mean@8': is never known without eval.data. Remedy: set eval.data, or name another metric.",
+            "stop.plateau_metric = 'eval/mean@8': is never known without eval.data. Remedy: set eval.data, or name "
+            "another metric.",
         ),
         (["eval.top_p=1.5"], "eval.top_p = 1.5: must be between 0 and 1. Remedy: lower it."),
     ],
@@ -385,30 +406,35 @@ def test_what_just_fits_is_accepted(minimal):
         (
             ["parallel.tp=3"],
             4,
-            "parallel.tp = 3: tp 3 x pp 1 x cp 1 must divide the number of ranks, 4. Remedy: change an axis or --nproc-per-node.",
+            "parallel.tp = 3: tp 3 x pp 1 x cp 1 must divide the number of ranks, 4. Remedy: change an axis or "
+            "--nproc-per-node.",
         ),
         (
             ["parallel.tp=4"],
             2,
-            "parallel.tp = 4: tp 4 x pp 1 x cp 1 must divide the number of ranks, 2. Remedy: change an axis or --nproc-per-node.",
+            "parallel.tp = 4: tp 4 x pp 1 x cp 1 must divide the number of ranks, 2. Remedy: change an axis or "
+            "--nproc-per-node.",
         ),
         (
             ["parallel.tp=2", "parallel.cp=4"],
             12,
-            "parallel.cp = 4: tp 2 x pp 1 x cp 4 must divide the number of ranks, 12. Remedy: change an axis or --nproc-per-node.",
+            "parallel.cp = 4: tp 2 x pp 1 x cp 4 must divide the number of ranks, 12. Remedy: change an axis or "
+            "--nproc-per-node.",
         ),
         # 6 ranks / tp 2 = dp 3
         # 6 ranks / pp 2 = dp 3, with interleaved stages of 2: 64 is no multiple of 6
         (
             ["parallel.pp=2", "parallel.virtual_pp=2"],
             12,
-            "batch.global_batch_size = 64: must be a multiple of the 6 data-parallel ranks x the 2 pipeline stages, which are interleaved. "
+            "batch.global_batch_size = 64: must be a multiple of the 6 data-parallel ranks x the 2 pipeline "
+            "stages, which are interleaved. "
             "Remedy: change one of them.",
         ),
         (
             ["parallel.tp=2"],
             6,
-            "batch.global_batch_size = 64: must be a multiple of the 3 data-parallel ranks. Remedy: change one of them.",
+            "batch.global_batch_size = 64: must be a multiple of the 3 data-parallel ranks. Remedy: change one of "
+            "them.",
         ),
     ],
 )
@@ -483,12 +509,14 @@ def test_an_heir_changes_what_it_names_key_by_key_and_keeps_the_rest(tmp_path):
     write(
         tmp_path,
         base=MINIMAL
-        + "optimizer: {lr: 1e-5, eps: 1e-7}\nwarm_start: {task: two_digit_sums}\nparallel: {recompute_modules: [core_attn, mlp]}\n",
+        + "optimizer: {lr: 1e-5, eps: 1e-7}\nwarm_start: {task: two_digit_sums}\nparallel: {recompute_modules: "
+        "[core_attn, mlp]}\n",
     )
     write(tmp_path, middle="inherit: base.yaml\nnum_steps: 4\noptimizer: {lr: 1e-4}\nseed: 1\n")
     top = write(
         tmp_path / "sub",
-        top="inherit: ../middle.yaml\nwarm_start: null\nseed: 2\nparallel: {recompute_modules: [mlp]}\neval: {data: x.jsonl}\n",
+        top="inherit: ../middle.yaml\nwarm_start: null\nseed: 2\nparallel: {recompute_modules: [mlp]}\neval: "
+        "{data: x.jsonl}\n",
     )
     cfg = load(top, ["optimizer.beta1=0.8"])
     assert (cfg.model, cfg.num_steps, cfg.seed, cfg.warm_start) == ("some/folder", 4, 2, None)
@@ -503,7 +531,8 @@ def test_an_heir_changes_what_it_names_key_by_key_and_keeps_the_rest(tmp_path):
     [
         (
             {"a": "inherit: b.yaml", "b": "inherit: c.yaml", "c": "inherit: a.yaml"},
-            r"inherit = '.*/a\.yaml \(in .*/c\.yaml\)': inherits itself, by way of others or at once\. Remedy: break the circle\.",
+            r"inherit = '.*/a\.yaml \(in .*/c\.yaml\)': inherits itself, by way of others or at once\. Remedy: "
+            r"break the circle\.",
         ),
         ({"a": "inherit: a.yaml"}, r"inherit = '.*/a\.yaml \(in .*/a\.yaml\)': inherits itself"),
         ({"a": "inherit: gone.yaml"}, r"inherit = '.*/gone\.yaml \(in .*/a\.yaml\)': there is no such file"),

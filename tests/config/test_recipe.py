@@ -89,7 +89,10 @@ def test_presets_say_what_their_publication_says(folder, published):
 
 
 def test_the_prompts_are_those_of_the_publications_byte_by_byte():
-    guide = b"Think step-by-step to solve the following problem. Output your answer inside of \x5c\x5cboxed{} tags.:\x0a{problem}\x0a\x0aLet's think step-by-step"
+    guide = (
+        b"Think step-by-step to solve the following problem. Output your answer inside of \x5c\x5cboxed{} "
+        b"tags.:\x0a{problem}\x0a\x0aLet's think step-by-step"
+    )
     original = b"{problem} Let's think step by step and output the final answer within \x5cboxed{}."
     for path in PRESETS:
         assert load(path).data.prompt_template.encode() == (original if path.parent.name == "original" else guide), path

@@ -167,7 +167,10 @@ def test_a_chat_template_that_the_tokenizer_lacks_is_refused(tokenizer):
 
 def test_a_chat_template_wraps_the_text_as_the_users_turn_and_opens_the_answer(tmp_path):
     arithmetic.make_model(tmp_path, seed=0)
-    template = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }},{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    template = (
+        "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }},{% endfor %}{% if add_generation_prompt "
+        "%}assistant:{% endif %}"
+    )
     (tmp_path / "chat_template.jinja").write_text(template)
     tokenizer = prompts.Tokenizer(str(tmp_path))
     ids = tokenizer.encode("1+2", config.Data(train="", prompt_template="{problem}="))

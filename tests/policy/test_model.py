@@ -118,7 +118,8 @@ def test_every_axis_and_recomputation_reach_megatrons_configuration():
         (
             Parallel(pp=14),
             Precision(fp8="tensorwise", fp8_first_layers_bf16=3),
-            "precision.fp8_first_layers_bf16 or fp8_last_layers_bf16 = 3: must be at most the 2 layers of a pipeline stage. Remedy: lower it.",
+            "precision.fp8_first_layers_bf16 or fp8_last_layers_bf16 = 3: must be at most the 2 layers of a "
+            "pipeline stage. Remedy: lower it.",
         ),
     ],
 )

@@ -21,7 +21,10 @@ from grpo_mcore.report import curves, report
 from grpo_mcore.reward.grader import Status
 from tests.dist import ROOT, environment
 
-HOSTILE = "</script><img src=x onerror=Alert(1)><!-- <script> $title ${script_hash} &amp; \x00\x1b[31m \u202egnp.exe \ud800 \\boxed{1}"
+HOSTILE = (
+    "</script><img src=x onerror=Alert(1)><!-- <script> $title ${script_hash} &amp; \x00\x1b[31m "
+    "\u202egnp.exe \ud800 \\boxed{1}"
+)
 TRAINED = [
     {
         "step": s,

@@ -212,7 +212,8 @@ def test_a_refit_that_stays_corrupted_ends_the_run_and_says_what_it_saw(session,
     corrupted(session, monkeypatch, times=3)
     with pytest.raises(
         RefitError,
-        match=r"version 3, 3 times: engine \d does not compute what the trainer computes: mean .* tolerance 0.001; worst at canary token",
+        match=r"version 3, 3 times: engine \d does not compute what the trainer computes: mean .* tolerance 0.001; "
+        r"worst at canary token",
     ):
         session.refit(3)
     monkeypatch.undo()
@@ -323,7 +324,8 @@ def test_engines_beside_the_trainers_get_the_gpus_behind_theirs():
     assert engine_gpus("0,1,2,3,6,7", 4, config.Engine(num_engines=1, tp=2)) == ["6", "7"]
     with pytest.raises(
         config.InputError,
-        match=r"engine.num_engines = 2: x engine.tp = 2 needs 4 GPUs beside the 4 of the trainers, and this machine shows 6",
+        match=r"engine.num_engines = 2: x engine.tp = 2 needs 4 GPUs beside the 4 of the trainers, and this "
+        r"machine shows 6",
     ):
         engine_gpus("0,1,2,3,6,7", 4, config.Engine(num_engines=2, tp=2))
 

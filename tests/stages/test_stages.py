@@ -108,7 +108,8 @@ def test_a_stage_takes_over_the_export_and_the_place_in_the_prompts(folder):
         ),
         (
             ("one.yaml", "one.yaml, optimizer: carried"),
-            "stages[0].optimizer = 'carried': has no stage before it to be carried from. Remedy: set it to fresh (checkpoint.start_from begins from another run).",
+            "stages[0].optimizer = 'carried': has no stage before it to be carried from. Remedy: set it to fresh "
+            "(checkpoint.start_from begins from another run).",
         ),
         (
             ("num_steps=4", "nun_steps=4"),
@@ -124,7 +125,8 @@ def test_a_stage_takes_over_the_export_and_the_place_in_the_prompts(folder):
         ),
         (
             ("two.yaml", "two.yaml, choose: best"),
-            "stage b: checkpoint.keep_best = 0: may remove the best checkpoint, which `choose: best` takes. Remedy: raise it, or choose the last.",
+            "stage b: checkpoint.keep_best = 0: may remove the best checkpoint, which `choose: best` takes. "
+            "Remedy: raise it, or choose the last.",
         ),
         (
             ("two.yaml", "two.yaml, evaluate: [eval.top_q=1]"),
@@ -132,21 +134,25 @@ def test_a_stage_takes_over_the_export_and_the_place_in_the_prompts(folder):
         ),
         (
             ("num_steps=4", "parallel.tp=2"),
-            "stage b: parallel.tp = 2: tp 2 x pp 1 x cp 1 must divide the number of ranks, 1. Remedy: change an axis or --nproc-per-node.",
+            "stage b: parallel.tp = 2: tp 2 x pp 1 x cp 1 must divide the number of ranks, 1. Remedy: change an "
+            "axis or --nproc-per-node.",
         ),
         # What makes prompts come again.
         (
             ("num_steps=4", "seed=8"),
-            "stage b: data.shuffle_seed = 8: makes another order of prompts than the stage before's 7, so that prompts would come again. Remedy: give both the same, or set prompts: own.",
+            "stage b: data.shuffle_seed = 8: makes another order of prompts than the stage before's 7, so that "
+            "prompts would come again. Remedy: give both the same, or set prompts: own.",
         ),
         (
             ("num_steps=4", "data.train=other.jsonl"),
-            "stage b: data.train = 'other.jsonl': makes another order of prompts than the stage before's 'train.jsonl', so that prompts would come again. "
+            "stage b: data.train = 'other.jsonl': makes another order of prompts than the stage before's "
+            "'train.jsonl', so that prompts would come again. "
             "Remedy: give both the same, or set prompts: own.",
         ),
         (
             ("num_steps=4", "data.max_prompt_tokens=512"),
-            "stage b: data.max_prompt_tokens = 512: makes another order of prompts than the stage before's 1024, so that prompts would come again. "
+            "stage b: data.max_prompt_tokens = 512: makes another order of prompts than the stage before's 1024, "
+            "so that prompts would come again. "
             "Remedy: give both the same, or set prompts: own.",
         ),
     ],
@@ -224,7 +230,8 @@ def test_a_stage_that_is_not_trained_yet_may_change_and_one_that_is_may_not(fold
         check_unchanged(record, 0, spec, changed)
     assert (
         str(e.value)
-        == "stage a: optimizer.lr = 1e-05: was 1e-06 when the stage was trained. Remedy: put it back, or do that stage and those after it again with --redo-from 1."
+        == "stage a: optimizer.lr = 1e-05: was 1e-06 when the stage was trained. Remedy: put it back, or do that "
+        "stage and those after it again with --redo-from 1."
     )
     # How to choose may change until it is done, and so on.
     check_unchanged(record, 0, {**spec, "choose": "best"}, config_file.load("one.yaml"))
@@ -267,7 +274,8 @@ def test_a_run_that_began_otherwise_is_not_taken_for_the_stages_own(folder, monk
     actions.check_run_dir(plan.configs[1])
     with pytest.raises(
         InputError,
-        match="run_dir = 'runs/two': holds checkpoints of a run with data.skip_prompts = 165, and the stage begins with 101",
+        match="run_dir = 'runs/two': holds checkpoints of a run with data.skip_prompts = 165, and the stage begins "
+        "with 101",
     ):
         actions.check_run_dir(plan.config(1, ["model=out/a_hf", "data.skip_prompts=101"]))
     with pytest.raises(InputError, match="a run with model = out/a_hf, and the stage begins with made/by/one"):
