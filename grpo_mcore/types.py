@@ -85,9 +85,8 @@ class Microbatch:
     index_R: torch.Tensor  # int64, which of the response tokens of all context ranks together; ascending
     old_logprobs_R: torch.Tensor | None = None  # float32, the trainer's, before the step's first update
     ref_logprobs_R: torch.Tensor | None = None  # float32, the frozen reference's
-    importance_R: torch.Tensor | None = (
-        None  # float32, what corrects the surrogate for what sampled (loss.importance); None: 1
-    )
+    # float32, what corrects the surrogate for what sampled (loss.importance); None: 1
+    importance_R: torch.Tensor | None = None
 
 
 @dataclass
@@ -97,7 +96,6 @@ class GlobalBatch:
     microbatches: list[Microbatch] = field(default_factory=list)
     num_loss_tokens: int = 0  # over all data ranks
     num_tokens: int = 0  # of all sequences over all data ranks, prompts included
-    packed_frac: float = (
-        0.0  # tokens without padding, shared prompts once, over all that the microbatches of all ranks could hold
-    )
+    # tokens without padding, shared prompts once, over all that the microbatches of all ranks could hold
+    packed_frac: float = 0.0
     imbalance: float = 0.0  # cost of the dearest data rank over the ranks' mean, minus 1: 0 if none waits for another

@@ -37,7 +37,11 @@ run_dir: {run_dir}
 num_steps: 4
 seed: 3
 device: cpu
-data: {{train: "arithmetic:two_digit_sums/train", prompt_template: "{{problem}}=", chat_template: false, max_prompt_tokens: 8}}
+data:
+  train: "arithmetic:two_digit_sums/train"
+  prompt_template: "{{problem}}="
+  chat_template: false
+  max_prompt_tokens: 8
 precision: {{params: float32}}
 optimizer: {{lr: 1e-3}}
 warm_start: {{task: two_digit_sums, stop_at_pass_rate: 0.25}}

@@ -27,9 +27,8 @@ class Data:
     prompt_template: str = "{problem}"  # `{problem}` is replaced; every other brace is literal
     chat_template: bool = True  # wrap the text as the user's turn in the tokenizer's chat template
     max_prompt_tokens: int = 1024  # longer prompts are over-long
-    overlong_prompts: Literal["filter", "mask"] = (
-        "filter"  # left out, or kept in their place, cut to max_prompt_tokens, without a loss
-    )
+    # left out, or kept in their place, cut to max_prompt_tokens, without a loss
+    overlong_prompts: Literal["filter", "mask"] = "filter"
     shuffle_seed: int | None = None  # of the prompts' order; null: seed
     skip_prompts: int = 0  # of that order, at the start: those that former stages trained on
 
@@ -73,9 +72,8 @@ class Precision:
     """The head, the norms, the residual stream and the optimizer never run in FP8."""
 
     params: Literal["float32", "bfloat16"] = "bfloat16"  # bfloat16 keeps float32 main weights in the optimizer
-    fp8: Literal["delayed", "tensorwise", "blockwise"] | None = (
-        None  # Transformer Engine's recipe for the layers' matrix products
-    )
+    # Transformer Engine's recipe for the layers' matrix products
+    fp8: Literal["delayed", "tensorwise", "blockwise"] | None = None
     fp8_format: Literal["hybrid", "e4m3"] = "hybrid"  # hybrid: gradients in e5m2
     fp8_amax_history: int = 1024  # of delayed: steps whose largest value sets the scale
     fp8_first_layers_bf16: int = 0  # layers at the start that stay in bfloat16
@@ -109,11 +107,11 @@ class Rollout:
     temperature: float = 1.0
     max_response_tokens: int = 7168
     max_staleness: int = 0  # steps by which sampling may run ahead of training; 0: they take turns
-    cache_after_refit: Literal["recompute", "keep"] = (
-        "recompute"  # keys and values of running responses, which are of the old weights
-    )
+    # keys and values of running responses, which are of the old weights
+    cache_after_refit: Literal["recompute", "keep"] = "recompute"
     dynamic_sampling: bool = False  # a group without variance in its rewards is replaced by another prompt's
-    max_draws: float = 3.0  # of dynamic sampling: prompts drawn for one step, as a multiple of prompts_per_step; then such groups are kept
+    # of dynamic sampling: prompts drawn for one step, as a multiple of prompts_per_step; then such groups are kept
+    max_draws: float = 3.0
     oversampling_frac: float = 0.0  # of dynamic sampling: prompts drawn ahead of need, likewise
     keep_texts: int = 4  # groups per step whose texts are kept in RUN/rollouts
     max_total_tokens: int | None = None  # prompt and response together; null: no limit but their own
@@ -125,14 +123,12 @@ class Engine:
     """vLLM. One engine is one Ray actor."""
 
     num_engines: int = 1
-    placement: Literal["auto", "cpu", "colocated", "disaggregated"] = (
-        "auto"  # colocated: on the trainers' GPUs, in turns; disaggregated: on GPUs of their own; auto: cpu, or colocated
-    )
+    # colocated: on the trainers' GPUs, in turns; disaggregated: on GPUs of their own; auto: cpu, or colocated
+    placement: Literal["auto", "cpu", "colocated", "disaggregated"] = "auto"
     tp: int = 1  # GPUs (CPU: processes) of one engine, on one machine
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    quantization: Literal["fp8_per_tensor", "fp8_per_block"] | None = (
-        None  # of the engine's weights, as each refit delivers them
-    )
+    # of the engine's weights, as each refit delivers them
+    quantization: Literal["fp8_per_tensor", "fp8_per_block"] | None = None
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     kv_cache_bytes: int | None = None  # null: what gpu_memory_frac leaves (GPU); a CPU engine needs a number
     gpu_memory_frac: float | None = None  # of a GPU's memory, for an engine; null: 0.5 colocated, 0.9 disaggregated
@@ -140,10 +136,8 @@ class Engine:
     max_batched_tokens: int | None = None  # of one engine step; null: vLLM's own choice
     prefix_caching: bool = True  # siblings share the keys and values of their prompt
     enforce_eager: bool = False  # no compiled graphs; a CPU engine never has them
-    offload_trainer: tuple[str, ...] = (
-        "gradients",
-        "optimizer",
-    )  # of colocated: what leaves the GPU while engines sample
+    # of colocated: what leaves the GPU while engines sample
+    offload_trainer: tuple[str, ...] = ("gradients", "optimizer")
     num_threads: int = 1  # CPU threads of one engine
     cores: tuple[int, ...] = ()  # CPU cores that the engines are bound to, num_threads each in turn; empty: any
     start_timeout_s: float = 600.0
@@ -159,11 +153,12 @@ class Engine:
 class Reward:
     """The last \\boxed{} after the thinking against the answer, in processes that can be killed."""
 
-    verifier: Literal["math_verify", "boxed"] = (
-        "math_verify"  # boxed: the rules of the original DeepScaleR run (boxed_answer.py)
-    )
+    # boxed: the rules of the original DeepScaleR run (boxed_answer.py)
+    verifier: Literal["math_verify", "boxed"] = "math_verify"
     require_think: bool = False  # a response without </think> has no answer
-    compare_verifiers: bool = False  # ask the other one too: the metric reward/disagree counts what they judge differently, and RUN/rollouts has both verdicts
+    # ask the other one too: the metric reward/disagree counts what they judge differently, and RUN/rollouts has both
+    # verdicts
+    compare_verifiers: bool = False
     num_processes: int = 2
     cpu_s: float = 2.0  # CPU time of one comparison
     wall_s: float = 20.0  # wall clock of one comparison
@@ -175,9 +170,8 @@ class Shaping:
     """What is added to the rewards before the advantages. The metrics reward/* and evaluations are of the grader's
     rewards alone."""
 
-    overlong_buffer_tokens: int = (
-        0  # the last tokens before rollout.max_response_tokens, over which a penalty grows linearly from 0; 0: none
-    )
+    # the last tokens before rollout.max_response_tokens, over which a penalty grows linearly from 0; 0: none
+    overlong_buffer_tokens: int = 0
     overlong_penalty: float = 1.0  # at the limit
 
 
@@ -200,16 +194,13 @@ class Loss:
     kl_limit: float | None = None  # a token's estimate is clamped to +-kl_limit; null: it is not
     entropy_coef: float = 0.0  # of the entropy bonus
     aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
-    skip_truncated: bool = (
-        False  # responses that hit the length limit have no loss; in their group's advantages they count
-    )
-    importance_level: Literal["none", "token", "sequence"] = (
-        "none"  # correct for what sampled: exp(old - rollout), of a token or a response's product
-    )
+    # responses that hit the length limit have no loss; in their group's advantages they count
+    skip_truncated: bool = False
+    # correct for what sampled: exp(old - rollout), of a token or a response's product
+    importance_level: Literal["none", "token", "sequence"] = "none"
     importance_cap: float = 2.0
-    importance_mode: Literal["truncate", "mask"] = (
-        "truncate"  # weights above the cap become the cap; those outside [1 / cap, cap] become 0
-    )
+    # weights above the cap become the cap; those outside [1 / cap, cap] become 0
+    importance_mode: Literal["truncate", "mask"] = "truncate"
 
 
 @dataclass(frozen=True)
@@ -220,9 +211,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Refit:
-    transport: Literal["auto", "broadcast", "shared"] = (
-        "auto"  # shared: memory of this machine (GPU: of the same GPU); auto: where all engines can
-    )
+    # shared: memory of this machine (GPU: of the same GPU); auto: where all engines can
+    transport: Literal["auto", "broadcast", "shared"] = "auto"
     bucket_bytes: int | None = None  # null: 8 MiB on a CPU, 256 MiB on a GPU
     timeout_s: float = 300.0
     canary_tolerance: float | None = None  # mean |engine - trainer| log-prob; null: 1e-3 if both are float32, else 0.15
@@ -254,9 +244,8 @@ class Checkpoint:
     keep: int = 2  # the newest ones
     keep_best: int = 0  # besides, those with the highest best_metric
     best_metric: str = "reward/mean"  # of metrics.jsonl, such as eval/mean@8
-    start_from: str | None = (
-        None  # another run's checkpoint, whose weights and optimizer a run begins with; null: `model`'s, and a fresh optimizer
-    )
+    # another run's checkpoint, whose weights and optimizer a run begins with; null: `model`'s, and a fresh optimizer
+    start_from: str | None = None
     asynchronous: bool = True  # written in the background while the next step runs
     timeout_s: float = 1800.0  # of one save
 
@@ -267,9 +256,8 @@ class Stop:
     for."""
 
     after_steps: int = 0  # none is looked for before so many
-    plateau_window: int | None = (
-        None  # plateau: the mean of plateau_metric's last values, so many, is compared with that of as many before
-    )
+    # plateau: the mean of plateau_metric's last values, so many, is compared with that of as many before
+    plateau_window: int | None = None
     plateau_metric: str = "reward/mean"  # of metrics.jsonl, such as eval/mean@16
     plateau_min_gain: float = 0.0  # and has not risen by more than this
     truncated_above: float | None = None  # rollout/truncated_frac is above this ...
@@ -287,9 +275,8 @@ class Config:
     deterministic: bool = False  # arithmetic of trainer and engines on a GPU, slower; a CPU's is anyway
     num_threads: int = 1  # CPU threads of one trainer rank
     collective_timeout_s: float = 1800.0  # longest wait of a rank for the others, beyond rollout.timeout_s
-    recipe: Literal["guide/8k", "guide/16k", "guide/24k", "original/8k", "original/16k", "original/24k"] | None = (
-        None  # what this follows, see recipe.py
-    )
+    # what this follows, see recipe.py
+    recipe: Literal["guide/8k", "guide/16k", "guide/24k", "original/8k", "original/16k", "original/24k"] | None = None
     recipe_deviations: tuple[str, ...] = ()  # the quantities of that recipe in which this deviates on purpose
     warm_start: WarmStart | None = None
     parallel: Parallel = field(default_factory=Parallel)

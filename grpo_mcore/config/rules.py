@@ -4,17 +4,24 @@ import math
 
 from grpo_mcore.config.config import Config, InputError, Loss, Parallel, packed_alignment
 
-_POSITIVE = """num_steps num_threads collective_timeout_s data.max_prompt_tokens parallel.tp parallel.pp
-parallel.virtual_pp parallel.cp parallel.ep parallel.recompute_num_layers precision.fp8_amax_history optimizer.lr rollout.prompts_per_step
-rollout.group_size rollout.temperature rollout.max_response_tokens rollout.max_total_tokens rollout.timeout_s rollout.max_draws engine.num_engines
-engine.max_running_responses engine.tp engine.gpu_memory_frac engine.max_batched_tokens engine.num_threads engine.start_timeout_s engine.health_timeout_s mismatch.warn_above mismatch.stop_above
-reward.num_processes reward.cpu_s reward.wall_s
-reward.memory_bytes batch.global_batch_size batch.max_tokens_per_microbatch refit.bucket_bytes refit.timeout_s eval.every
-loss.kl_limit eval.samples_per_prompt eval.max_prompts eval.max_response_tokens engine.kv_cache_bytes eval.temperature eval.top_p checkpoint.keep checkpoint.timeout_s warm_start.batch_size warm_start.lr warm_start.max_steps
-stop.plateau_window stop.truncated_steps""".split()
-_NOT_NEGATIVE = """data.skip_prompts loss.kl_coef loss.entropy_coef shaping.overlong_buffer_tokens shaping.overlong_penalty loss.clip_low loss.clip_high optimizer.warmup_steps optimizer.weight_decay optimizer.clip_grad
-checkpoint.every checkpoint.keep_best engine.max_failures rollout.max_staleness rollout.oversampling_frac rollout.keep_texts
-precision.fp8_first_layers_bf16 precision.fp8_last_layers_bf16 stop.after_steps stop.plateau_min_gain""".split()
+_POSITIVE = """
+num_steps num_threads collective_timeout_s data.max_prompt_tokens parallel.tp parallel.pp parallel.virtual_pp
+parallel.cp parallel.ep parallel.recompute_num_layers precision.fp8_amax_history optimizer.lr
+rollout.prompts_per_step rollout.group_size rollout.temperature rollout.max_response_tokens rollout.max_total_tokens
+rollout.timeout_s rollout.max_draws engine.num_engines engine.max_running_responses engine.tp engine.gpu_memory_frac
+engine.max_batched_tokens engine.num_threads engine.start_timeout_s engine.health_timeout_s mismatch.warn_above
+mismatch.stop_above reward.num_processes reward.cpu_s reward.wall_s reward.memory_bytes batch.global_batch_size
+batch.max_tokens_per_microbatch refit.bucket_bytes refit.timeout_s eval.every loss.kl_limit eval.samples_per_prompt
+eval.max_prompts eval.max_response_tokens engine.kv_cache_bytes eval.temperature eval.top_p checkpoint.keep
+checkpoint.timeout_s warm_start.batch_size warm_start.lr warm_start.max_steps stop.plateau_window
+stop.truncated_steps
+""".split()
+_NOT_NEGATIVE = """
+data.skip_prompts loss.kl_coef loss.entropy_coef shaping.overlong_buffer_tokens shaping.overlong_penalty
+loss.clip_low loss.clip_high optimizer.warmup_steps optimizer.weight_decay optimizer.clip_grad checkpoint.every
+checkpoint.keep_best engine.max_failures rollout.max_staleness rollout.oversampling_frac rollout.keep_texts
+precision.fp8_first_layers_bf16 precision.fp8_last_layers_bf16 stop.after_steps stop.plateau_min_gain
+""".split()
 _FRACTIONS = (
     "stop.truncated_above engine.gpu_memory_frac loss.clip_low eval.top_p optimizer.beta1 optimizer.beta2 "
     "optimizer.warmup_start_frac warm_start.corrupted_frac warm_start.stop_at_pass_rate".split()

@@ -14,9 +14,10 @@ import torch
 from torch.optim.adam import adam as adamw
 
 # Megatron's modules that pass the literal device="cuda" to a tensor factory, in 0.16.1 to 0.19.
-_MODULES_WITH_CUDA_LITERALS = """utils optimizer.optimizer optimizer.clip_grads pipeline_parallel.schedules transformer.utils
-tensor_parallel.data dist_checkpointing.exchange_utils models.common.embeddings.rope_utils
-dist_checkpointing.strategies.state_dict_saver""".split()
+_MODULES_WITH_CUDA_LITERALS = """
+utils optimizer.optimizer optimizer.clip_grads pipeline_parallel.schedules transformer.utils tensor_parallel.data
+dist_checkpointing.exchange_utils models.common.embeddings.rope_utils dist_checkpointing.strategies.state_dict_saver
+""".split()
 _FACTORIES = "tensor zeros ones empty empty_like".split()
 
 

@@ -25,9 +25,8 @@ from grpo_mcore.report import metrics
 class EngineProfile:
     """Seconds of one engine."""
 
-    iteration_s: tuple[
-        tuple[int, float], ...
-    ]  # (running responses, seconds in which each gains a token), ascending; linear between, and beyond by the last slope
+    # (running responses, seconds in which each gains a token), ascending; linear between, and beyond by the last slope
+    iteration_s: tuple[tuple[int, float], ...]
     kv_token_s: float = 0.0  # an iteration's more, per token in the cache
     prefill_token_s: float = 0.0  # per prompt token computed
     response_s: float = 0.0  # per response that starts

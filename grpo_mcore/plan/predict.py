@@ -215,7 +215,8 @@ def table(result: dict) -> str:
     if "measured" in result:
         lines += [
             "",
-            f"{'seconds of a step':24}{'measured':>14}{'predicted':>14}{'ratio':>14}{'measured p50':>14}{'predicted p50':>14}",
+            f"{'seconds of a step':24}{'measured':>14}{'predicted':>14}{'ratio':>14}"
+            f"{'measured p50':>14}{'predicted p50':>14}",
         ]
         lines += [
             f"{name:24}" + "".join(f"{value:14.3f}" for value in r.values()) for name, r in result["measured"].items()

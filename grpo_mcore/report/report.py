@@ -411,7 +411,8 @@ def _header(stages: Sequence[Stage]) -> str:
         if stage.starts
     ]
     return table + "".join(
-        f"<details><summary>{_escape(summary)}</summary><pre>{_escape(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))}</pre></details>"
+        f"<details><summary>{_escape(summary)}</summary>"
+        f"<pre>{_escape(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))}</pre></details>"
         for summary, content in details
     )
 

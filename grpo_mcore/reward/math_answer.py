@@ -202,8 +202,10 @@ def _closes_at_end(text: str, start: int) -> bool:
 
 _UNIT_NAMES = """
 mm millimeter millimeters millimetre millimetres | cm centimeter centimeters centimetre centimetres
-m meter meters metre metres | km kilometer kilometers kilometre kilometres | in inch inches | ft foot feet | yd yard yards
-mi mile miles | acre acres | mL ml milliliter milliliters | L l liter liters litre litres | gal gallon gallons | mg
+m meter meters metre metres | km kilometer kilometers kilometre kilometres
+| in inch inches | ft foot feet | yd yard yards
+mi mile miles | acre acres | mL ml milliliter milliliters | L l liter liters litre litres
+| gal gallon gallons | mg
 g gram grams | kg kilogram kilograms | lb lbs pound pounds | oz ounce ounces | s sec second seconds | min minute minutes
 h hr hrs hour hours | day days | week weeks | month months | year years | am a.m AM A.M | pm p.m PM P.M
 degree degrees | dollar dollars | cent cents | unit units | mph | MB

@@ -40,13 +40,11 @@ class Stage:
     name: str  # of its files in `dir`
     cfg: str  # its configuration, a path from the stages file's folder
     overrides: tuple[str, ...] = ()  # key.sub=value over it
-    choose: Literal["last", "best"] = (
-        "last"  # the checkpoint to go on with: the last, or that with the highest checkpoint.best_metric
-    )
+    # the checkpoint to go on with: the last, or that with the highest checkpoint.best_metric
+    choose: Literal["last", "best"] = "last"
     optimizer: Literal["fresh", "carried"] = "fresh"
-    prompts: Literal["continue", "own"] = (
-        "continue"  # go on in the order of the stage before; own: from the configuration's data.skip_prompts
-    )
+    # go on in the order of the stage before; own: from the configuration's data.skip_prompts
+    prompts: Literal["continue", "own"] = "continue"
     evaluate: tuple[str, ...] = ()  # key.sub=value, of the evaluation of the export alone
 
 
@@ -275,7 +273,8 @@ QUANTITIES = {
     "KL coefficient": lambda plan, n: f"{plan.configs[n].loss.kl_coef:g}",
     "ratio clip": lambda plan, n: f"{plan.configs[n].loss.clip_low:g} / {plan.configs[n].loss.clip_high:g}",
     "prompts skipped": lambda plan, n: (
-        f"{plan.configs[n].data.skip_prompts}{' if all steps before are done' if n and plan.file.stages[n].prompts == 'continue' else ''}"
+        f"{plan.configs[n].data.skip_prompts}"
+        + (" if all steps before are done" if n and plan.file.stages[n].prompts == "continue" else "")
     ),
     "ranks by axis": _ranks,
     "goes on with": _chosen,

@@ -63,7 +63,7 @@ if __name__ == "__main__":
     topo = topology.connect(config.Parallel(), device=torch.device("cpu"), timeout_s=60, seed=0)
 
     def anonymous():
-        # Memory of one's own, without the pages of files that are mapped; its peak is not kept by Linux, so it is sampled.
+        # Memory of one's own, without the pages of mapped files; its peak is not kept by Linux, so it is sampled.
         return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) * 1024
 
     import threading, time

@@ -220,11 +220,15 @@ def test_what_has_no_default_is_required(tmp_path, line):
     assert refused(load, path) == f"{name} = None: is required. Remedy: add `{name}:` to the configuration."
 
 
-MUST_BE_POSITIVE = """num_steps num_threads collective_timeout_s data.max_prompt_tokens parallel.tp parallel.pp parallel.virtual_pp parallel.cp parallel.ep parallel.recompute_num_layers precision.fp8_amax_history checkpoint.timeout_s optimizer.lr rollout.prompts_per_step
-rollout.group_size rollout.temperature rollout.max_response_tokens rollout.max_total_tokens rollout.timeout_s engine.num_engines
-engine.max_running_responses engine.num_threads engine.start_timeout_s reward.num_processes reward.cpu_s reward.wall_s
-reward.memory_bytes batch.global_batch_size batch.max_tokens_per_microbatch refit.bucket_bytes refit.timeout_s eval.every
-eval.samples_per_prompt eval.temperature eval.top_p checkpoint.keep stop.plateau_window stop.truncated_steps""".split()
+MUST_BE_POSITIVE = """
+num_steps num_threads collective_timeout_s data.max_prompt_tokens parallel.tp parallel.pp parallel.virtual_pp
+parallel.cp parallel.ep parallel.recompute_num_layers precision.fp8_amax_history checkpoint.timeout_s optimizer.lr
+rollout.prompts_per_step rollout.group_size rollout.temperature rollout.max_response_tokens rollout.max_total_tokens
+rollout.timeout_s engine.num_engines engine.max_running_responses engine.num_threads engine.start_timeout_s
+reward.num_processes reward.cpu_s reward.wall_s reward.memory_bytes batch.global_batch_size
+batch.max_tokens_per_microbatch refit.bucket_bytes refit.timeout_s eval.every eval.samples_per_prompt
+eval.temperature eval.top_p checkpoint.keep stop.plateau_window stop.truncated_steps
+""".split()
 MAY_BE_ZERO = (
     "data.skip_prompts loss.kl_coef loss.entropy_coef shaping.overlong_buffer_tokens "
     "shaping.overlong_penalty loss.clip_low loss.clip_high optimizer.warmup_steps optimizer.weight_decay "

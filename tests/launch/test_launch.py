@@ -48,7 +48,11 @@ model: {tmp_path}/model
 run_dir: {tmp_path}/run
 num_steps: 1
 device: cpu
-data: {{train: "arithmetic:two_digit_sums/train", prompt_template: "{{problem}}=", chat_template: false, max_prompt_tokens: 8}}
+data:
+  train: "arithmetic:two_digit_sums/train"
+  prompt_template: "{{problem}}="
+  chat_template: false
+  max_prompt_tokens: 8
 rollout: {{max_response_tokens: 16}}
 engine: {{dtype: float32, kv_cache_bytes: 33554432}}
 eval: {{data: "arithmetic:two_digit_sums/heldout", max_prompts: 5, samples_per_prompt: 4}}

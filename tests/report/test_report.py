@@ -533,7 +533,8 @@ def test_the_script_shows_filters_and_opens_rollouts_and_hostile_ones_as_text(tm
     form.words.value = "onError=ALERT"; apply(); say(byId("count").textContent);
     byId("list").querySelector("button").click();
     const chosen = byId("group").querySelector(".chosen pre");
-    say(byId("group").querySelectorAll("article").length + " siblings, " + chosen.children.length + " elements in the text, " + chosen.textContent.includes("<img src=x onerror"));
+    say(byId("group").querySelectorAll("article").length + " siblings, " +
+        chosen.children.length + " elements in the text, " + chosen.textContent.includes("<img src=x onerror"));
     """
     text = path.read_text()
     start = text.rindex("</script>")  # the test's steps run at the end of the page's script, whose digest they change

@@ -289,7 +289,8 @@ def start_script(body: str) -> subprocess.Popen:
     [
         "time.sleep(60)",
         "while True: grader.grade([hard])",
-        "sleeper = os.fork()\nif sleeper: print(sleeper, flush=True)\ntime.sleep(60)",  # a fork holds the pipe's other end open
+        # a fork holds the pipe's other end open
+        "sleeper = os.fork()\nif sleeper: print(sleeper, flush=True)\ntime.sleep(60)",
     ],
     ids=["idle", "busy", "forked"],
 )

@@ -360,8 +360,16 @@ THREE = """
 dir: out
 stages:
   - {name: a, cfg: cfg.yaml, overrides: [run_dir=run_a, num_steps=2, eval.data=null, rollout.max_response_tokens=28]}
-  - {name: b, cfg: cfg.yaml, overrides: [run_dir=run_b, num_steps=3, rollout.max_response_tokens=34, checkpoint.keep_best=1], choose: best, evaluate: [eval.max_prompts=4]}
-  - {name: c, cfg: cfg.yaml, overrides: [run_dir=run_c, stop.plateau_window=1, stop.plateau_min_gain=2.0], optimizer: carried, evaluate: [eval.data=null]}
+  - name: b
+    cfg: cfg.yaml
+    overrides: [run_dir=run_b, num_steps=3, rollout.max_response_tokens=34, checkpoint.keep_best=1]
+    choose: best
+    evaluate: [eval.max_prompts=4]
+  - name: c
+    cfg: cfg.yaml
+    overrides: [run_dir=run_c, stop.plateau_window=1, stop.plateau_min_gain=2.0]
+    optimizer: carried
+    evaluate: [eval.data=null]
 """
 
 
