@@ -40,14 +40,15 @@ from grpo_mcore.plan.cluster import Cluster, Measured  # noqa: E402
 from grpo_mcore.policy import warm_start  # noqa: E402
 from grpo_mcore.policy.hf_weights import local_folder  # noqa: E402
 from grpo_mcore.report.provenance import provenance  # noqa: E402
+from grpo_mcore.run import Run, open_run  # noqa: E402
 
 
 class Profiled:
     """A Rollout, with a round of the benchmark before each step."""
 
-    def __init__(self, run: trainer.Run, runnings: list[int]):
-        self._run, self._rollout = run, run.rollout
-        works = benchmark.works(benchmark.Bench(run.cfg, run.engines), runnings, [])
+    def __init__(self, run: Run, runnings: list[int]):
+        self._run, self._rollout = run, run.driver.rollout
+        works = benchmark.works(benchmark.Bench(run.cfg, run.driver.engines), runnings, [])
         self._works = {name: work for name, work in works.items() if name != "load"}
         self.seconds: dict[str, list[float]] = {name: [] for name in self._works}
         self.load_averages: list[float] = []
@@ -66,7 +67,7 @@ class Profiled:
         return self._rollout.take()
 
     def _stop_at(self, token_ids: list[int]) -> None:
-        ray.get([slot.actor.ready.remote(token_ids) for slot in self._run.engines.ready])
+        ray.get([slot.actor.ready.remote(token_ids) for slot in self._run.driver.engines.ready])
 
 
 def main() -> None:
@@ -93,8 +94,8 @@ def main() -> None:
         folder.mkdir()
         benchmark.endless(local_folder(cfg.model), folder)
         cfg = dataclasses.replace(cfg, model=str(folder), warm_start=None)
-        with trainer.open_run(cfg) as run:
-            cuda, run.rollout = run.topology.device.type == "cuda", Profiled(run, runnings)
+        with open_run(cfg) as run:
+            cuda, run.driver.rollout = run.topology.device.type == "cuda", Profiled(run, runnings)
             profiled = run.rollout
             trainer.train(run)
         mean = {name: statistics.mean(s) for name, s in profiled.seconds.items()}

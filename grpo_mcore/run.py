@@ -1,13 +1,237 @@
-"""The stop rule: what ends a run before num_steps, read from the rows of its metrics.jsonl."""
+"""Makes the parts of a run, closes them again whatever happens, and says where the run ends."""
 
-from collections.abc import Sequence
+import contextlib
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-from grpo_mcore.config import config
+from grpo_mcore import entry
+from grpo_mcore.checkpoint import checkpoint
+from grpo_mcore.config import config, file as config_file, rules
+from grpo_mcore.data import prompts
+from grpo_mcore.loss.loss import OverRanks
+from grpo_mcore.parallel import collectives, topology
+from grpo_mcore.parallel.topology import Topology
+from grpo_mcore.policy import model, warm_start
+from grpo_mcore.policy.hf_weights import local_folder
+from grpo_mcore.policy.policy import FrozenPolicy, Policy
+from grpo_mcore.refit.refit import Refit
+from grpo_mcore.report import curves, metrics
+from grpo_mcore.report.provenance import provenance
+from grpo_mcore.reward.grader import Grader
+from grpo_mcore.rollout.engines import Engines
+from grpo_mcore.rollout.rollout import Rollout
+
+NUM_CANARIES, CANARY_TOKENS = 4, 64
+
+
+@dataclass
+class Driver:
+    """What rank 0 alone has: engines, what they sample, its grades, and where metrics go."""
+
+    engines: Engines
+    rollout: Rollout
+    grader: Grader
+    writer: metrics.Writer
+    eval_prompts: list
+    evaluated: int = -1  # the step whose policy was evaluated last
+
+
+@dataclass
+class Run:
+    """The parts of a run on this rank."""
+
+    cfg: config.Config
+    topology: Topology
+    tokenizer: prompts.Tokenizer
+    policy: Policy
+    reference: FrozenPolicy | None
+    refit: Refit
+    checkpoints: checkpoint.Checkpoints
+    progress: checkpoint.Progress
+    preemption: entry.Preemption
+    timer: metrics.Timer
+    driver: Driver | None
+    seconds_before: float  # wall clock of the run's earlier processes
+    last_step: int  # num_steps, or where the stop rule ends the run
+
+    @property
+    def over_ranks(self) -> OverRanks:
+        return functools.partial(collectives.sum_over_context, topology=self.topology)
+
+    def seconds(self) -> float:
+        """Wall clock of the run so far, imports included."""
+        return self.seconds_before + time.monotonic() - entry.BEGAN
+
+    @contextlib.contextmanager
+    def gpus_lent(self) -> Iterator[None]:
+        """Engines on the trainers' GPUs: they are woken by the refit within, and sample with the memory that the
+        trainer can do without. Elsewhere nothing. Collective."""
+        engine = self.cfg.engine
+        if not engine.is_colocated(self.topology.device.type):
+            yield
+            return
+        self.policy.offload(engine.offload_trainer)
+        yield
+        if self.driver is not None:
+            self.driver.engines.sleep(self.cfg.refit.timeout_s)
+        collectives.broadcast(None, self.topology)  # not before they are asleep
+        self.policy.onload(engine.offload_trainer)
+
+
+@contextlib.contextmanager
+def open_run(cfg: config.Config) -> Iterator[Run]:
+    """Everything `train` needs. What can be wrong with the input is found before anything expensive starts."""
+    hf_config = model.load_hf_config(local := local_folder(cfg.model))
+    model.check_parallel(hf_config, cfg.parallel, cfg.precision)
+    check_lengths(cfg, hf_config)
+    tokenizer = prompts.Tokenizer(local)
+    overlong = cfg.data.overlong_prompts
+    train_prompts, too_long = prompts.load(cfg.data.train, cfg.data, tokenizer, "data.train", overlong=overlong)
+    eval_prompts = prompts.load(cfg.eval.data, cfg.data, tokenizer, "eval.data")[0] if cfg.eval.data else []
+    eval_prompts = eval_prompts[: cfg.eval.max_prompts]
+    device = topology.pick_device(cfg.device)
+    rules.check_device(cfg, device.type)
+    with contextlib.ExitStack() as stack:
+        engines = driver = None
+        if topology.rank() == 0:
+            prepare_run_dir(cfg)
+            what = "masked" if overlong == "mask" else "left out"
+            print(
+                f"{len(train_prompts)} prompts ({too_long} over-long {what}), {len(eval_prompts)} for evaluation; "
+                f"starting {cfg.engine.num_engines} engines",
+                flush=True,
+            )
+            # Engines start while the policy is built.
+            engines = Engines(cfg, local, cuda=device.type == "cuda", stop_token_ids=tokenizer.stop_token_ids)
+            stack.callback(engines.stop)
+            entry.stop_on_sigterm()
+            grader = stack.enter_context(Grader(**dataclasses.asdict(cfg.reward)))
+        topo = topology.connect(
+            cfg.parallel,
+            device=device,
+            timeout_s=cfg.collective_timeout_s + cfg.rollout.timeout_s,
+            seed=cfg.seed,
+            num_threads=cfg.num_threads,
+            deterministic=cfg.deterministic,
+        )
+        scores = {"precision": cfg.precision, "temperature": cfg.rollout.temperature, "kernels": cfg.kernels}
+        policy = Policy(local, topo, optimizer=cfg.optimizer, **scores)
+        reference = FrozenPolicy(local, topo, **scores) if cfg.loss.kl_coef > 0 else None
+        checkpoints = checkpoint.Checkpoints(cfg.run_dir, policy, cfg.checkpoint)
+        progress = checkpoints.restore()
+        timer = metrics.Timer()
+        if engines is not None:
+            if progress.step:
+                print(f"going on from step {progress.step}", flush=True)
+            writer = metrics.Writer(cfg.run_dir, start=progress.step, num_steps=cfg.num_steps)
+            stack.callback(writer.close)
+            timer = metrics.Timer(writer.phase)
+            engines.wait_until_ready()
+            shuffle_seed = cfg.seed if cfg.data.shuffle_seed is None else cfg.data.shuffle_seed
+            stream = prompts.Stream(train_prompts, shuffle_seed, skip=cfg.data.skip_prompts)
+            rollout = Rollout(engines, stream, tokenizer, grader, cfg, cursor=progress.cursor)
+            stack.callback(rollout.close)
+            driver = Driver(engines, rollout, grader, writer, eval_prompts)
+        preemption = entry.Preemption()
+        preemption.listen(driver is not None)
+        canary = [p.token_ids[:CANARY_TOKENS] for p in train_prompts[:NUM_CANARIES]]
+        refit = Refit(policy, engines, cfg, topo, canary)
+        yield Run(
+            cfg,
+            topo,
+            tokenizer,
+            policy,
+            reference,
+            refit,
+            checkpoints,
+            progress,
+            preemption,
+            timer,
+            driver,
+            progress.seconds,
+            last_step(cfg, progress.step, topo),
+        )
+        topology.disconnect()
+
+
+def check_lengths(cfg: config.Config, hf_config) -> None:
+    if cfg.longest_tokens > hf_config.max_position_embeddings:
+        raise config.InputError(
+            "rollout.max_response_tokens",
+            cfg.rollout.max_response_tokens,
+            f"with data.max_prompt_tokens = {cfg.data.max_prompt_tokens} makes {cfg.longest_tokens} tokens; the model "
+            f"was made for {hf_config.max_position_embeddings}",
+            "shorten one of them",
+        )
+
+
+def prepare_run_dir(cfg: config.Config) -> None:
+    """Makes the folder and saves the resolved configuration, and for each start what it ran with. Raises InputError if
+    it cannot be written."""
+    folder = Path(cfg.run_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(config_file.to_yaml(cfg))
+        with (folder / "provenance.jsonl").open("a") as f:
+            f.write(json.dumps(provenance()) + "\n")
+    except OSError as e:
+        raise config.InputError(
+            "run_dir", cfg.run_dir, f"cannot be written ({e.strerror})", "name another folder"
+        ) from e
+
+
+def make_model(cfg: config.Config) -> None:
+    """The warm start, if there is one and it has not been made; other ranks wait for it. Raises InputError."""
+    if cfg.warm_start is None:
+        return
+    if topology.rank() != 0:
+        topology.wait_for_file(Path(cfg.model) / "config.json", cfg.collective_timeout_s)
+        return
+    for name, source in (("data.train", cfg.data.train), ("eval.data", cfg.eval.data)):
+        if source:
+            prompts.read_rows(source, cfg.data, name)  # what is wrong with them should not wait for the warm start
+    warm_start.ensure(cfg)
+
+
+# Where a run ends.
+
+
+def is_finished(cfg: config.Config) -> bool:
+    """Whether the run is at its end and summarised; the driver then says so, and shows the summary again."""
+    done = checkpoint.published(cfg.run_dir)
+    summary = Path(cfg.run_dir) / "summary.json"
+    step = checkpoint.progress_of(done[0]).step if done else 0
+    why = stop_reason(cfg.stop, metrics.read(cfg.run_dir), step)
+    if not (done and summary.is_file() and (step >= cfg.num_steps or why)):
+        return False
+    if topology.rank() == 0:
+        print(
+            f"{cfg.run_dir} is finished: step {step} of {cfg.num_steps}{f' ({why})' if why else ''}. "
+            f"Remove the folder, name another run_dir, or {'change the stop rule' if why else 'raise num_steps'}."
+        )
+        show_summary(json.loads(summary.read_text()))
+    return True
+
+
+def last_step(cfg: config.Config, step: int, topology: Topology) -> int:
+    """Where the run ends, as its metrics tell after `step` steps. Collective."""
+    if cfg.stop == config.Stop():
+        return cfg.num_steps
+    why = stop_reason(cfg.stop, metrics.read(cfg.run_dir), step) if topology.is_driver and step else None
+    if why:
+        print(f"the stop rule ends the run after {step} steps: {why}", flush=True)
+    return collectives.broadcast(step if why else cfg.num_steps, topology)
+
 
 TRUNCATED = "rollout/truncated_frac"
 
 
-def reason(rule: config.Stop, rows: Sequence[dict], step: int) -> str | None:
+def stop_reason(rule: config.Stop, rows: Sequence[dict], step: int) -> str | None:
     """Why the run ends after `step` steps, or None.
 
     What is known then are the rows of those steps and the evaluations before the last of them: later rows do not count,
@@ -44,3 +268,24 @@ def _truncated(rule: config.Stop, rows: Sequence[dict]) -> str | None:
         f"{TRUNCATED} was {min(values):.4g} or more in {len(values)} steps, and stop.truncated_above is "
         f"{rule.truncated_above:g}"
     )
+
+
+def summarize(run: Run) -> None:
+    """RUN/curves.png, RUN/summary.json, and three lines of it on the console."""
+    evals = [row for row in metrics.read(run.cfg.run_dir) if "eval/standard_error" in row]
+    key = f"eval/mean@{run.cfg.eval.samples_per_prompt}"
+    summary = {
+        "eval_before": evals[0][key] if evals else None,
+        "eval_after": evals[-1][key] if evals else None,
+        "seconds": round(run.seconds(), 1),
+        "curve_png": str(curves.draw(run.cfg.run_dir)),
+    }
+    (Path(run.cfg.run_dir) / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    show_summary(summary)
+
+
+def show_summary(summary: dict) -> None:
+    if summary["eval_before"] is not None:
+        print(f"held-out accuracy: {summary['eval_before']:.3f} before, {summary['eval_after']:.3f} after")
+    print(f"wall clock: {summary['seconds']:.0f} s")
+    print(f"curves: {summary['curve_png']}", flush=True)

@@ -1,5 +1,6 @@
-"""Who may import whom, read from the source with `ast`: imports within functions count, and so do import_module("...")
-and the attribute torch.distributed.
+"""Who may import whom. The house is described in docstrings (grpo_mcore/__init__.py and those of the rooms); here it is
+compared with the source, read with `ast`: imports within functions count, and so do import_module("...") and the
+attribute torch.distributed.
 
 Not covered here: names that are put together at run time.
 """
@@ -10,96 +11,15 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from grpo_mcore import __main__ as house
+from tests.dist import ROOT
+
 PACKAGE = "grpo_mcore"
-
-# A module may import from its own level and below. parallel and kernels are one level, blind to each other.
-LEVELS = [
-    ["config", "config_file", "rules", "run_folder", "types", "provenance"],
-    ["kernels", "parallel"],
-    [
-        "prompts",
-        "arithmetic",
-        "math_answer",
-        "boxed_answer",
-        "verifiers",
-        "grading_process",
-        "reward",
-        "shaping",
-        "scores",
-        "advantage",
-        "batch",
-        "logprob",
-        "loss",
-        "recipe",
-        "dispatch",
-        "admission",
-        "stop",
-    ],
-    [
-        "model",
-        "hf_weights",
-        "policy",
-        "engine",
-        "placement",
-        "engines",
-        "refit",
-        "weight_transfer",
-        "senders",
-        "live_weights",
-        "receiver",
-        "checkpoint",
-        "stored",
-        "convert",
-        "parity",
-        "metrics",
-        "plan",
-        "plan_time",
-    ],
-    ["rollout", "evaluate", "warm_start", "curves", "cluster", "simulated_engine", "simulate", "predict", "report"],
-    ["trainer", "entry", "lineage", "stages", "stage_actions"],
-    ["fit"],
-]
-LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
-
-# Library -> the modules that may import it.
-LIBRARIES = {
-    "torch.distributed": {
-        "parallel",
-        "weight_transfer",
-        "senders",
-        "live_weights",
-        "receiver",
-        "checkpoint",
-        "stored",
-    },  # the last two: its checkpoint format
-    "triton": {"kernels"},
-    "vllm": {"engine", "senders", "live_weights", "receiver"},
-    "ray": {"engines", "placement"},
-    "megatron": {"parallel", "model", "policy", "refit", "checkpoint", "convert"},
-    "transformers": {"prompts", "model", "hf_weights", "arithmetic", "parity"},
-}
-
-# All that these import, beside the standard library.
-PURE = {
-    "dispatch": set(),
-    "admission": set(),
-    "stop": {f"{PACKAGE}.config"},
-    "shaping": {"torch", f"{PACKAGE}.config", f"{PACKAGE}.types"},
-    "scores": set(),
-    "run_folder": {"yaml", f"{PACKAGE}.config"},
-    "curves": {"matplotlib", f"{PACKAGE}.run_folder"},
-    "report": {"yaml", f"{PACKAGE}.config", f"{PACKAGE}.curves", f"{PACKAGE}.run_folder"},
-    "advantage": {"torch", f"{PACKAGE}.config", f"{PACKAGE}.types"},
-    "loss": {"torch", f"{PACKAGE}.config", f"{PACKAGE}.types"},
-    "math_answer": {"math_verify"},
-    "boxed_answer": {"sympy", "latex2sympy2_extended", f"{PACKAGE}.math_answer"},
-    "verifiers": {f"{PACKAGE}.boxed_answer", f"{PACKAGE}.math_answer"},
-    "grading_process": {f"{PACKAGE}.verifiers"},
-    "reward": {f"{PACKAGE}.grading_process", f"{PACKAGE}.math_answer", f"{PACKAGE}.verifiers"},
-}
-
 REFUSED_NAMES = {"utils", "util", "common", "helpers", "helper", "misc", "base", "manager", "worker"}
+FLOORS = house.floors()
+ROOMS = {name: house.room(name) for floor in FLOORS for name in floor}
+LIBRARIES = {library: set(homes) for library, *homes in house.table("Libraries")}
+PURE = {module: set(allowed) for module, *allowed in house.table("Pure modules")}
 
 
 def imports(source: str, module: str) -> set[str]:
@@ -115,14 +35,11 @@ def imports(source: str, module: str) -> set[str]:
             found |= {f"{origin}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed":
             found.add("torch.distributed")
-        elif (
-            isinstance(node, ast.Call)
-            and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__")
-            and node.args
-        ):
-            name = node.args[0].values[0] if isinstance(node.args[0], ast.JoinedStr) else node.args[0]
-            if isinstance(name, ast.Constant):
-                found.add(str(name.value).rstrip("."))
+        elif isinstance(node, ast.Call) and node.args:
+            if ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+                name = node.args[0].values[0] if isinstance(node.args[0], ast.JoinedStr) else node.args[0]
+                if isinstance(name, ast.Constant):
+                    found.add(str(name.value).rstrip("."))
     return found
 
 
@@ -130,22 +47,38 @@ def is_within(name: str, package: str) -> bool:
     return name == package or name.startswith(package + ".")
 
 
-MODULES = {
-    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
-    for path in sorted((ROOT / PACKAGE).rglob("*.py"))
-}
+def sources(folder: str) -> dict[str, Path]:
+    """Modules by their dotted names."""
+    return {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in sorted((ROOT / folder).rglob("*.py"))
+    }
+
+
+MODULES = {name: path for name, path in sources(PACKAGE).items() if name not in (PACKAGE, f"{PACKAGE}.__main__")}
 IMPORTS = {module: imports(path.read_text(), module) for module, path in MODULES.items()}
-PARTS = sorted({module.split(".")[1] for module in MODULES if module != PACKAGE})
+OUTSIDE = {m: imports(path.read_text(), m) for f in ("launch", "benchmarks") for m, path in sources(f).items()}
 
 
-def part_of(name: str) -> str:
+def room_of(name: str) -> str:
     """grpo_mcore.parallel.vocab.combine -> parallel"""
     return name.split(".")[1]
 
 
-def own_imports(module: str) -> set[str]:
-    """The parts of the package that a module imports, without its own."""
-    return {part_of(name) for name in IMPORTS[module] if name.startswith(PACKAGE + ".")} - {part_of(module)}
+def module_of(name: str) -> str:
+    """grpo_mcore.parallel.vocab.combine -> grpo_mcore.parallel.vocab"""
+    while name not in MODULES:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def own(names: set[str]) -> set[str]:
+    return {name for name in names if name.startswith(PACKAGE + ".")}
+
+
+ARROWS = {
+    room: {room_of(name) for m in MODULES if room_of(m) == room for name in own(IMPORTS[m])} - {room} for room in ROOMS
+}
 
 
 def test_the_scanner_sees_imports_wherever_they_hide():
@@ -164,10 +97,10 @@ if __name__ == "__main__":
 """
     assert imports(source, "grpo_mcore.parallel.vocab") == {
         "vllm.engine",
-        "grpo_mcore.config.config",
-        "grpo_mcore.loss.loss",
+        "grpo_mcore.config",
+        "grpo_mcore.loss",
         "grpo_mcore.parallel.topology.connect",
-        "grpo_mcore.loss.batch",
+        "grpo_mcore.batch",
         "transformers.AutoConfig",
         "torch.distributed",
         "megatron.core",
@@ -176,41 +109,47 @@ if __name__ == "__main__":
     }
 
 
-def test_every_module_has_a_level():
-    assert [part for part in PARTS if part not in LEVEL] == [], "give it a level here and in the design"
+def test_every_room_and_file_has_a_floor_and_says_what_it_does():
+    parts = {room_of(module) for module in MODULES}
+    assert parts == set(ROOMS), "name it in the floors of grpo_mcore/__init__.py"
+    assert [name for name, room in ROOMS.items() if not room.sentence] == []
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m != PACKAGE])
-def test_a_module_imports_only_from_its_own_level_and_below(module):
-    mine = LEVEL[part_of(module)]
-    above = {part for part in own_imports(module) if LEVEL[part] > mine}
-    assert not above, (
-        f"{module} (level {mine}) imports {', '.join(f'{part} (level {LEVEL[part]})' for part in sorted(above))}"
-    )
+@pytest.mark.parametrize("path", sorted((ROOT / PACKAGE).rglob("__init__.py")), ids=lambda path: path.parent.name)
+def test_a_rooms_init_holds_its_docstring_alone(path):
+    """Importing a light module must not load a heavy one beside it."""
+    (docstring,) = ast.parse(path.read_text()).body
+    assert isinstance(docstring, ast.Expr) and isinstance(docstring.value, ast.Constant)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_import_runs_up(room):
+    floor = {name: number for number, names in enumerate(FLOORS) for name in names}
+    assert {other for other in ARROWS[room] if floor[other] < floor[room]} == set()
+
+
+def test_no_two_rooms_import_each_other_even_by_a_detour():
+    def walk(room: str, path: tuple[str, ...]) -> None:
+        assert room not in path, " -> ".join([*path[path.index(room) :], room])
+        if room not in clean:
+            for other in sorted(ARROWS[room]):
+                walk(other, (*path, room))
+            clean.add(room)
+
+    clean: set[str] = set()
+    for room in ROOMS:
+        walk(room, ())
+
+
+@pytest.mark.parametrize("name", [name for name, room in ROOMS.items() if room.files])
+def test_a_room_says_what_it_uses_and_which_of_its_modules_are_doors(name):
+    users = [*((m, IMPORTS[m]) for m in MODULES if room_of(m) != name), *OUTSIDE.items()]
+    doors = {module_of(n).split(".")[2] for _, names in users for n in own(names) if room_of(n) == name}
+    assert (set(ROOMS[name].doors), set(ROOMS[name].uses)) == (doors, ARROWS[name])
 
 
 def test_kernels_and_parallel_are_blind_to_each_other():
-    for module in MODULES:
-        if module != PACKAGE and part_of(module) in ("kernels", "parallel"):
-            assert own_imports(module) <= {"config", "types"}, module
-
-
-def test_no_two_modules_import_each_other_even_by_a_detour():
-    graph = {part: set() for part in PARTS}
-    for module in MODULES:
-        if module != PACKAGE:
-            graph[part_of(module)] |= own_imports(module)
-
-    def walk(part: str, path: tuple[str, ...]) -> None:
-        assert part not in path, " -> ".join([*path[path.index(part) :], part])
-        if part not in clean:
-            for other in sorted(graph[part]):
-                walk(other, (*path, part))
-            clean.add(part)
-
-    clean: set[str] = set()
-    for part in PARTS:
-        walk(part, ())
+    assert ARROWS["kernels"] | ARROWS["parallel"] <= {"config", "types"}
 
 
 def test_nothing_in_the_package_imports_programs_or_tests():
@@ -220,17 +159,21 @@ def test_nothing_in_the_package_imports_programs_or_tests():
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_a_library_is_imported_only_where_it_is_at_home(library):
-    users = {part_of(module) for module, names in IMPORTS.items() if any(is_within(name, library) for name in names)}
-    assert users <= LIBRARIES[library]
+    users = {m for m, names in IMPORTS.items() if any(is_within(name, library) for name in names)}
+    homes = {f"{PACKAGE}.{home}" for home in LIBRARIES[library]}
+    assert {user for user in users if not any(is_within(user, home) for home in homes)} == set()
+    assert {home for home in homes if not any(is_within(user, home) for user in users)} == set()
 
 
-@pytest.mark.parametrize("part", PURE)
-def test_the_mathematics_needs_next_to_nothing(part):
+@pytest.mark.parametrize("module", PURE)
+def test_the_mathematics_needs_next_to_nothing(module):
+    room = module.split(".")[0]
+    allowed = PURE[module] | {other for other in PURE if other.split(".")[0] == room}
     foreign = {
         name
-        for name in IMPORTS[f"{PACKAGE}.{part}"]
+        for name in IMPORTS[f"{PACKAGE}.{module}"]
         if name.split(".")[0] not in sys.stdlib_module_names
-        and not any(is_within(name, allowed) for allowed in PURE[part])
+        and not any(is_within(name.removeprefix(f"{PACKAGE}."), a) for a in allowed)
     }
     assert not foreign
 

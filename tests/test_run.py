@@ -6,7 +6,7 @@ Not covered here: that the run then evaluates, saves and is finished (test_stage
 import pytest
 
 from grpo_mcore.config.config import Stop
-from grpo_mcore.stop import reason
+from grpo_mcore.run import stop_reason
 
 
 def rows(rewards: list[float], truncated: float | list[float] = 0.0) -> list[dict]:
@@ -19,7 +19,7 @@ def rows(rewards: list[float], truncated: float | list[float] = 0.0) -> list[dic
 
 
 def test_without_a_rule_nothing_ends_a_run():
-    assert reason(Stop(), rows([0.5] * 100, 1.0), 100) is None
+    assert stop_reason(Stop(), rows([0.5] * 100, 1.0), 100) is None
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_without_a_rule_nothing_ends_a_run():
     ],
 )
 def test_a_plateau_is_a_mean_that_gained_too_little(rewards, min_gain, ends):
-    why = reason(Stop(plateau_window=2, plateau_min_gain=min_gain), rows(rewards), len(rewards))
+    why = stop_reason(Stop(plateau_window=2, plateau_min_gain=min_gain), rows(rewards), len(rewards))
     assert (why is not None) == ends
     if rewards == [0.0, 0.2, 0.1, 0.2]:
         assert why == "reward/mean went from 0.1 to 0.15, means of 2 values, and stop.plateau_min_gain is 0.1"
@@ -44,7 +44,9 @@ def test_a_plateau_is_a_mean_that_gained_too_little(rewards, min_gain, ends):
     "truncated, ends", [([0.1, 0.3, 0.4], True), ([0.9, 0.2, 0.4], False), ([0.3], False), ([0.3, 0.25], False)]
 )
 def test_truncation_ends_a_run_if_all_of_the_last_steps_are_above(truncated, ends):
-    why = reason(Stop(truncated_above=0.25, truncated_steps=2), rows([0.0] * len(truncated), truncated), len(truncated))
+    why = stop_reason(
+        Stop(truncated_above=0.25, truncated_steps=2), rows([0.0] * len(truncated), truncated), len(truncated)
+    )
     assert why == (
         "rollout/truncated_frac was 0.3 or more in 2 steps, and stop.truncated_above is 0.25" if ends else None
     )
@@ -52,7 +54,7 @@ def test_truncation_ends_a_run_if_all_of_the_last_steps_are_above(truncated, end
 
 def test_nothing_is_looked_for_before_after_steps():
     rule = Stop(truncated_above=0.0, truncated_steps=1, after_steps=3)
-    assert [reason(rule, rows([0.0] * n, 1.0), n) is not None for n in (1, 2, 3)] == [False, False, True]
+    assert [stop_reason(rule, rows([0.0] * n, 1.0), n) is not None for n in (1, 2, 3)] == [False, False, True]
 
 
 def test_a_run_that_is_taken_up_again_is_judged_as_it_was():
@@ -61,8 +63,8 @@ def test_a_run_that_is_taken_up_again_is_judged_as_it_was():
     rule = Stop(plateau_window=1, plateau_metric="eval/mean@4")
     seen = [{"step": 0, "eval/mean@4": 0.2}, *rows([0.1, 0.1])]
     late = [{"step": 2, "eval/mean@4": 0.1}, {"step": 3, "reward/mean": 0.1, "rollout/truncated_frac": 0.0}]
-    assert reason(rule, seen, 2) is None and reason(rule, [*seen, *late], 2) is None
+    assert stop_reason(rule, seen, 2) is None and stop_reason(rule, [*seen, *late], 2) is None
     assert (
-        reason(rule, [*seen, *late], 3)
+        stop_reason(rule, [*seen, *late], 3)
         == "eval/mean@4 went from 0.2 to 0.1, means of 1 values, and stop.plateau_min_gain is 0"
     )

@@ -13,12 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from grpo_mcore import trainer
 from grpo_mcore.checkpoint import checkpoint
 from grpo_mcore.data import arithmetic
 from grpo_mcore.report import metrics, run_folder
-from grpo_mcore.reward.grader import Status, Verdict
-from grpo_mcore.types import Group, Prompt, Response
 from tests.conftest import CONFIG
 from tests.dist import ROOT, environment
 
@@ -248,30 +245,6 @@ def test_sigterm_saves_the_last_completed_step_and_another_layout_goes_on_from_i
         start["command"].startswith("torchrun --nproc-per-node 2 launch/train.py ") and "torch" in start["versions"]
         for start in starts
     )
-
-
-def test_metrics_of_a_steps_samples_leave_masked_groups_out():
-    def group(*lengths: int, masked: bool = False) -> Group:
-        return Group(Prompt(0, "", "", (1,), masked), tuple(Response((2,) * n, (-1.0,) * n, n > 8, 0) for n in lengths))
-
-    right, wrong = (Verdict(float(s is Status.CORRECT), s, "1", "") for s in (Status.CORRECT, Status.WRONG))
-    seen = trainer.sample_metrics(
-        [group(3, 9), group(99, 99, masked=True), group(5, 5)], [right, wrong, right, right, wrong, wrong]
-    )
-    # Of 4 responses 1 is right, 1 is longer than 8, together 22 tokens; of 2 groups 1 is mixed.
-    assert (seen["reward/mean"], seen["reward/mixed_groups_frac"], seen["reward/correct"], seen["reward/wrong"]) == (
-        0.25,
-        0.5,
-        1.0,
-        3.0,
-    )
-    assert (
-        seen["rollout/response_tokens_mean"],
-        seen["rollout/response_tokens_max"],
-        seen["rollout/truncated_frac"],
-    ) == (5.5, 9.0, 0.25)
-    assert seen["rollout/masked_prompts_frac"] == pytest.approx(1 / 3)
-    assert trainer.sample_metrics([group(99, 99, masked=True)], [right, right])["reward/mean"] == 0.0
 
 
 BAD_INPUT = {

@@ -16,12 +16,13 @@ from grpo_mcore.evaluate import scores
 from grpo_mcore.parallel import topology
 from grpo_mcore.policy import hf_weights, model
 from grpo_mcore.report.provenance import versions
-from grpo_mcore.reward.grader import Grader, Verdict
+from grpo_mcore.reward.graded import Graded
+from grpo_mcore.reward.grader import Grader
 from grpo_mcore.reward.verifiers import VERIFIERS
 from grpo_mcore.rollout.engine import LOADED
 from grpo_mcore.rollout.engines import Engines
 from grpo_mcore.rollout.rollout import grade, sample
-from grpo_mcore.types import Group, Prompt
+from grpo_mcore.types import Prompt
 
 
 @dataclass(frozen=True)
@@ -31,23 +32,21 @@ class Result:
     problems: tuple[scores.Problem, ...]
 
     @classmethod
-    def of(cls, groups: Sequence[Group], verdicts: Sequence[Verdict], verifier: str) -> "Result":
-        """`verdicts` in the order of groups and responses."""
-        it = iter(verdicts)
-        out = []
-        for g in groups:
-            mine = [next(it) for _ in g.responses]
-            out.append(
+    def of(cls, graded: Sequence[Graded], verifier: str) -> "Result":
+        normalise = VERIFIERS[verifier].normalise
+        return cls(
+            tuple(
                 scores.Problem(
-                    g.prompt.id,
-                    g.prompt.answer,
-                    tuple(v.reward for v in mine),
-                    tuple(v.answer and VERIFIERS[verifier].normalise(v.answer) for v in mine),
-                    tuple(len(r.token_ids) for r in g.responses),
-                    tuple(r.truncated for r in g.responses),
+                    g.group.prompt.id,
+                    g.group.prompt.answer,
+                    tuple(g.rewards),
+                    tuple(v.answer and normalise(v.answer) for v in g.verdicts),
+                    tuple(len(r.token_ids) for r in g.group.responses),
+                    tuple(r.truncated for r in g.group.responses),
                 )
+                for g in graded
             )
-        return cls(tuple(out))
+        )
 
     @property
     def k(self) -> int:
@@ -95,8 +94,7 @@ def evaluate(
         version=version,
         timeout_s=cfg.rollout.timeout_s,
     )
-    _, verdicts = grade(groups, tokenizer, grader)
-    return Result.of(groups, verdicts, cfg.reward.verifier)
+    return Result.of(grade(groups, range(len(groups)), tokenizer, grader), cfg.reward.verifier)
 
 
 def protocol(

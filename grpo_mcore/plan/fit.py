@@ -11,7 +11,6 @@ Nothing is saved: the run's folder is RUN_DIR.fit, which is removed. Evaluation 
 
 import contextlib
 import dataclasses
-import functools
 import math
 import random
 import shutil
@@ -24,12 +23,12 @@ import torch
 
 from grpo_mcore import entry, trainer
 from grpo_mcore.config import config
-from grpo_mcore.loss import advantage, loss
+from grpo_mcore.loss import advantage
 from grpo_mcore.parallel import collectives, topology
 from grpo_mcore.plan import memory, time as plan_time
 from grpo_mcore.policy.policy import learning_rate
-from grpo_mcore.reward import shaping
 from grpo_mcore.rollout.engine import Sampling
+from grpo_mcore.run import Driver, Run, make_model, open_run
 from grpo_mcore.types import Group, Prompt, Response
 
 SAMPLE_S = 60.0
@@ -115,31 +114,20 @@ def synthetic_groups(cfg: config.Config, vocab_size: int) -> list[Group]:
     ]
 
 
-def learn(run: trainer.Run, phases: Phases) -> None:
+def learn(run: Run, phases: Phases) -> None:
     cfg, groups, rng = run.cfg, synthetic_groups(run.cfg, run.policy.hf_config.vocab_size), random.Random(run.cfg.seed)
-    rewards_PG = shaping.shaped(
-        [[float(rng.random() < 0.5) for _ in g.responses] for g in groups],
-        groups,
-        cfg.shaping,
-        cfg.rollout.max_response_tokens,
-    )
-    batches = trainer.assemble(
-        run, groups, advantage.group_advantages(rewards_PG, **dataclasses.asdict(cfg.advantage))
-    )[:1]
+    rewards_PG = torch.tensor([[float(rng.random() < 0.5) for _ in g.responses] for g in groups])
+    advantages_PG = advantage.group_advantages(rewards_PG, **dataclasses.asdict(cfg.advantage))
+    b = trainer.assemble(run, groups, advantages_PG)[0]
     with phases("logprob"):
-        trainer.score(run, batches)
-    over_ranks = functools.partial(collectives.sum_over_context, topology=run.topology)
+        trainer.score(run, [b])
     with phases("update"):
         for _ in range(NUM_UPDATES):
-            run.policy.update(
-                batches[0],
-                functools.partial(loss.grpo, cfg=cfg.loss, over_ranks=over_ranks),
-                lr=learning_rate(cfg.optimizer, 0, cfg.num_steps),
-            )
+            trainer.update(run, b, learning_rate(cfg.optimizer, 0, cfg.num_steps))
 
 
-def sample(run: trainer.Run) -> None:
-    """On the driver. Raises EngineError."""
+def sample(run: Run, driver: Driver) -> None:
+    """Raises EngineError."""
     r, rng, (prompt, response), vocab = (
         run.cfg.rollout,
         random.Random(run.cfg.seed),
@@ -147,7 +135,7 @@ def sample(run: trainer.Run) -> None:
         range(run.policy.hf_config.vocab_size),
     )
     answers = [
-        run.engines.submit(
+        driver.engines.submit(
             (i,),
             rng.choices(vocab, k=prompt),
             Sampling(r.group_size, r.temperature, response, seed=i, never_stop=True),
@@ -156,8 +144,8 @@ def sample(run: trainer.Run) -> None:
         for i in range(r.prompts_per_step)
     ]
     done, late = wait(answers, SAMPLE_S)
-    run.engines.check()
-    run.engines.cancel([(i,) for i, answer in enumerate(answers) if answer in late])
+    driver.engines.check()
+    driver.engines.cancel([(i,) for i, answer in enumerate(answers) if answer in late])
     num_tokens = sum(len(c.token_ids) for answer in done for c in answer.result())
     print(
         f"rollout: {len(done)} of {len(answers)} groups of {r.group_size} responses were done within "
@@ -202,24 +190,20 @@ def main(cfg: config.Config) -> None:
     with contextlib.ExitStack() as stack:
         if topology.rank() == 0:
             stack.callback(shutil.rmtree, cfg.run_dir, ignore_errors=True)
-        trainer.make_model(cfg)
+        make_model(cfg)
         phases = Phases(cfg)
         with phases("build"):
-            run = stack.enter_context(trainer.open_run(cfg))
-        if run.topology.is_driver:
+            run = stack.enter_context(open_run(cfg))
+        if run.driver is not None:
             entry.stop_on_sigterm()  # there is nothing to save
         for version in (0, 1):
-            trainer.lend_gpus(run)
-            with phases("refit"):
-                run.refit(version=version)
-            with phases("rollout") if version else contextlib.nullcontext():
-                collectives.broadcast(sample(run) if version and run.engines else None, run.topology)
-            if run.engines and trainer.colocated(run):
-                run.engines.sleep(cfg.refit.timeout_s)
-            collectives.broadcast(None, run.topology)
-            trainer.reclaim_gpus(run)
+            with run.gpus_lent():
+                with phases("refit"):
+                    run.refit(version=version)
+                with phases("rollout") if version else contextlib.nullcontext():
+                    collectives.broadcast(sample(run, run.driver) if version and run.driver else None, run.topology)
             if not version:
                 learn(run, phases)
         ranks = collectives.gather(phases.measured, run.topology)
-        if run.topology.is_driver:
+        if run.driver is not None:
             print(report(cfg, ranks, machine_here(cfg)), flush=True)

@@ -30,7 +30,7 @@ def read_metrics(run_dir: str | Path) -> list[dict]:
 
 
 def read_rollouts(path: Path) -> list[dict]:
-    """One of each response of a step: see trainer.rollout_rows."""
+    """One of each response of a step: see samples.rollout_rows."""
     return _read_lines(path)
 
 

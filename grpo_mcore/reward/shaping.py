@@ -10,18 +10,16 @@ from collections.abc import Sequence
 import torch
 
 from grpo_mcore.config import config
-from grpo_mcore.types import Group
+from grpo_mcore.reward.graded import Graded
 
 
-def shaped(
-    rewards_PG: Sequence[Sequence[float]], groups: Sequence[Group], cfg: config.Shaping, max_response_tokens: int
-) -> torch.Tensor:
+def shaped(graded: Sequence[Graded], cfg: config.Shaping, max_response_tokens: int) -> torch.Tensor:
     """float32 [P, G]: the rewards, shaped."""
-    rewards = torch.tensor(rewards_PG)
+    rewards_PG = torch.tensor([g.rewards for g in graded])
     if not cfg.overlong_buffer_tokens:
-        return rewards
-    lengths_PG = torch.tensor([[len(r.token_ids) for r in g.responses] for g in groups])
-    return rewards + soft_overlong(lengths_PG, max_response_tokens, cfg.overlong_buffer_tokens, cfg.overlong_penalty)
+        return rewards_PG
+    lengths_PG = torch.tensor([[len(r.token_ids) for r in g.group.responses] for g in graded])
+    return rewards_PG + soft_overlong(lengths_PG, max_response_tokens, cfg.overlong_buffer_tokens, cfg.overlong_penalty)
 
 
 def soft_overlong(

@@ -6,6 +6,7 @@ step's groups once they are complete. A response is a function of (seed, positio
 engine draws it.
 """
 
+import itertools
 import queue
 import random
 import threading
@@ -17,7 +18,8 @@ from dataclasses import dataclass
 from grpo_mcore.config import config
 from grpo_mcore.data import prompts
 from grpo_mcore.report import metrics
-from grpo_mcore.reward.grader import Grader, Verdict
+from grpo_mcore.reward.graded import Graded
+from grpo_mcore.reward.grader import Grader
 from grpo_mcore.rollout.admission import Admission
 from grpo_mcore.rollout.engine import Completion, Sampling
 from grpo_mcore.rollout.engines import Engines
@@ -32,13 +34,10 @@ class StaleError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Step:
+class Sampled:
     """A step's groups, graded."""
 
-    groups: list[Group]
-    verdicts: list[Verdict]  # in the order of groups and responses
-    rewards_PG: list[list[float]]
-    positions: list[int]  # of the groups in the stream
+    graded: list[Graded]  # in the order of the stream
     cursor: int  # positions before it are done with
     metrics: dict[str, metrics.Metric]
 
@@ -109,14 +108,18 @@ def group_of(prompt: Prompt, completions: Sequence[Completion], *, oldest: int, 
 
 
 def grade(
-    groups: Sequence[Group], tokenizer: prompts.Tokenizer, grader: Grader
-) -> tuple[list[list[float]], list[Verdict]]:
-    """(rewards_PG, verdicts in the order of groups and responses)."""
-    verdicts = grader.grade(
-        [(tokenizer.decode(r.token_ids), g.prompt.answer, r.truncated) for g in groups for r in g.responses]
+    groups: Sequence[Group], positions: Sequence[int], tokenizer: prompts.Tokenizer, grader: Grader
+) -> list[Graded]:
+    """The groups with their verdicts; the grader sees all responses at once."""
+    verdicts = iter(
+        grader.grade(
+            [(tokenizer.decode(r.token_ids), g.prompt.answer, r.truncated) for g in groups for r in g.responses]
+        )
     )
-    it = iter(verdicts)
-    return [[next(it).reward for _ in g.responses] for g in groups], verdicts
+    return [
+        Graded(position, g, tuple(itertools.islice(verdicts, len(g.responses))))
+        for position, g in zip(positions, groups, strict=True)
+    ]
 
 
 class Rollout:
@@ -151,7 +154,7 @@ class Rollout:
         self._changed = threading.Condition()  # guards what follows
         self._version = 0
         self._answers: dict[int, Future] = {}  # by position, until it is graded
-        self._graded: dict[int, tuple[Group, list[float], list[Verdict]]] = {}
+        self._graded: dict[int, Graded] = {}
         self._problem: Exception | None = None
         self._grading_s = 0.0
         self._arrived: queue.SimpleQueue = queue.SimpleQueue()
@@ -169,7 +172,7 @@ class Rollout:
                 self._graded.pop(position, None)
             self._submit(admitted)
 
-    def take(self) -> Step:
+    def take(self) -> Sampled:
         """The groups of the step that starts from the version begun last. Raises EngineError, EnginesLost (call again
         after a refit), StaleError."""
         end = time.monotonic() + self._cfg.rollout.timeout_s
@@ -181,21 +184,18 @@ class Rollout:
                 if time.monotonic() > end:
                     raise self._engines.overdue("rollout", self._cfg.rollout.timeout_s)
                 self._changed.wait(CHECK_EVERY_S)
-            entries = [self._graded.pop(p) for p in taken.positions]
+            graded = [self._graded.pop(p) for p in taken.positions]
             for position in [p for p in self._graded if p < self._admission.cursor]:  # passed over
                 del self._graded[position]
             grading_s, self._grading_s = self._grading_s, 0.0
             num_dropped = self._admission.num_dropped
             self._admission.num_dropped = 0
         step = self._version
-        staleness = [(step - v, n) for group, _, _ in entries for r in group.responses for v, n in r.versions]
-        return Step(
-            groups=[group for group, _, _ in entries],
-            verdicts=[v for _, _, verdicts in entries for v in verdicts],
-            rewards_PG=[rewards for _, rewards, _ in entries],
-            positions=taken.positions,
-            cursor=self._admission.cursor,
-            metrics={
+        staleness = [(step - v, n) for g in graded for r in g.group.responses for v, n in r.versions]
+        return Sampled(
+            graded,
+            self._admission.cursor,
+            {
                 "rollout/staleness_mean": metrics.Mean(
                     float(sum(s * n for s, n in staleness)), sum(n for _, n in staleness)
                 ),
@@ -244,27 +244,23 @@ class Rollout:
     def _grade(self, items: list[tuple[int, Future]]) -> None:
         start = time.perf_counter()
         with self._changed:
-            items = [
-                (position, answer) for position, answer in items if self._answers.get(position) is answer
-            ]  # not dropped since
-            newest, oldest = (
-                self._version + 1,
-                self._version - self._cfg.rollout.max_staleness,
-            )  # a refit may be under way
+            # not dropped since
+            items = [(position, answer) for position, answer in items if self._answers.get(position) is answer]
+            # a refit may be under way
+            newest, oldest = self._version + 1, self._version - self._cfg.rollout.max_staleness
+        positions = [position for position, _ in items]
         groups = [
             group_of(self._stream.at(position), answer.result(), oldest=oldest, newest=newest)
             for position, answer in items
         ]
-        rewards_PG, verdicts = grade(groups, self._tokenizer, self._grader)
-        G = self._cfg.rollout.group_size
+        graded = grade(groups, positions, self._tokenizer, self._grader)
         with self._changed:
-            for i, ((position, answer), group, rewards) in enumerate(zip(items, groups, rewards_PG, strict=True)):
+            for (position, answer), g in zip(items, graded, strict=True):
                 if self._answers.get(position) is not answer:  # dropped since
                     continue
                 del self._answers[position]
-                self._graded[position] = group, rewards, verdicts[i * G : (i + 1) * G]
-                self._submit(
-                    self._admission.arrived(position, has_variance=len(set(rewards)) > 1 and not group.prompt.masked)
-                )
+                self._graded[position] = g
+                has_variance = len(set(g.rewards)) > 1 and not g.group.prompt.masked
+                self._submit(self._admission.arrived(position, has_variance=has_variance))
             self._grading_s += time.perf_counter() - start
             self._changed.notify()

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from grpo_mcore import trainer
 from grpo_mcore.config import file as config_file, recipe, rules
 from grpo_mcore.config.config import Config, InputError, Stop
 from grpo_mcore.policy import model
 from grpo_mcore.policy.hf_weights import local_folder
+from grpo_mcore.run import check_lengths
 
 # What the order of prompts depends on.
 ORDER = ("data.train", "data.problem_key", "data.answer_key", "data.overlong_prompts")
@@ -199,7 +199,7 @@ def check_model(plan: Plan) -> None:
     for stage, config in zip(plan.file.stages, plan.configs, strict=True):
         with naming(stage):
             model.check_parallel(hf_config, config.parallel, config.precision)
-            trainer.check_lengths(config, hf_config)
+            check_lengths(config, hf_config)
 
 
 def describe(plan: Plan) -> str:

@@ -13,6 +13,7 @@ from grpo_mcore.config import config
 from grpo_mcore.data import arithmetic, prompts
 from grpo_mcore.evaluate import evaluate, scores
 from grpo_mcore.evaluate.evaluate import Result
+from grpo_mcore.reward.graded import Graded
 from grpo_mcore.reward.grader import Status, Verdict
 from grpo_mcore.types import Group, Prompt, Response
 
@@ -25,7 +26,13 @@ def group(id: int, *lengths: int) -> Group:
     return Group(Prompt(id, "p", "5", (1,)), tuple(Response((7,) * n, (0.0,) * n, n == 9, 0) for n in lengths))
 
 
-RESULT = Result.of([group(3, 1, 2), group(8, 9, 4)], [RIGHT, WRONG, NONE, RIGHT], "math_verify")
+def result(*verdicts: Verdict) -> Result:
+    """Of two problems with two responses each."""
+    graded = [Graded(0, group(3, 1, 2), verdicts[:2]), Graded(1, group(8, 9, 4), verdicts[2:])]
+    return Result.of(graded, "math_verify")
+
+
+RESULT = result(RIGHT, WRONG, NONE, RIGHT)
 
 
 def test_verdicts_are_matched_with_responses_in_order_and_answers_have_one_spelling():
@@ -86,7 +93,7 @@ def test_an_earlier_evaluation_is_read_back_and_compared(card, tmp_path):
     )
     problems, other = evaluate.read_problems(str(path))
     assert tuple(problems) == RESULT.problems
-    better = Result.of([group(3, 1, 2), group(8, 9, 4)], [RIGHT, RIGHT, NONE, RIGHT], "math_verify")
+    better = result(RIGHT, RIGHT, NONE, RIGHT)
     seen = evaluate.compare(better, card, problems, other)
     # differences 1/2 and 0: 1/4 +- sqrt((1/16 + 1/16) / 1 / 2) = 1/4
     assert seen["difference"] == {

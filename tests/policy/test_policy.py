@@ -352,7 +352,10 @@ def test_scoring_fills_in_what_the_loss_needs_before_the_first_update(model_fold
         model="", run_dir="", num_steps=1, data=config.Data(""), loss=config.Loss(importance_level=level)
     )
     run = types.SimpleNamespace(
-        cfg=cfg, topology=alone, policy=make_policy(model_folders["qwen2_tied"], alone), reference=None
+        cfg=cfg,
+        policy=make_policy(model_folders["qwen2_tied"], alone),
+        reference=None,
+        over_ranks=functools.partial(collectives.sum_over_context, topology=alone),
     )
     b = batch_of(alone, max_tokens=60)
     row = trainer.score(run, [b])

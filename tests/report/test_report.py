@@ -51,7 +51,7 @@ parallel: {tp: 2, cp: 1, pp: 1}
 
 
 def response(sample: int = 0, *, position: int = 7, text: str | None = "so \\boxed{4}", **over) -> dict:
-    """One row as trainer.rollout_rows writes it."""
+    """One row as samples.rollout_rows writes it."""
     row = {
         "position": position,
         "prompt_id": 100 + position,

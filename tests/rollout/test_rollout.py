@@ -23,6 +23,7 @@ from grpo_mcore.loss import advantage, loss
 from grpo_mcore.report import metrics
 from grpo_mcore.rollout.engine import Sampling
 from grpo_mcore.rollout.rollout import grade, group_of, seed_of
+from grpo_mcore.run import open_run
 from tests.conftest import CONFIG
 from tests.dist import environment
 from tests.test_trainer import command, processes_with, start_and_stop, steps_done, train, wait_until
@@ -73,17 +74,18 @@ def sampled_plainly(run, step: int) -> tuple[list, list]:
         groups.append(
             group_of(
                 prompt,
-                run.engines.submit((position,), prompt.token_ids, sampling, "plain").result(60),
+                run.driver.engines.submit((position,), prompt.token_ids, sampling, "plain").result(60),
                 oldest=step,
                 newest=step,
             )
         )
-    return groups, grade(groups, run.tokenizer, run.grader)[0]
+    graded = grade(groups, range(len(groups)), run.tokenizer, run.driver.grader)
+    return groups, [g.rewards for g in graded]
 
 
 def test_staleness_0_is_the_synchronous_run_bit_for_bit(cfg, tmp_path):
     def run_of(name: str):
-        return trainer.open_run(
+        return open_run(
             config_file.load(
                 cfg,
                 [
