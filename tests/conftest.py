@@ -1,12 +1,13 @@
 import os
+from pathlib import Path
 
 # Before torch is imported, here and in every child.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+os.environ["PYTHONPATH"] = str(Path(__file__).parent.parent)
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch

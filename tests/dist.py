@@ -1,25 +1,44 @@
-"""Runs a function on k gloo ranks: one process each, a deadline, and every rank's return value."""
+"""Runs a function on k gloo ranks, or a program: each a process of its own, a deadline, and what it returned or said.
 
+Importing torch, Megatron and transformers takes a process longer than most tests: they are forked from one that has
+imported them, as clean as it was then. What must be seen from the start of Python is started by the tests themselves.
+"""
+
+import contextlib
+import multiprocessing
 import os
 import pickle
+import runpy
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import filelock
+
 ROOT = Path(__file__).parent.parent
+OF_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.preload"])
 
 
 def environment(**extra: str) -> dict[str, str]:
     """Of a child process: one thread that does not spin, and none of an outer torchrun's variables."""
-    kept = {
-        k: v
-        for k, v in os.environ.items()
-        if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    }
+    kept = {k: v for k, v in os.environ.items() if k not in OF_TORCHRUN}
     return {**kept, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT), **extra}
+
+
+@contextlib.contextmanager
+def cores() -> Iterator[None]:
+    """For what keeps all cores busy: tests that run beside each other (pytest -n) take turns with it."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    with filelock.FileLock(f"{tempfile.gettempdir()}/{run}.lock") if run else contextlib.nullcontext():
+        yield
 
 
 def spawn(function: Callable, ranks: int, *args, timeout_s: float = 240) -> list:
@@ -27,53 +46,75 @@ def spawn(function: Callable, ranks: int, *args, timeout_s: float = 240) -> list
     output."""
     from grpo_mcore.refit.weight_transfer import free_port
 
-    port = str(free_port("127.0.0.1"))
-    with tempfile.TemporaryDirectory() as scratch:
-        call = Path(scratch) / "call"
-        call.write_bytes(pickle.dumps((function.__module__, function.__qualname__, args)))
-        logs = [Path(scratch) / f"log{rank}" for rank in range(ranks)]
+    everywhere = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port("127.0.0.1"))}
+    with tempfile.TemporaryDirectory() as scratch, cores() if ranks > 1 else contextlib.nullcontext():
+        outs = [Path(scratch) / str(rank) for rank in range(ranks)]
         processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", "tests.dist", str(call), f"{scratch}/result{rank}"],
-                cwd=ROOT,
-                stdout=log.open("w"),
-                stderr=subprocess.STDOUT,
-                env=environment(
-                    RANK=str(rank),
-                    WORLD_SIZE=str(ranks),
-                    LOCAL_RANK=str(rank),
-                    MASTER_ADDR="127.0.0.1",
-                    MASTER_PORT=port,
-                ),
+            _context.Process(
+                target=_rank, args=(function, args, environment(RANK=str(r), LOCAL_RANK=str(r), **everywhere), str(out))
             )
-            for rank, log in enumerate(logs)
+            for r, out in enumerate(outs)
         ]
-        end = time.monotonic() + timeout_s
-        try:
-            while None in (codes := [p.poll() for p in processes]) and time.monotonic() < end:
-                if any(codes):  # those left wait for the one that failed
-                    end = min(end, time.monotonic() + 10)
-                time.sleep(0.02)
-        finally:
-            for p in processes:
-                p.kill()
-                p.wait()
+        codes = _wait(processes, timeout_s)
         if any(codes):
             raise AssertionError(
                 "\n".join(
-                    f"rank {r} ended with {c}:\n{log.read_text()[-3000:]}"
-                    for r, (c, log) in enumerate(zip(codes, logs, strict=True))
-                    if c != 0
+                    f"rank {r} ended with {code}:\n{out.with_suffix('.log').read_text()[-3000:]}"
+                    for r, (code, out) in enumerate(zip(codes, outs, strict=True))
+                    if code != 0
                 )
             )
-        return [pickle.loads(Path(f"{scratch}/result{rank}").read_bytes()) for rank in range(ranks)]
+        return [pickle.loads(out.read_bytes()) for out in outs]
 
 
-if __name__ == "__main__":
-    import importlib
-    import warnings
+def program(path: str, *args, cwd: Path = ROOT, timeout_s: float = 240, **env: str) -> subprocess.CompletedProcess:
+    """A program of the repository as `python path args` would run it; stdout has stderr as well."""
+    with tempfile.TemporaryDirectory() as scratch:
+        out = f"{scratch}/out"
+        argv = [str(ROOT / path), *map(str, args)]
+        process = _context.Process(target=_program, args=(argv, str(cwd), environment(**env), out))
+        (code,) = _wait([process], timeout_s)
+        return subprocess.CompletedProcess(argv, code, Path(f"{out}.log").read_text())
 
+
+def _wait(processes: list, timeout_s: float) -> list[int]:
+    """Exit codes. Those left wait for one that failed: they are ended 10 s after it."""
+    end = time.monotonic() + timeout_s
+    for p in processes:
+        p.start()
+    try:
+        while None in (codes := [p.exitcode for p in processes]) and time.monotonic() < end:
+            if any(codes):
+                end = min(end, time.monotonic() + 10)
+            time.sleep(0.02)
+    finally:
+        for p in processes:
+            p.kill()
+            p.join()
+    return [p.exitcode for p in processes]
+
+
+def _begin(env: dict[str, str], out: str) -> None:
+    os.environ.clear()
+    os.environ.update(env)
+    log = os.open(f"{out}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for descriptor in (1, 2):
+        os.dup2(log, descriptor)
     warnings.filterwarnings("ignore")
-    module, name, args = pickle.loads(Path(sys.argv[1]).read_bytes())
-    result = getattr(importlib.import_module(module), name)(*args)
-    Path(sys.argv[2]).write_bytes(pickle.dumps(result))
+
+
+def _rank(function: Callable, args: tuple, env: dict[str, str], out: str) -> None:
+    _begin(env, out)
+    Path(out).write_bytes(pickle.dumps(function(*args)))
+
+
+def _program(argv: list[str], cwd: str, env: dict[str, str], out: str) -> None:
+    _begin(env, out)
+    os.chdir(cwd)
+    sys.argv = argv
+    sys.path.insert(0, str(Path(argv[0]).parent))
+    try:
+        runpy.run_path(argv[0], run_name="__main__")
+    except Exception:
+        traceback.print_exc()
+        raise SystemExit(1) from None

@@ -4,8 +4,6 @@ table.
 Not covered here: that training with them reaches the published accuracy.
 """
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ import pytest
 from grpo_mcore.config import recipe
 from grpo_mcore.config.config import InputError
 from grpo_mcore.config.file import load
-from tests.dist import ROOT, environment
+from tests.dist import ROOT, program
 
 CONFIGS = ROOT / "configs"
 PRESETS = sorted(CONFIGS.rglob("deepscaler_*.yaml"))
@@ -147,14 +145,8 @@ def test_a_dry_run_needs_no_torchrun_to_show_a_layout_of_several_ranks():
 
 
 def dry_run(path: Path) -> str:
-    out = subprocess.run(
-        [sys.executable, str(ROOT / "launch/train.py"), "--cfg", str(path), "--dry-run"],
-        env=environment(),
-        text=True,
-        capture_output=True,
-        timeout=120,
-    )
-    assert out.returncode == 0, out.stderr
+    out = program("launch/train.py", "--cfg", path, "--dry-run")
+    assert out.returncode == 0, out.stdout
     return out.stdout
 
 

@@ -4,26 +4,16 @@ Not covered here: training (test_trainer.py).
 """
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from grpo_mcore.data import arithmetic
-from tests.dist import ROOT, environment
+from tests.dist import program
 
 
-def launch(program: str, *args, cwd: Path, code: int = 0) -> str:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "launch" / program), *map(str, args)],
-        cwd=cwd,
-        env=environment(),
-        text=True,
-        timeout=240,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+def launch(name: str, *args, cwd: Path, code: int = 0) -> str:
+    done = program(f"launch/{name}", *args, cwd=cwd)
     assert done.returncode == code, done.stdout[-3000:]
     return done.stdout
 

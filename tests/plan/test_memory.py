@@ -7,8 +7,6 @@ Transformer Engine keep others than a CPU's.
 import functools
 import gc
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -26,7 +24,7 @@ from grpo_mcore.policy import model
 from grpo_mcore.policy.policy import Policy
 from grpo_mcore.types import Prompt, Response
 from tests import models
-from tests.dist import ROOT, environment, spawn
+from tests.dist import ROOT, program, spawn
 
 CONFIGS = ROOT / "configs"
 PRESETS = sorted(CONFIGS.rglob("deepscaler_*.yaml"))
@@ -411,15 +409,9 @@ def test_the_longest_response_is_a_floor_that_more_engines_do_not_lower(hf):
 
 
 def plan_program(*args: str, code: int = 0) -> str:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "launch/plan.py"), *args],
-        env=environment(),
-        text=True,
-        capture_output=True,
-        timeout=120,
-    )
-    assert done.returncode == code, done.stderr
-    return done.stdout + done.stderr
+    done = program("launch/plan.py", *args)
+    assert done.returncode == code, done.stdout
+    return done.stdout
 
 
 def test_the_program_reports_and_says_that_no_gpu_was_asked(tmp_path, hf):

@@ -12,14 +12,13 @@ import math
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
 
 from grpo_mcore.config.config import InputError
 from grpo_mcore.report import curves, report
 from grpo_mcore.reward.grader import Status
-from tests.dist import ROOT, environment
+from tests.dist import program
 
 HOSTILE = (
     "</script><img src=x onerror=Alert(1)><!-- <script> $title ${script_hash} &amp; \x00\x1b[31m "
@@ -495,19 +494,8 @@ def test_the_program_writes_the_page_or_says_in_one_line_what_is_wrong(tmp_path)
         ([run, "--out", tmp_path / "out", "--steps", 1], 0, f"wrote {tmp_path / 'out/index.html'}"),
         ([tmp_path / "none"], 2, "error: RUN = "),
     ):
-        done = subprocess.run(
-            [sys.executable, ROOT / "launch/report.py", *map(str, args)],
-            cwd=tmp_path,
-            env=environment(),
-            text=True,
-            capture_output=True,
-            timeout=120,
-        )
-        assert (
-            done.returncode == code
-            and said in done.stdout + done.stderr
-            and len((done.stdout + done.stderr).splitlines()) == 1
-        ), done.stderr
+        done = program("launch/report.py", *args, cwd=tmp_path)
+        assert done.returncode == code and said in done.stdout and len(done.stdout.splitlines()) == 1, done.stdout
 
 
 def test_the_statuses_are_the_graders():
