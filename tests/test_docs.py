@@ -24,6 +24,7 @@ BLOCKS = [(name, text) for name, page in PAGES.items() for language, text in FEN
 FOLDERS = ("grpo_mcore", "launch", "benchmarks", "configs", "tests", "docs", ".ci")
 # Pages may name a room's files from the package: `policy/model.py`, and its modules as in code: `loss.batch`.
 ROOMS = [path.name for path in (ROOT / "grpo_mcore").iterdir() if path.is_dir()]
+TESTS = {name for path in ROOT.glob("tests/**/*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)}
 PROGRAM = re.compile(r"(?<![\w/])(?:launch|benchmarks)/\w+\.py")
 # What a block that shows a few keys leaves out, with room for whatever it says of lengths.
 REST = {
@@ -96,6 +97,10 @@ def missing_paths(page: str) -> list[str]:
     return missing
 
 
+def unknown_tests(page: str) -> list[str]:
+    return [name for word in words(page) for name in re.findall(r"^(test_\w+)$", word) if name not in TESTS]
+
+
 def broken_links(name: str, page: str) -> list[str]:
     broken = []
     for target in re.findall(r"\]\(([^)\s]+)\)", page):
@@ -150,8 +155,8 @@ def options(program: str) -> set[str]:
 
 WRONG = """
 See `grpo_mcore/nowhere.py`, `loss/nothing.py`, `nothing.md`, `data.trian`, `launch/train.py`, `rollout.keep_texts`,
-`loss.batch`, `loss.nothing`, `make nothing`, `config.yaml`, `python launch/stages.py --cfg FILE --redo`,
-[a](nothing.md), [b](README.md#nothing), [c](README.md#two-commands).
+`loss.batch`, `loss.nothing`, `make nothing`, `test_nothing`, `config.yaml`, [a](nothing.md), [b](README.md#nothing),
+[c](README.md#two-commands), `python launch/stages.py --cfg FILE --redo`.
 
     python launch/nothing.py --cfg FILE parallel.tq=2
     python -m grpo_mcore.nothing
@@ -166,6 +171,7 @@ def test_what_is_not_there_is_found():
         "nothing.md",
     ]
     assert sorted(unknown_keys(WRONG)) == ["data.trian", "loss.nothing", "parallel.tq"]
+    assert unknown_tests(WRONG) == ["test_nothing"]
     assert broken_links("README.md", WRONG) == ["nothing.md", "README.md#nothing"]
     assert sorted(unknown_commands(WRONG)) == [
         "launch/nothing.py",
@@ -183,6 +189,11 @@ def test_links_lead_somewhere(name):
 @pytest.mark.parametrize("name", PAGES)
 def test_files_that_are_named_exist(name):
     assert missing_paths(PAGES[name]) == []
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_tests_that_are_named_exist(name):
+    assert unknown_tests(PAGES[name]) == []
 
 
 @pytest.mark.parametrize("name", PAGES)
