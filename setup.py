@@ -2,7 +2,7 @@
 
 make setup                    CPU: the exact versions of requirements-cpu.lock (what CI runs)
 pip install -e ".[cpu,dev]"   CPU, resolved by pip; afterwards: pip uninstall -y torchvision torchaudio torchcodec
-pip install -e ".[gpu,dev]"   GPU: see README, "On GPUs", for versions that fit together
+pip install -e ".[gpu,dev]"   GPU: see docs/gpu.md for versions that fit together
 """
 
 from setuptools import find_packages, setup
