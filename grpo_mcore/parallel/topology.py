@@ -156,6 +156,9 @@ def disconnect(*, leave: bool = True) -> None:
     parallel_state.destroy_model_parallel()
     if leave:
         dist.destroy_process_group()
+    else:  # Megatron forgets its groups, and each would keep gloo's threads
+        for group in [g for g in dist.distributed_c10d._world.pg_map if g is not dist.group.WORLD]:
+            dist.destroy_process_group(group)
 
 
 def wait_for_file(path: Path, timeout_s: float) -> None:
