@@ -1,10 +1,11 @@
-# make setup | quickstart | smollm2 | test | test-slow | clean.  Each makes .venv when it is missing or out of date.
+# make setup | quickstart | smollm2 | check | test | test-slow | clean.  Each makes .venv when it is missing or out of date.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
+CORES ?= $(shell nproc)
 export RAY_USAGE_STATS_ENABLED := 0
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup quickstart smollm2 test test-slow clean
+.PHONY: setup quickstart smollm2 check format test test-slow clean
 
 setup: .venv/installed
 
@@ -24,8 +25,19 @@ quickstart: setup
 smollm2: setup
 	$(BIN)/python launch/train.py --cfg configs/smollm2.yaml
 
+# What needs no run of the code: format, lint, order of imports, types.
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix --select I .
+	$(BIN)/ruff format .
+
+# Two of them at most beside each other: ranks and engines take turns (tests/dist.py), and each has its own memory.
 test: setup
-	$(BIN)/python -m pytest -m "not gpu and not slow"
+	$(BIN)/python -m pytest -m "not gpu and not slow" -n $$(( $(CORES) < 4 ? $(CORES) : 4 )) --dist worksteal
 
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow and not gpu"
