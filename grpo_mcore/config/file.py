@@ -133,13 +133,14 @@ def _coerce(hint, value, name: str):
             if not isinstance(value, list) or not all(isinstance(v, dict) for v in value):
                 raise InputError(name, value, "must be a list of sections", f"write `- key: value` below `{name}:`")
             return tuple(_build(item, v, f"{name}[{i}].") for i, v in enumerate(value))
-        if not isinstance(value, (list, tuple)) or not all(type(v) is item for v in value):
-            raise InputError(
-                name,
-                value,
-                f"must be {'a list of names' if item is str else 'a list of whole numbers'}",
-                f"write it as {'[one, two]' if item is str else '[0, 1]'}",
-            )
+        choices = typing.get_args(item)  # of a Literal
+        plain = str if choices else item
+        if not isinstance(value, (list, tuple)) or not all(type(v) is plain for v in value):
+            words, example = ("names", "[one, two]") if plain is str else ("whole numbers", "[0, 1]")
+            raise InputError(name, value, f"must be a list of {words}", f"write it as {example}")
+        for v in value:
+            if choices and v not in choices:
+                raise InputError(name, v, f"must be of {', '.join(choices)}", "choose among them")
         return tuple(value)
     if typing.get_origin(kind) is Literal:
         if value not in typing.get_args(kind):
