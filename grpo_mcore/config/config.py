@@ -78,7 +78,7 @@ class Parallel:
     sequence_parallel: bool = False  # split activations by tokens between tp's matrix products
     overlap_grad_reduce: bool = False  # reduce gradients during the backward pass
     overlap_param_gather: bool = False  # gather updated weights during the next forward pass
-    # activations computed again in the backward pass instead of kept: none, those of recompute_modules, or whole layers
+    # activations computed again in the backward pass; selective: of recompute_modules; full: of whole layers
     recompute: Literal["none", "selective", "full"] = "none"
     # modules whose activations recompute: selective computes again
     recompute_modules: tuple[Literal["core_attn", "mlp"], ...] = ("core_attn",)
@@ -98,7 +98,7 @@ class Precision:
     params: Literal["float32", "bfloat16"] = "bfloat16"
     # how Transformer Engine scales the layers' FP8 matrix products; null: no FP8
     fp8: Literal["delayed", "tensorwise", "blockwise"] | None = None
-    fp8_format: Literal["hybrid", "e4m3"] = "hybrid"  # FP8 numbers: e4m3; hybrid: gradients in e5m2
+    fp8_format: Literal["hybrid", "e4m3"] = "hybrid"  # hybrid: gradients in e5m2, the rest in e4m3; e4m3: all
     fp8_amax_history: PositiveInt = 1024  # with fp8: delayed, steps whose largest value sets the scale
     fp8_first_layers_bf16: NonNegativeInt = 0  # layers at the model's start that stay in bfloat16
     fp8_last_layers_bf16: NonNegativeInt = 0  # layers at the model's end that stay in bfloat16
@@ -108,7 +108,7 @@ class Precision:
 class Kernels:
     """Which form a kernel has. auto: Triton's on CUDA, plain PyTorch elsewhere."""
 
-    linear_logprob: Literal["auto", "reference", "triton"] = "auto"  # hidden states to log-prob and entropy
+    linear_logprob: Literal["auto", "reference", "triton"] = "auto"  # from hidden states to log-probs and entropies
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class Engine:
 class Reward:
     """The last \\boxed{} after the thinking against the answer, in processes that can be killed."""
 
-    # who judges: math-verify, or the rules of the original DeepScaleR run (boxed_answer.py)
+    # math_verify: the library of that name; boxed: the rules of the original DeepScaleR run (boxed_answer.py)
     verifier: Literal["math_verify", "boxed"] = "math_verify"
     require_think: bool = False  # a response without </think> has no answer
     # ask the other verifier too: the metric reward/disagree counts what they judge differently, and RUN/rollouts has
@@ -212,7 +212,7 @@ class Shaping:
 class Advantage:
     """How the rewards of a group become advantages (formulas in advantage.py)."""
 
-    # what is subtracted from a reward: the mean of its group, or of the others in it
+    # what is subtracted from a reward; mean: its group's mean; leave_one_out: the mean of the others in the group
     baseline: Literal["mean", "leave_one_out"] = "mean"
     normalize_by_std: bool = True  # divide by the standard deviation of the same responses as the baseline
 
@@ -221,23 +221,24 @@ class Advantage:
 class Loss:
     """Formulas and sources stand in loss.py; aggregation and skip_truncated in batch.py."""
 
-    # PPO's clipped ratio of tokens; gspo: of whole responses; cispo: as a weight, without gradient
+    # ppo_clip: the clipped ratio of each token; gspo: of its whole response; cispo: of each token, as a weight without
+    # gradient
     policy_loss: Literal["ppo_clip", "gspo", "cispo"] = "ppo_clip"
-    clip_low: NonNegativeFraction = 0.2  # the ratio is clipped below 1 - clip_low
-    clip_high: NonNegativeFloat = 0.2  # the ratio is clipped above 1 + clip_high
+    clip_low: NonNegativeFraction = 0.2  # the ratio is clipped to at least 1 - clip_low
+    clip_high: NonNegativeFloat = 0.2  # the ratio is clipped to at most 1 + clip_high
     clip_dual: DualClip | None = None  # bound of the ratio where the advantage is negative; null: none
-    kl_coef: NonNegativeFloat = 0.0  # weight of the KL divergence to the reference policy; 0: none is kept
+    kl_coef: NonNegativeFloat = 0.0  # weight of the KL divergence to the reference policy; 0: there is none
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # of a token's KL divergence (Schulman's names)
     kl_limit: PositiveFloat | None = None  # a token's estimate is clamped to +-kl_limit; null: it is not
     entropy_coef: NonNegativeFloat = 0.0  # weight of the entropy bonus
-    # sum of the tokens' losses over: the tokens; the tokens of each response, then the responses; max_response_tokens
-    # times the responses
+    # token_mean: over all tokens; sequence_mean: over each response's tokens, then over the responses; constant: the
+    # sum, divided by rollout.max_response_tokens times the responses
     aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
     # responses that hit the length limit have no loss; in their group's advantages they count
     skip_truncated: bool = False
     # correct for what sampled by the weight exp(old - rollout), of a token or a whole response
     importance_level: Literal["none", "token", "sequence"] = "none"
-    importance_cap: ImportanceCap = 2.0  # where weights of the importance correction end
+    importance_cap: ImportanceCap = 2.0  # cap of the importance correction's weights
     # truncate: weights above the cap become the cap; mask: those outside [1 / cap, cap] become 0
     importance_mode: Literal["truncate", "mask"] = "truncate"
 
@@ -258,7 +259,7 @@ class Refit:
     # engines can
     transport: Literal["auto", "broadcast", "shared"] = "auto"
     bucket_bytes: PositiveInt | None = None  # weights sent at a time; null: 8 MiB on a CPU, 256 MiB on a GPU
-    timeout_s: PositiveFloat = 300.0  # for each answer of the engines
+    timeout_s: PositiveFloat = 300.0  # for each answer of an engine
     # largest mean |engine - trainer| log-prob after a refit; null: 1e-3 if both are float32, else 0.15, with
     # engine.quantization 0.5
     canary_tolerance: PositiveFloat | None = None
@@ -276,7 +277,7 @@ class Mismatch:
 class Eval:
     """Evaluation on problems that are not trained on. The prompts' keys are those of `data`."""
 
-    data: str | None = None  # problems, as data.train, or aime24 or math500; null: no evaluation
+    data: str | None = None  # problems, as data.train says, or aime24, math500; null: no evaluation
     every: PositiveInt = 10  # steps between two evaluations; also before the first and after the last
     samples_per_prompt: PositiveInt = 8  # k of mean@k and pass@k
     max_prompts: PositiveInt | None = None  # the first so many problems; null: all
@@ -302,9 +303,9 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Stop:
-    """Ends a run before num_steps, after the first step whose metrics show one of two signs (stop.py)."""
+    """Ends a run before num_steps, after the first step whose metrics show a plateau or too much truncation."""
 
-    after_steps: NonNegativeInt = 0  # neither sign is looked for before so many steps
+    after_steps: NonNegativeInt = 0  # neither is looked for before so many steps
     # plateau: the mean of this many last values of plateau_metric is compared with that of as many before; null: not
     # looked for
     plateau_window: PositiveInt | None = None
@@ -327,7 +328,7 @@ class Config:
     data: Data
     seed: Seed = 42  # of sampling, of the prompts' order and of a warm start
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
-    deterministic: bool = False  # arithmetic of trainer and engines on a GPU, slower; a CPU's is anyway
+    deterministic: bool = False  # the same numbers in every run on a GPU, slower; a CPU's are anyway
     num_threads: PositiveInt = 1  # CPU threads of one trainer rank
     collective_timeout_s: PositiveFloat = 1800.0  # longest wait of a rank for the others, beyond rollout.timeout_s
     # the published recipe that this follows, see recipe.py; null: none
