@@ -2,6 +2,7 @@
 it what they may be. rules.py checks it, schema.py shows it. Infinity and NaN are within no bound."""
 
 import math
+import types
 import typing
 from dataclasses import dataclass
 from typing import Annotated
@@ -40,6 +41,14 @@ class Contains:
 
     def remedy_of(self, value: str) -> str:
         return self.remedy
+
+
+def without_null(hint: object) -> tuple[object, bool]:
+    """(X, True) of `X | None`, (X, False) of X."""
+    if typing.get_origin(hint) not in (types.UnionType, typing.Union):
+        return hint, False
+    (inner,) = (part for part in typing.get_args(hint) if part is not types.NoneType)
+    return inner, True
 
 
 def bounds_of(hint: object) -> tuple[Bound | Contains, ...]:

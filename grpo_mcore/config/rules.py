@@ -34,10 +34,9 @@ def check(config: Config) -> None:
         if longest == r.max_total_tokens
         else "data.max_prompt_tokens + rollout.max_response_tokens"
     )
-    align, cp = packed_alignment(config.parallel, config.precision), config.parallel.cp
-    needed = (
-        -(-longest // (cp * align * (2 if cp > 1 else 1))) * align * (2 if cp > 1 else 1)
-    )  # a rank's share of it, padded
+    cp = config.parallel.cp
+    multiple = packed_alignment(config.parallel, config.precision) * (2 if cp > 1 else 1)
+    needed = -(-longest // (cp * multiple)) * multiple  # a rank's share of it, padded
     if needed > config.batch.max_tokens_per_microbatch:
         share = "" if needed == longest else f"; with its padding {needed} on each of {cp} context ranks"
         raise InputError(

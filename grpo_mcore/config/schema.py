@@ -17,13 +17,12 @@ import json
 import math
 import re
 import tokenize
-import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from grpo_mcore.config.bounds import Bound, Contains, bounds_of
+from grpo_mcore.config.bounds import Bound, Contains, bounds_of, without_null
 from grpo_mcore.config.config import Config
 
 ROOT = Path(__file__).parents[2]
@@ -64,20 +63,12 @@ def keys(cls: type) -> list[Key]:
     """The fields of a section, in their order."""
     hints, said, found = typing.get_type_hints(cls, include_extras=True), comments(cls), []
     for f in dataclasses.fields(cls):
-        hint, optional = _without_null(hints[f.name])
+        hint, optional = without_null(hints[f.name])
         section = hint if dataclasses.is_dataclass(hint) else None
         what = " ".join(inspect.getdoc(section).split()) if section else said.get(f.name, "")
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         found.append(Key(f.name, hint, optional, section, f.default, required, what))
     return found
-
-
-def _without_null(hint: object) -> tuple[object, bool]:
-    """(X, True) of `X | None`, (X, False) of X."""
-    if typing.get_origin(hint) not in (types.UnionType, typing.Union):
-        return hint, False
-    (inner,) = (part for part in typing.get_args(hint) if part is not types.NoneType)
-    return inner, True
 
 
 @functools.cache
