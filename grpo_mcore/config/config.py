@@ -55,7 +55,7 @@ class Data:
 @dataclass(frozen=True)
 class WarmStart:
     """The supervised pass that makes `model` where it does not exist: a tiny Qwen2 on arithmetic demonstrations. Null:
-    none."""
+    no such pass."""
 
     task: Literal["two_digit_sums"]  # the arithmetic task that is demonstrated
     corrupted_frac: Fraction = 0.4  # demonstrations whose final answer is wrong: leaves GRPO something to learn
@@ -294,7 +294,7 @@ class Checkpoint:
     every: NonNegativeInt = 10  # steps between two checkpoints; also after the last; 0: none is kept
     keep: PositiveInt = 2  # the newest ones that are kept
     keep_best: NonNegativeInt = 0  # kept besides: so many with the highest best_metric
-    best_metric: str = "reward/mean"  # of metrics.jsonl, such as eval/mean@8
+    best_metric: str = "reward/mean"  # a metric of metrics.jsonl, such as eval/mean@8
     # another run's checkpoint, whose weights and optimizer a run begins with; null: `model`'s, and a fresh optimizer
     start_from: str | None = None
     asynchronous: bool = True  # written in the background while the next step runs
@@ -309,7 +309,7 @@ class Stop:
     # plateau: the mean of this many last values of plateau_metric is compared with that of as many before; null: not
     # looked for
     plateau_window: PositiveInt | None = None
-    plateau_metric: str = "reward/mean"  # of metrics.jsonl, such as eval/mean@16
+    plateau_metric: str = "reward/mean"  # a metric of metrics.jsonl, such as eval/mean@16
     plateau_min_gain: NonNegativeFloat = 0.0  # a plateau: the mean has not risen by more than this
     # truncation: rollout/truncated_frac is above this in each of the last truncated_steps steps; null: not looked for
     truncated_above: Fraction | None = None

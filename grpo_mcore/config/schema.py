@@ -43,6 +43,9 @@ with a remedy. What is not given has its default; `--dry-run` prints the result.
 
 `configs/schema.json` says the same to editors: a first line `# yaml-language-server: $schema=PATH/schema.json`, as in
 the files of `configs/`, brings completion and checks while typing.
+
+A file of stages, for `launch/stages.py`, has keys of its own (`grpo_mcore/stages/stages.py`) and names files of
+this kind.
 """
 
 
@@ -126,10 +129,11 @@ def _object(cls: type) -> dict:
     properties = {}
     for key in keys(cls):
         schema = _object(key.section) if key.section else _value(key.hint)
-        if key.optional:
-            schema |= (
-                {"enum": [*schema["enum"], None]} if "enum" in schema else {"type": [*_list(schema["type"]), "null"]}
-            )
+        if key.optional and "enum" in schema:
+            schema["enum"].append(None)
+        elif key.optional:
+            types = schema["type"]
+            schema["type"] = [*(types if isinstance(types, list) else [types]), "null"]
         default = {} if key.default is dataclasses.MISSING else {"default": key.default}
         properties[key.name] = {"description": key.what, **schema, **default}
     return {"type": "object", "additionalProperties": False, "properties": properties}
@@ -143,18 +147,13 @@ def _required(cls: type) -> dict:
     return ({"required": names} if names else {}) | ({"properties": inner} if inner else {})
 
 
-def _list(value: object) -> list:
-    return value if isinstance(value, list) else [value]
-
-
 def _value(hint: object) -> dict:
     """Of a type that is neither a section nor null."""
     if typing.get_origin(hint) is tuple:
         return {"type": "array", "items": _value(typing.get_args(hint)[0])}
     if typing.get_origin(hint) is Literal:
         return {"enum": list(typing.get_args(hint))}
-    above, at_least, at_most = _limits(hint)
-    kind = _plain(hint)
+    kind, (above, at_least, at_most) = _plain(hint), _limits(hint)
     schema = {"type": {int: "integer", float: "number", bool: "boolean", str: "string"}[kind]}
     if kind is float:  # PyYAML reads 1e-6 as text
         sign = "[-+]?" if max(above, at_least) < 0 else "[+]?"
@@ -216,8 +215,7 @@ def _code(value: object) -> str:
     """A value as YAML writes it."""
     if isinstance(value, tuple):
         return f"`[{', '.join(map(str, value))}]`"
-    text = value if isinstance(value, str) else json.dumps(value)
-    return f"`{text.replace('e-0', 'e-')}`"
+    return f"`{value if isinstance(value, str) else json.dumps(value).replace('e-0', 'e-')}`"
 
 
 def _text(what: str) -> str:
