@@ -1,10 +1,29 @@
 """The run's configuration: frozen, total, strict. Every key is documented here, where it is defined.
 
-file.py reads it from YAML, rules.py says what must hold between fields. Nothing writes to a Config.
+A field's type says what it may be (bounds.py), its comment what it is: schema.py makes configs/schema.json and
+docs/configuration.md of both. file.py reads it from YAML, rules.py says what must hold between fields. Nothing writes
+to a Config.
 """
 
 from dataclasses import dataclass, field
 from typing import Literal
+
+from grpo_mcore.config.bounds import (
+    Draws,
+    DualClip,
+    ExpertParallel,
+    Fraction,
+    GroupSize,
+    ImportanceCap,
+    NonNegativeFloat,
+    NonNegativeFraction,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveFraction,
+    PositiveInt,
+    Seed,
+    Template,
+)
 
 FP8_ALIGN = 16  # cuBLAS: every dimension of an FP8 matrix product is a multiple of it
 EXPONENT_LIMIT = 20.0  # log-ratios are clamped to +- this before exp: of the loss, and a term of every recipe
@@ -19,47 +38,51 @@ class InputError(Exception):
 
 @dataclass(frozen=True)
 class Data:
-    """Where prompts come from: a .jsonl or .parquet file, a hub data set, or `arithmetic:TASK` (see arithmetic.py)."""
+    """Where prompts come from."""
 
-    train: str
-    problem_key: str = "problem"
-    answer_key: str = "answer"
-    prompt_template: str = "{problem}"  # `{problem}` is replaced; every other brace is literal
-    chat_template: bool = True  # wrap the text as the user's turn in the tokenizer's chat template
-    max_prompt_tokens: int = 1024  # longer prompts are over-long
-    # left out, or kept in their place, cut to max_prompt_tokens, without a loss
+    train: str  # a .jsonl or .parquet file, a hub data set, or arithmetic:TASK/SPLIT (made, see arithmetic.py)
+    problem_key: str = "problem"  # the column that holds the problem
+    answer_key: str = "answer"  # the column that holds the right answer
+    prompt_template: Template = "{problem}"  # the prompt: `{problem}` is replaced, every other brace is literal
+    chat_template: bool = True  # wrap the prompt as the user's turn in the tokenizer's chat template
+    max_prompt_tokens: PositiveInt = 1024  # longer prompts are over-long
+    # filter: over-long prompts are left out; mask: they keep their place, cut to max_prompt_tokens, without a loss
     overlong_prompts: Literal["filter", "mask"] = "filter"
-    shuffle_seed: int | None = None  # of the prompts' order; null: seed
-    skip_prompts: int = 0  # of that order, at the start: those that former stages trained on
+    shuffle_seed: int | None = None  # of the prompts' order; null: `seed`
+    skip_prompts: NonNegativeInt = 0  # prompts at the start of their order, which former stages trained on
 
 
 @dataclass(frozen=True)
 class WarmStart:
-    """The supervised pass that makes `model` where it does not exist: a tiny Qwen2 on arithmetic demonstrations."""
+    """The supervised pass that makes `model` where it does not exist: a tiny Qwen2 on arithmetic demonstrations. Null:
+    no such pass."""
 
-    task: Literal["two_digit_sums"]
-    corrupted_frac: float = 0.4  # demonstrations whose final answer is wrong: leaves GRPO something to learn
-    batch_size: int = 64  # demonstrations per optimizer step
-    lr: float = 2e-3
-    stop_at_pass_rate: float = 0.3  # mean probability of the right demonstration on held-out problems
-    max_steps: int = 450
+    task: Literal["two_digit_sums"]  # the arithmetic task that is demonstrated
+    corrupted_frac: Fraction = 0.4  # demonstrations whose final answer is wrong: leaves GRPO something to learn
+    batch_size: PositiveInt = 64  # demonstrations per optimizer step
+    lr: PositiveFloat = 2e-3  # learning rate, constant
+    stop_at_pass_rate: Fraction = 0.3  # mean probability of the right demonstration on held-out problems
+    max_steps: PositiveInt = 450  # optimizer steps, if stop_at_pass_rate is not reached before
 
 
 @dataclass(frozen=True)
 class Parallel:
-    """Sizes of the axes; data parallel is what remains of the ranks, and shards the optimizer."""
+    """Sizes of the axes over which the trainer's ranks share one model. Data parallel is what remains of the ranks, and
+    shards the optimizer."""
 
-    tp: int = 1  # tensor parallel
-    pp: int = 1  # pipeline stages
-    virtual_pp: int = 1  # model chunks of one stage; above 1 the schedule is interleaved
-    cp: int = 1  # context parallel
-    ep: int = 1  # expert parallel: not built, only 1
+    tp: PositiveInt = 1  # tensor parallel: ranks that split each matrix
+    pp: PositiveInt = 1  # pipeline parallel: stages of layers
+    virtual_pp: PositiveInt = 1  # model chunks of one pipeline stage; above 1 the schedule is interleaved
+    cp: PositiveInt = 1  # context parallel: ranks that split each sequence
+    ep: ExpertParallel = 1  # expert parallel: not built
     sequence_parallel: bool = False  # split activations by tokens between tp's matrix products
     overlap_grad_reduce: bool = False  # reduce gradients during the backward pass
     overlap_param_gather: bool = False  # gather updated weights during the next forward pass
-    recompute: Literal["none", "selective", "full"] = "none"  # activations, in the backward pass
-    recompute_modules: tuple[str, ...] = ("core_attn",)  # of selective: core_attn, mlp
-    recompute_num_layers: int = 1  # of full: layers between two kept activations
+    # activations computed again in the backward pass; selective: of recompute_modules; full: of whole layers
+    recompute: Literal["none", "selective", "full"] = "none"
+    # modules whose activations recompute: selective computes again
+    recompute_modules: tuple[Literal["core_attn", "mlp"], ...] = ("core_attn",)
+    recompute_num_layers: PositiveInt = 1  # with recompute: full, layers between two kept activations
 
     @property
     def ranks_per_replica(self) -> int:
@@ -69,80 +92,90 @@ class Parallel:
 
 @dataclass(frozen=True)
 class Precision:
-    """The head, the norms, the residual stream and the optimizer never run in FP8."""
+    """Number formats of the trainer. The head, the norms, the residual stream and the optimizer never run in FP8."""
 
-    params: Literal["float32", "bfloat16"] = "bfloat16"  # bfloat16 keeps float32 main weights in the optimizer
-    # Transformer Engine's recipe for the layers' matrix products
+    # of weights and activations; with bfloat16 the optimizer keeps float32 main weights
+    params: Literal["float32", "bfloat16"] = "bfloat16"
+    # how Transformer Engine scales the layers' FP8 matrix products; null: no FP8
     fp8: Literal["delayed", "tensorwise", "blockwise"] | None = None
-    fp8_format: Literal["hybrid", "e4m3"] = "hybrid"  # hybrid: gradients in e5m2
-    fp8_amax_history: int = 1024  # of delayed: steps whose largest value sets the scale
-    fp8_first_layers_bf16: int = 0  # layers at the start that stay in bfloat16
-    fp8_last_layers_bf16: int = 0  # layers at the end
+    fp8_format: Literal["hybrid", "e4m3"] = "hybrid"  # hybrid: gradients in e5m2, the rest in e4m3; e4m3: all
+    fp8_amax_history: PositiveInt = 1024  # with fp8: delayed, steps whose largest value sets the scale
+    fp8_first_layers_bf16: NonNegativeInt = 0  # layers at the model's start that stay in bfloat16
+    fp8_last_layers_bf16: NonNegativeInt = 0  # layers at the model's end that stay in bfloat16
 
 
 @dataclass(frozen=True)
 class Kernels:
     """Which form a kernel has. auto: Triton's on CUDA, plain PyTorch elsewhere."""
 
-    linear_logprob: Literal["auto", "reference", "triton"] = "auto"  # hidden states to log-prob and entropy
+    linear_logprob: Literal["auto", "reference", "triton"] = "auto"  # from hidden states to log-probs and entropies
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    lr: float = 1e-6
+    """AdamW and its learning rate."""
+
+    lr: PositiveFloat = 1e-6  # learning rate
     lr_schedule: Literal["constant", "linear"] = "constant"  # linear: from lr to 0 over num_steps
-    warmup_steps: int = 0  # steps over which lr rises from warmup_start_frac * lr
-    warmup_start_frac: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    clip_grad: float = 1.0  # global norm; 0 switches it off
+    warmup_steps: NonNegativeInt = 0  # steps over which the learning rate rises; 0: no warm-up
+    warmup_start_frac: Fraction = 0.1  # where the warm-up starts, as a share of the learning rate
+    beta1: Fraction = 0.9  # decay of the gradient's running mean
+    beta2: Fraction = 0.999  # decay of the squared gradient's running mean
+    eps: PositiveFloat = 1e-8  # added to an update's denominator: with 0 a weight without gradient becomes NaN
+    weight_decay: NonNegativeFloat = 0.01  # decoupled from the gradient
+    clip_grad: NonNegativeFloat = 1.0  # largest global norm of the gradient; 0: no clipping
 
 
 @dataclass(frozen=True)
 class Rollout:
-    prompts_per_step: int = 128
-    group_size: int = 8  # responses per prompt
-    temperature: float = 1.0
-    max_response_tokens: int = 7168
-    max_staleness: int = 0  # steps by which sampling may run ahead of training; 0: they take turns
-    # keys and values of running responses, which are of the old weights
+    """How many responses are sampled a step, and how."""
+
+    prompts_per_step: PositiveInt = 128  # prompts of one step, each with a group of responses
+    group_size: GroupSize = 8  # responses per prompt
+    temperature: PositiveFloat = 1.0  # logits are divided by it, in sampling and in the loss
+    max_response_tokens: PositiveInt = 7168  # a response that reaches it is truncated
+    max_staleness: NonNegativeInt = 0  # steps by which sampling may run ahead of training; 0: they take turns
+    # what a refit does to the keys and values of responses that are still running, which are of the old weights
     cache_after_refit: Literal["recompute", "keep"] = "recompute"
     dynamic_sampling: bool = False  # a group without variance in its rewards is replaced by another prompt's
-    # of dynamic sampling: prompts drawn for one step, as a multiple of prompts_per_step; then such groups are kept
-    max_draws: float = 3.0
-    oversampling_frac: float = 0.0  # of dynamic sampling: prompts drawn ahead of need, likewise
-    keep_texts: int = 4  # groups per step whose texts are kept in RUN/rollouts
-    max_total_tokens: int | None = None  # prompt and response together; null: no limit but their own
-    timeout_s: float = 3600.0  # for all responses of a step
+    # with dynamic_sampling: most prompts drawn for one step, as a multiple of prompts_per_step; beyond, groups without
+    # variance are kept
+    max_draws: Draws = 3.0
+    # with dynamic_sampling: prompts drawn ahead of need, as a multiple of prompts_per_step
+    oversampling_frac: NonNegativeFloat = 0.0
+    keep_texts: NonNegativeInt = 4  # groups per step whose texts are kept in RUN/rollouts
+    max_total_tokens: PositiveInt | None = None  # prompt and response together; null: no limit but their own
+    timeout_s: PositiveFloat = 3600.0  # for all responses of a step
 
 
 @dataclass(frozen=True)
 class Engine:
-    """vLLM. One engine is one Ray actor."""
+    """vLLM, which samples. One engine is one Ray actor."""
 
-    num_engines: int = 1
+    num_engines: PositiveInt = 1  # engines, which share the prompts of a step
     # colocated: on the trainers' GPUs, in turns; disaggregated: on GPUs of their own; auto: cpu, or colocated
     placement: Literal["auto", "cpu", "colocated", "disaggregated"] = "auto"
-    tp: int = 1  # GPUs (CPU: processes) of one engine, on one machine
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    # of the engine's weights, as each refit delivers them
+    tp: PositiveInt = 1  # GPUs (CPU: processes) of one engine, on one machine
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the engine's weights and activations
+    # FP8 that the engine makes of its weights at each refit; null: none
     quantization: Literal["fp8_per_tensor", "fp8_per_block"] | None = None
-    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
-    kv_cache_bytes: int | None = None  # null: what gpu_memory_frac leaves (GPU); a CPU engine needs a number
-    gpu_memory_frac: float | None = None  # of a GPU's memory, for an engine; null: 0.5 colocated, 0.9 disaggregated
-    max_running_responses: int = 256
-    max_batched_tokens: int | None = None  # of one engine step; null: vLLM's own choice
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"  # of cached keys and values; auto: dtype's; fp8: on a GPU only
+    # memory for keys and values; null: what gpu_memory_frac leaves (a CPU engine needs a number)
+    kv_cache_bytes: PositiveInt | None = None
+    # share of a GPU's memory that an engine takes; null: 0.5 colocated, 0.9 disaggregated
+    gpu_memory_frac: PositiveFraction | None = None
+    max_running_responses: PositiveInt = 256  # responses that one engine samples at a time
+    max_batched_tokens: PositiveInt | None = None  # tokens of one engine step; null: vLLM's own choice
     prefix_caching: bool = True  # siblings share the keys and values of their prompt
     enforce_eager: bool = False  # no compiled graphs; a CPU engine never has them
-    # of colocated: what leaves the GPU while engines sample
-    offload_trainer: tuple[str, ...] = ("gradients", "optimizer")
-    num_threads: int = 1  # CPU threads of one engine
-    cores: tuple[int, ...] = ()  # CPU cores that the engines are bound to, num_threads each in turn; empty: any
-    start_timeout_s: float = 600.0
-    health_timeout_s: float = 60.0  # an engine that does not answer for so long is replaced
-    max_failures: int = 3  # of engines in one process's life; one more stops the run
+    # what leaves the GPU while colocated engines sample
+    offload_trainer: tuple[Literal["gradients", "optimizer"], ...] = ("gradients", "optimizer")
+    num_threads: PositiveInt = 1  # CPU threads of one engine
+    # CPU cores that the engines are bound to, num_threads each in turn; empty: any
+    cores: tuple[NonNegativeInt, ...] = ()
+    start_timeout_s: PositiveFloat = 600.0  # for an engine to start
+    health_timeout_s: PositiveFloat = 60.0  # an engine that does not answer for so long is replaced
+    max_failures: NonNegativeInt = 3  # failures of engines in one process's life; one more stops the run
 
     def is_colocated(self, device: str) -> bool:
         """Whether engines and trainers of this device (cpu, cuda) take turns on it."""
@@ -153,16 +186,16 @@ class Engine:
 class Reward:
     """The last \\boxed{} after the thinking against the answer, in processes that can be killed."""
 
-    # boxed: the rules of the original DeepScaleR run (boxed_answer.py)
+    # math_verify: the library of that name; boxed: the rules of the original DeepScaleR run (boxed_answer.py)
     verifier: Literal["math_verify", "boxed"] = "math_verify"
     require_think: bool = False  # a response without </think> has no answer
-    # ask the other one too: the metric reward/disagree counts what they judge differently, and RUN/rollouts has both
-    # verdicts
+    # ask the other verifier too: the metric reward/disagree counts what they judge differently, and RUN/rollouts has
+    # both verdicts
     compare_verifiers: bool = False
-    num_processes: int = 2
-    cpu_s: float = 2.0  # CPU time of one comparison
-    wall_s: float = 20.0  # wall clock of one comparison
-    memory_bytes: int = 2 << 30
+    num_processes: PositiveInt = 2  # grading processes of the run
+    cpu_s: PositiveFloat = 2.0  # CPU time of one comparison
+    wall_s: PositiveFloat = 20.0  # wall clock of one comparison
+    memory_bytes: PositiveInt = 2 << 30  # address space of one grading process
 
 
 @dataclass(frozen=True)
@@ -170,114 +203,137 @@ class Shaping:
     """What is added to the rewards before the advantages. The metrics reward/* and evaluations are of the grader's
     rewards alone."""
 
-    # the last tokens before rollout.max_response_tokens, over which a penalty grows linearly from 0; 0: none
-    overlong_buffer_tokens: int = 0
-    overlong_penalty: float = 1.0  # at the limit
+    # the last tokens before rollout.max_response_tokens, over which a penalty grows linearly from 0; 0: no penalty
+    overlong_buffer_tokens: NonNegativeInt = 0
+    overlong_penalty: NonNegativeFloat = 1.0  # the penalty at rollout.max_response_tokens
 
 
 @dataclass(frozen=True)
 class Advantage:
+    """How the rewards of a group become advantages (formulas in advantage.py)."""
+
+    # what is subtracted from a reward; mean: its group's mean; leave_one_out: the mean of the others in the group
     baseline: Literal["mean", "leave_one_out"] = "mean"
-    normalize_by_std: bool = True  # std over the same responses as the baseline
+    normalize_by_std: bool = True  # divide by the standard deviation of the same responses as the baseline
 
 
 @dataclass(frozen=True)
 class Loss:
     """Formulas and sources stand in loss.py; aggregation and skip_truncated in batch.py."""
 
+    # ppo_clip: the clipped ratio of each token; gspo: of its whole response; cispo: of each token, as a weight without
+    # gradient
     policy_loss: Literal["ppo_clip", "gspo", "cispo"] = "ppo_clip"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    clip_dual: float | None = None  # bound of the ratio where the advantage is negative; null: none
-    kl_coef: float = 0.0  # 0: no reference policy is kept
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    kl_limit: float | None = None  # a token's estimate is clamped to +-kl_limit; null: it is not
-    entropy_coef: float = 0.0  # of the entropy bonus
+    clip_low: NonNegativeFraction = 0.2  # the ratio is clipped to at least 1 - clip_low
+    clip_high: NonNegativeFloat = 0.2  # the ratio is clipped to at most 1 + clip_high
+    clip_dual: DualClip | None = None  # bound of the ratio where the advantage is negative; null: none
+    kl_coef: NonNegativeFloat = 0.0  # weight of the KL divergence to the reference policy; 0: there is none
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # of a token's KL divergence (Schulman's names)
+    kl_limit: PositiveFloat | None = None  # a token's estimate is clamped to +-kl_limit; null: it is not
+    entropy_coef: NonNegativeFloat = 0.0  # weight of the entropy bonus
+    # token_mean: over all tokens; sequence_mean: over each response's tokens, then over the responses; constant: the
+    # sum, divided by rollout.max_response_tokens times the responses
     aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
     # responses that hit the length limit have no loss; in their group's advantages they count
     skip_truncated: bool = False
-    # correct for what sampled: exp(old - rollout), of a token or a response's product
+    # correct for what sampled by the weight exp(old - rollout), of a token or a whole response
     importance_level: Literal["none", "token", "sequence"] = "none"
-    importance_cap: float = 2.0
-    # weights above the cap become the cap; those outside [1 / cap, cap] become 0
+    importance_cap: ImportanceCap = 2.0  # cap of the importance correction's weights
+    # truncate: weights above the cap become the cap; mask: those outside [1 / cap, cap] become 0
     importance_mode: Literal["truncate", "mask"] = "truncate"
 
 
 @dataclass(frozen=True)
 class Batch:
-    global_batch_size: int = 64  # responses per optimizer step, over all ranks
-    max_tokens_per_microbatch: int = 8192  # packed tokens of one forward pass on one rank
+    """How a step's responses are cut into optimizer steps and microbatches."""
+
+    global_batch_size: PositiveInt = 64  # responses per optimizer step, over all ranks
+    max_tokens_per_microbatch: PositiveInt = 8192  # packed tokens of one forward pass on one rank
 
 
 @dataclass(frozen=True)
 class Refit:
-    # shared: memory of this machine (GPU: of the same GPU); auto: where all engines can
+    """How the trainer's weights get into the engines."""
+
+    # broadcast: over the network; shared: by this machine's memory (GPU: the same GPU's); auto: shared where all
+    # engines can
     transport: Literal["auto", "broadcast", "shared"] = "auto"
-    bucket_bytes: int | None = None  # null: 8 MiB on a CPU, 256 MiB on a GPU
-    timeout_s: float = 300.0
-    canary_tolerance: float | None = None  # mean |engine - trainer| log-prob; null: 1e-3 if both are float32, else 0.15
+    bucket_bytes: PositiveInt | None = None  # weights sent at a time; null: 8 MiB on a CPU, 256 MiB on a GPU
+    timeout_s: PositiveFloat = 300.0  # for each answer of an engine
+    # largest mean |engine - trainer| log-prob after a refit; null: 1e-3 if both are float32, else 0.15, with
+    # engine.quantization 0.5
+    canary_tolerance: PositiveFloat | None = None
 
 
 @dataclass(frozen=True)
 class Mismatch:
-    """Bounds of mismatch/logprob_abs_mean: what an engine sampled with against what the trainer scores. Null: no
-    bound."""
+    """Bounds of mismatch/logprob_abs_mean: what an engine sampled with against what the trainer scores."""
 
-    warn_above: float | None = 0.1
-    stop_above: float | None = None
+    warn_above: PositiveFloat | None = 0.1  # above it a warning is printed; null: never
+    stop_above: PositiveFloat | None = None  # above it the run ends; null: never
 
 
 @dataclass(frozen=True)
 class Eval:
-    data: str | None = None  # null: no evaluation
-    every: int = 10  # steps; also before the first and after the last
-    samples_per_prompt: int = 8  # k of mean@k and pass@k
-    max_prompts: int | None = None
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_response_tokens: int | None = None  # null: as in training, rollout.max_total_tokens included
+    """Evaluation on problems that are not trained on. The prompts' keys are those of `data`."""
+
+    data: str | None = None  # problems, as data.train says, or aime24, math500; null: no evaluation
+    every: PositiveInt = 10  # steps between two evaluations; also before the first and after the last
+    samples_per_prompt: PositiveInt = 8  # k of mean@k and pass@k
+    max_prompts: PositiveInt | None = None  # the first so many problems; null: all
+    temperature: PositiveFloat = 1.0  # of sampling
+    top_p: PositiveFraction = 1.0  # sample from the likeliest tokens that have this share of the probability
+    # longest response; null: as in training, rollout.max_total_tokens included
+    max_response_tokens: PositiveInt | None = None
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    every: int = 10  # steps; also after the last; 0 keeps none
-    keep: int = 2  # the newest ones
-    keep_best: int = 0  # besides, those with the highest best_metric
-    best_metric: str = "reward/mean"  # of metrics.jsonl, such as eval/mean@8
+    """What is kept in RUN/checkpoints to go on from."""
+
+    every: NonNegativeInt = 10  # steps between two checkpoints; also after the last; 0: none is kept
+    keep: PositiveInt = 2  # the newest ones that are kept
+    keep_best: NonNegativeInt = 0  # kept besides: so many with the highest best_metric
+    best_metric: str = "reward/mean"  # a metric of metrics.jsonl, such as eval/mean@8
     # another run's checkpoint, whose weights and optimizer a run begins with; null: `model`'s, and a fresh optimizer
     start_from: str | None = None
     asynchronous: bool = True  # written in the background while the next step runs
-    timeout_s: float = 1800.0  # of one save
+    timeout_s: PositiveFloat = 1800.0  # for one save
 
 
 @dataclass(frozen=True)
 class Stop:
-    """Ends a run before num_steps, after the first step whose metrics show one of two signs (stop.py). Null: not looked
-    for."""
+    """Ends a run before num_steps, after the first step whose metrics show a plateau or too much truncation."""
 
-    after_steps: int = 0  # none is looked for before so many
-    # plateau: the mean of plateau_metric's last values, so many, is compared with that of as many before
-    plateau_window: int | None = None
-    plateau_metric: str = "reward/mean"  # of metrics.jsonl, such as eval/mean@16
-    plateau_min_gain: float = 0.0  # and has not risen by more than this
-    truncated_above: float | None = None  # rollout/truncated_frac is above this ...
-    truncated_steps: int = 10  # ... in each of the last steps, so many
+    after_steps: NonNegativeInt = 0  # neither is looked for before so many steps
+    # plateau: the mean of this many last values of plateau_metric is compared with that of as many before; null: not
+    # looked for
+    plateau_window: PositiveInt | None = None
+    plateau_metric: str = "reward/mean"  # a metric of metrics.jsonl, such as eval/mean@16
+    plateau_min_gain: NonNegativeFloat = 0.0  # a plateau: the mean has not risen by more than this
+    # truncation: rollout/truncated_frac is above this in each of the last truncated_steps steps; null: not looked for
+    truncated_above: Fraction | None = None
+    truncated_steps: PositiveInt = (
+        10  # steps in a row with rollout/truncated_frac above truncated_above that end the run
+    )
 
 
 @dataclass(frozen=True)
 class Config:
+    """What stands at the top of the file, outside of any section."""
+
     model: str  # Hugging Face folder or hub name, a .gguf file, or package:NAME/FILE.gguf
-    run_dir: str
-    num_steps: int
+    run_dir: str  # RUN: the folder of all that the run writes, and goes on from if it is started again
+    num_steps: PositiveInt  # rounds of refit, rollout and update
     data: Data
-    seed: int = 42
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    deterministic: bool = False  # arithmetic of trainer and engines on a GPU, slower; a CPU's is anyway
-    num_threads: int = 1  # CPU threads of one trainer rank
-    collective_timeout_s: float = 1800.0  # longest wait of a rank for the others, beyond rollout.timeout_s
-    # what this follows, see recipe.py
+    seed: Seed = 42  # of sampling, of the prompts' order and of a warm start
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
+    deterministic: bool = False  # the same numbers in every run on a GPU, slower; a CPU's are anyway
+    num_threads: PositiveInt = 1  # CPU threads of one trainer rank
+    collective_timeout_s: PositiveFloat = 1800.0  # longest wait of a rank for the others, beyond rollout.timeout_s
+    # the published recipe that this follows, see recipe.py; null: none
     recipe: Literal["guide/8k", "guide/16k", "guide/24k", "original/8k", "original/16k", "original/24k"] | None = None
-    recipe_deviations: tuple[str, ...] = ()  # the quantities of that recipe in which this deviates on purpose
+    recipe_deviations: tuple[str, ...] = ()  # quantities of the recipe in which this deviates on purpose
     warm_start: WarmStart | None = None
     parallel: Parallel = field(default_factory=Parallel)
     precision: Precision = field(default_factory=Precision)

@@ -9,7 +9,6 @@ the file's own: sections merge key by key; a value, a list or null replaces what
 
 import dataclasses
 import difflib
-import types
 import typing
 from pathlib import Path
 from typing import Literal
@@ -17,6 +16,7 @@ from typing import Literal
 import yaml
 
 from grpo_mcore.config import rules
+from grpo_mcore.config.bounds import without_null
 from grpo_mcore.config.config import Config, InputError
 
 
@@ -119,33 +119,19 @@ def _build(cls: type, tree: dict, prefix: str):
 
 def _coerce(hint, value, name: str):
     """`value` as the field's type, or InputError."""
-    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-    if value is None and types.NoneType in options:
+    kind, optional = without_null(hint)
+    if value is None and optional:
         return None
-    kind = next(o for o in options if o is not types.NoneType)
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise InputError(name, value, "must be a section of keys", f"write its keys below `{name}:`")
         return _build(kind, value, name + ".")
     if typing.get_origin(kind) is tuple:
-        item = typing.get_args(kind)[0]
-        if dataclasses.is_dataclass(item):
-            if not isinstance(value, list) or not all(isinstance(v, dict) for v in value):
-                raise InputError(name, value, "must be a list of sections", f"write `- key: value` below `{name}:`")
-            return tuple(_build(item, v, f"{name}[{i}].") for i, v in enumerate(value))
-        if not isinstance(value, (list, tuple)) or not all(type(v) is item for v in value):
-            raise InputError(
-                name,
-                value,
-                f"must be {'a list of names' if item is str else 'a list of whole numbers'}",
-                f"write it as {'[one, two]' if item is str else '[0, 1]'}",
-            )
-        return tuple(value)
+        return _items(typing.get_args(kind)[0], value, name)
     if typing.get_origin(kind) is Literal:
         if value not in typing.get_args(kind):
-            raise InputError(
-                name, value, f"must be one of {', '.join(map(str, typing.get_args(kind)))}", "choose one of them"
-            )
+            words = ", ".join(map(str, typing.get_args(kind)))
+            raise InputError(name, value, f"must be one of {words}", "choose one of them")
         return value
     wrong = InputError(name, value, f"must be of type {kind.__name__}", f"write a value of type {kind.__name__}")
     if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
@@ -156,6 +142,23 @@ def _coerce(hint, value, name: str):
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise wrong
     return value
+
+
+def _items(item, value, name: str) -> tuple:
+    """`value` as a tuple of `item`, a type: of sections, names, some names or whole numbers."""
+    if dataclasses.is_dataclass(item):
+        if not isinstance(value, list) or not all(isinstance(v, dict) for v in value):
+            raise InputError(name, value, "must be a list of sections", f"write `- key: value` below `{name}:`")
+        return tuple(_build(item, v, f"{name}[{i}].") for i, v in enumerate(value))
+    choices = typing.get_args(item)  # of a Literal
+    plain = str if choices else item
+    if not isinstance(value, (list, tuple)) or not all(type(v) is plain for v in value):
+        words, example = ("names", "[one, two]") if plain is str else ("whole numbers", "[0, 1]")
+        raise InputError(name, value, f"must be a list of {words}", f"write it as {example}")
+    for v in value:
+        if choices and v not in choices:
+            raise InputError(name, v, f"must be of {', '.join(choices)}", "choose among them")
+    return tuple(value)
 
 
 def describe(config: Config, world_size: int) -> str:

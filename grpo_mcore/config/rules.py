@@ -1,54 +1,17 @@
-"""What must hold of a Config. Rules that need the model or the data stand where those are opened."""
+"""What must hold of a Config: the bounds that its types name, and the rules between fields. Rules that need
+the model or the data stand where those are opened."""
 
-import math
+import dataclasses
+import functools
+import typing
 
+from grpo_mcore.config.bounds import Bound, Contains, bounds_of
 from grpo_mcore.config.config import Config, InputError, Loss, Parallel, packed_alignment
-
-_POSITIVE = """
-num_steps num_threads collective_timeout_s data.max_prompt_tokens parallel.tp parallel.pp parallel.virtual_pp
-parallel.cp parallel.ep parallel.recompute_num_layers precision.fp8_amax_history optimizer.lr
-rollout.prompts_per_step rollout.group_size rollout.temperature rollout.max_response_tokens rollout.max_total_tokens
-rollout.timeout_s rollout.max_draws engine.num_engines engine.max_running_responses engine.tp engine.gpu_memory_frac
-engine.max_batched_tokens engine.num_threads engine.start_timeout_s engine.health_timeout_s mismatch.warn_above
-mismatch.stop_above reward.num_processes reward.cpu_s reward.wall_s reward.memory_bytes batch.global_batch_size
-batch.max_tokens_per_microbatch refit.bucket_bytes refit.timeout_s eval.every loss.kl_limit eval.samples_per_prompt
-eval.max_prompts eval.max_response_tokens engine.kv_cache_bytes eval.temperature eval.top_p checkpoint.keep
-checkpoint.timeout_s warm_start.batch_size warm_start.lr warm_start.max_steps stop.plateau_window
-stop.truncated_steps
-""".split()
-_NOT_NEGATIVE = """
-data.skip_prompts loss.kl_coef loss.entropy_coef shaping.overlong_buffer_tokens shaping.overlong_penalty
-loss.clip_low loss.clip_high optimizer.warmup_steps optimizer.weight_decay optimizer.clip_grad checkpoint.every
-checkpoint.keep_best engine.max_failures rollout.max_staleness rollout.oversampling_frac rollout.keep_texts
-precision.fp8_first_layers_bf16 precision.fp8_last_layers_bf16 stop.after_steps stop.plateau_min_gain
-""".split()
-_FRACTIONS = (
-    "stop.truncated_above engine.gpu_memory_frac loss.clip_low eval.top_p optimizer.beta1 optimizer.beta2 "
-    "optimizer.warmup_start_frac warm_start.corrupted_frac warm_start.stop_at_pass_rate".split()
-)
 
 
 def check(config: Config) -> None:
-    """The rules within and between fields that need neither model nor data nor ranks."""
-    rules = (
-        (_POSITIVE, lambda v: 0 < v < math.inf, "greater than 0"),
-        (_NOT_NEGATIVE, lambda v: 0 <= v < math.inf, "0 or more"),
-        (_FRACTIONS, lambda v: 0 <= v <= 1, "between 0 and 1"),
-    )
-    for names, ok, words in rules:
-        for name in names:
-            value = config
-            for key in name.split("."):
-                value = None if value is None else getattr(value, key)
-            if value is not None and not ok(value):
-                raise InputError(name, value, f"must be {words}", "raise it" if value <= 0 else "lower it")
-    if config.rollout.group_size < 2:
-        raise InputError(
-            "rollout.group_size",
-            config.rollout.group_size,
-            "a group needs 2 responses to compare",
-            "set it to 2 or more",
-        )
+    """The bounds of the fields, and the rules between them, that need neither model nor data nor ranks."""
+    _check_bounds(config, "")
     if config.responses_per_step % config.batch.global_batch_size:
         raise InputError(
             "batch.global_batch_size",
@@ -71,10 +34,9 @@ def check(config: Config) -> None:
         if longest == r.max_total_tokens
         else "data.max_prompt_tokens + rollout.max_response_tokens"
     )
-    align, cp = packed_alignment(config.parallel, config.precision), config.parallel.cp
-    needed = (
-        -(-longest // (cp * align * (2 if cp > 1 else 1))) * align * (2 if cp > 1 else 1)
-    )  # a rank's share of it, padded
+    cp = config.parallel.cp
+    multiple = packed_alignment(config.parallel, config.precision) * (2 if cp > 1 else 1)
+    needed = -(-longest // (cp * multiple)) * multiple  # a rank's share of it, padded
     if needed > config.batch.max_tokens_per_microbatch:
         share = "" if needed == longest else f"; with its padding {needed} on each of {cp} context ranks"
         raise InputError(
@@ -118,13 +80,24 @@ def check(config: Config) -> None:
         )
     _check_parallel(config.parallel)
     check_device(config, config.device)
-    if "{problem}" not in config.data.prompt_template:
-        raise InputError(
-            "data.prompt_template",
-            config.data.prompt_template,
-            "must contain {problem}",
-            "add it where the problem goes",
-        )
+
+
+def _check_bounds(section, prefix: str) -> None:
+    """Of a dataclass, of those in it and of the items of tuples."""
+    for name, bounds in _bounds_of_fields(type(section)).items():
+        value = getattr(section, name)
+        if dataclasses.is_dataclass(value):
+            _check_bounds(value, f"{prefix}{name}.")
+            continue
+        for item in value if isinstance(value, tuple) else (value,):
+            for bound in bounds:
+                if item is not None and not bound.allows(item):
+                    raise InputError(prefix + name, item, bound.constraint, bound.remedy_of(item))
+
+
+@functools.cache
+def _bounds_of_fields(cls: type) -> dict[str, tuple[Bound | Contains, ...]]:
+    return {name: bounds_of(hint) for name, hint in typing.get_type_hints(cls, include_extras=True).items()}
 
 
 def _check_rollout(config: Config) -> None:
@@ -135,10 +108,6 @@ def _check_rollout(config: Config) -> None:
             r.oversampling_frac,
             "draws for groups that rollout.dynamic_sampling passes over, and it is off",
             "switch it on, or set this to 0",
-        )
-    if r.max_draws < 1:
-        raise InputError(
-            "rollout.max_draws", r.max_draws, "must be 1 or more: a step needs prompts_per_step prompts", "raise it"
         )
     if r.cache_after_refit == "keep" and not r.max_staleness:
         raise InputError(
@@ -161,23 +130,9 @@ def _check_rollout(config: Config) -> None:
             f"must name a core for each of {e.num_engines} engines x {e.num_threads} threads",
             "name more, or none",
         )
-    for part in e.offload_trainer:
-        if part not in ("gradients", "optimizer"):
-            raise InputError("engine.offload_trainer", part, "must be of gradients, optimizer", "choose among them")
 
 
 def _check_loss(loss: Loss) -> None:
-    if not 1 <= loss.importance_cap < math.inf:
-        raise InputError(
-            "loss.importance_cap",
-            loss.importance_cap,
-            "must be 1 or more: at weight 1 there is nothing to correct",
-            "raise it",
-        )
-    if loss.clip_dual is not None and not 1 < loss.clip_dual < math.inf:
-        raise InputError(
-            "loss.clip_dual", loss.clip_dual, "must be more than 1, the ratio on policy", "raise it, or set it to null"
-        )
     if loss.clip_dual is not None and loss.policy_loss == "cispo":
         raise InputError(
             "loss.clip_dual",
@@ -188,10 +143,6 @@ def _check_loss(loss: Loss) -> None:
 
 
 def _check_parallel(p: Parallel) -> None:
-    if p.ep > 1:
-        raise InputError(
-            "parallel.ep", p.ep, "expert parallelism is not built: the model families here are dense", "leave it at 1"
-        )
     if p.sequence_parallel and p.tp == 1:
         raise InputError(
             "parallel.sequence_parallel",
@@ -210,10 +161,6 @@ def _check_parallel(p: Parallel) -> None:
         raise InputError(
             "parallel.overlap_param_gather", True, "needs parallel.overlap_grad_reduce", "set both, or neither"
         )
-    known = ("core_attn", "mlp")
-    for name in p.recompute_modules:
-        if name not in known:
-            raise InputError("parallel.recompute_modules", name, f"must be of {', '.join(known)}", "choose among them")
 
 
 def check_device(config: Config, device: str) -> None:

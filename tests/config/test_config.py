@@ -5,6 +5,7 @@ Not covered here: rules that need the model or the data (test_prompts.py), the c
 
 import dataclasses
 import re
+import typing
 from pathlib import Path
 
 import pytest
@@ -228,13 +229,65 @@ rollout.timeout_s engine.num_engines engine.max_running_responses engine.num_thr
 reward.num_processes reward.cpu_s reward.wall_s reward.memory_bytes batch.global_batch_size
 batch.max_tokens_per_microbatch refit.bucket_bytes refit.timeout_s eval.every eval.samples_per_prompt
 eval.temperature eval.top_p checkpoint.keep stop.plateau_window stop.truncated_steps
+rollout.max_draws engine.tp engine.gpu_memory_frac engine.max_batched_tokens engine.health_timeout_s
+engine.kv_cache_bytes mismatch.warn_above mismatch.stop_above loss.kl_limit eval.max_prompts eval.max_response_tokens
+optimizer.eps refit.canary_tolerance
 """.split()
+OF_A_WARM_START = ["warm_start.batch_size", "warm_start.lr", "warm_start.max_steps"]
 MAY_BE_ZERO = (
     "data.skip_prompts loss.kl_coef loss.entropy_coef shaping.overlong_buffer_tokens "
     "shaping.overlong_penalty loss.clip_low loss.clip_high optimizer.warmup_steps optimizer.weight_decay "
     "optimizer.clip_grad checkpoint.every rollout.max_staleness rollout.oversampling_frac rollout.keep_texts "
-    "stop.after_steps stop.plateau_min_gain".split()
+    "stop.after_steps stop.plateau_min_gain checkpoint.keep_best engine.max_failures "
+    "precision.fp8_first_layers_bf16 precision.fp8_last_layers_bf16".split()
 )
+MUST_BE_A_FRACTION = (
+    "stop.truncated_above optimizer.beta1 optimizer.beta2 optimizer.warmup_start_frac warm_start.corrupted_frac "
+    "warm_start.stop_at_pass_rate".split()
+)
+AT_MOST_1 = ["engine.gpu_memory_frac", "loss.clip_low", "eval.top_p"]
+HAVE_BOUNDS_OF_THEIR_OWN = ["seed", "loss.importance_cap", "loss.clip_dual", "engine.cores"]
+ANY_NUMBER = ["data.shuffle_seed"]  # a part of a text that seeds the order
+
+
+def numbers(cls: type, prefix: str = "") -> dict[str, type]:
+    """int or float of every dotted key that holds one, or several."""
+    found = {}
+    for name, hint in typing.get_type_hints(cls).items():
+        for part in (hint, *typing.get_args(hint)):
+            if dataclasses.is_dataclass(part):
+                found |= numbers(part, f"{prefix}{name}.")
+            elif part in (int, float):
+                found[prefix + name] = part
+    return found
+
+
+def test_every_number_has_a_bound_here_or_needs_none():
+    listed = MUST_BE_POSITIVE + OF_A_WARM_START + MAY_BE_ZERO + MUST_BE_A_FRACTION + HAVE_BOUNDS_OF_THEIR_OWN
+    assert sorted(numbers(config.Config)) == sorted(listed + ANY_NUMBER)
+
+
+FLOATS = [name for name, kind in numbers(config.Config).items() if kind is float]
+
+
+@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
+def test_no_number_is_infinite_or_nan(minimal, name, value):
+    task = ["warm_start.task=two_digit_sums"] * name.startswith("warm_start.")
+    seen = value.replace(".", "")
+    assert refused(load, minimal, [*task, f"{name}={value}"]).startswith(f"{name} = {seen}: must be ")
+
+
+@pytest.mark.parametrize("name", MUST_BE_A_FRACTION + AT_MOST_1)
+def test_a_fraction_ends_at_0_and_1(minimal, name):
+    task = ["warm_start.task=two_digit_sums"] * name.startswith("warm_start.")
+    load(minimal, [*task, f"{name}=1"])
+    words = f"{name} = 1.01: must be between 0 and 1. Remedy: lower it."
+    assert refused(load, minimal, [*task, f"{name}=1.01"]) == words
+    if name in MUST_BE_A_FRACTION:
+        load(minimal, [*task, f"{name}=0"])
+        words = f"{name} = -0.01: must be between 0 and 1. Remedy: raise it."
+        assert refused(load, minimal, [*task, f"{name}=-0.01"]) == words
 
 
 @pytest.mark.parametrize("name", MUST_BE_POSITIVE)
@@ -246,7 +299,7 @@ def test_a_size_or_time_must_be_positive(minimal, name, value):
     )
 
 
-@pytest.mark.parametrize("name", ["warm_start.batch_size", "warm_start.lr", "warm_start.max_steps"])
+@pytest.mark.parametrize("name", OF_A_WARM_START)
 def test_sizes_of_a_warm_start_must_be_positive(minimal, name):
     assert re.fullmatch(
         rf"{name} = 0(\.0)?: must be greater than 0\. Remedy: raise it\.",
@@ -385,6 +438,20 @@ def test_a_coefficient_may_be_zero_but_not_negative(minimal, name):
             "stop.plateau_metric = 'eval/mean@8': is never known without eval.data. Remedy: set eval.data, or name "
             "another metric.",
         ),
+        (
+            ["engine.offload_trainer=[optimizer, weights]"],
+            "engine.offload_trainer = 'weights': must be of gradients, optimizer. Remedy: choose among them.",
+        ),
+        (
+            ["rollout.max_draws=0.5"],
+            "rollout.max_draws = 0.5: must be 1 or more: a step needs prompts_per_step prompts. Remedy: raise it.",
+        ),
+        (["engine.cores=[0, -1]"], "engine.cores = -1: must be 0 or more. Remedy: raise it."),
+        (["seed=-1"], "seed = -1: must be between 0 and 4294967295, as NumPy's seeds are. Remedy: raise it."),
+        (
+            ["seed=4294967296"],
+            "seed = 4294967296: must be between 0 and 4294967295, as NumPy's seeds are. Remedy: lower it.",
+        ),
         (["eval.top_p=1.5"], "eval.top_p = 1.5: must be between 0 and 1. Remedy: lower it."),
     ],
 )
@@ -400,6 +467,10 @@ def test_what_just_fits_is_accepted(minimal):
             "batch.global_batch_size=256",
             "batch.max_tokens_per_microbatch=8192",
             "eval.top_p=1.0",
+            "seed=4294967295",
+            "data.shuffle_seed=-1",
+            "loss.importance_cap=1",
+            "rollout.max_draws=1",
         ],
     )
 

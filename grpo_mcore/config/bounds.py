@@ -1,0 +1,91 @@
+"""Bounds of values as part of their type: a `PositiveInt` is an int to whoever reads it, and config's fields say with
+it what they may be. rules.py checks it, schema.py shows it. Infinity and NaN are within no bound."""
+
+import math
+import types
+import typing
+from dataclasses import dataclass
+from typing import Annotated
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Numbers above `above`, from `at_least` to `at_most`. The words are the error's."""
+
+    constraint: str
+    above: float = -math.inf
+    at_least: float = -math.inf
+    at_most: float = math.inf
+    remedy: str | None = None  # None: to raise what is not positive, to lower the rest
+
+    def allows(self, value: float) -> bool:
+        return self.above < value < math.inf and self.at_least <= value <= self.at_most
+
+    def remedy_of(self, value: float) -> str:
+        return self.remedy or ("raise it" if value <= 0 else "lower it")
+
+
+@dataclass(frozen=True)
+class Contains:
+    """Texts with `part` in them."""
+
+    part: str
+    remedy: str
+
+    @property
+    def constraint(self) -> str:
+        return f"must contain {self.part}"
+
+    def allows(self, value: str) -> bool:
+        return self.part in value
+
+    def remedy_of(self, value: str) -> str:
+        return self.remedy
+
+
+def without_null(hint: object) -> tuple[object, bool]:
+    """(X, True) of `X | None`, (X, False) of X."""
+    if typing.get_origin(hint) not in (types.UnionType, typing.Union):
+        return hint, False
+    (inner,) = (part for part in typing.get_args(hint) if part is not types.NoneType)
+    return inner, True
+
+
+def bounds_of(hint: object) -> tuple[Bound | Contains, ...]:
+    """Those of a type: of `X | None` those of X, of a tuple those of each item."""
+    if isinstance(hint, (Bound, Contains)):
+        return (hint,)
+    return tuple(bound for part in typing.get_args(hint) for bound in bounds_of(part))
+
+
+POSITIVE = Bound("must be greater than 0", above=0)
+NOT_NEGATIVE = Bound("must be 0 or more", at_least=0)
+FRACTION = Bound("must be between 0 and 1", at_least=0, at_most=1)
+
+PositiveInt = Annotated[int, POSITIVE]
+PositiveFloat = Annotated[float, POSITIVE]
+NonNegativeInt = Annotated[int, NOT_NEGATIVE]
+NonNegativeFloat = Annotated[float, NOT_NEGATIVE]
+Fraction = Annotated[float, FRACTION]
+PositiveFraction = Annotated[float, POSITIVE, FRACTION]
+NonNegativeFraction = Annotated[float, NOT_NEGATIVE, FRACTION]  # as Fraction, in the words of a coefficient
+
+Seed = Annotated[int, Bound("must be between 0 and 4294967295, as NumPy's seeds are", at_least=0, at_most=2**32 - 1)]
+GroupSize = Annotated[
+    int, POSITIVE, Bound("a group needs 2 responses to compare", at_least=2, remedy="set it to 2 or more")
+]
+Draws = Annotated[
+    float, POSITIVE, Bound("must be 1 or more: a step needs prompts_per_step prompts", at_least=1, remedy="raise it")
+]
+ImportanceCap = Annotated[
+    float, Bound("must be 1 or more: at weight 1 there is nothing to correct", at_least=1, remedy="raise it")
+]
+DualClip = Annotated[
+    float, Bound("must be more than 1, the ratio on policy", above=1, remedy="raise it, or set it to null")
+]
+ExpertParallel = Annotated[
+    int,
+    POSITIVE,
+    Bound("expert parallelism is not built: the model families here are dense", at_most=1, remedy="leave it at 1"),
+]
+Template = Annotated[str, Contains("{problem}", remedy="add it where the problem goes")]

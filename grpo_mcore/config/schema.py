@@ -1,0 +1,235 @@
+"""What config.py says, for editors and readers: its types, bounds, defaults, comments and docstrings as a JSON Schema
+of the YAML files (draft 2020-12) and as a page of tables.
+
+    python -m grpo_mcore.config.schema     writes configs/schema.json and docs/configuration.md
+
+A description is the comment behind a field or, where that is long, the comment lines right above it; of a section, its
+docstring. What the schema cannot say is left to the loader: rules between fields, a whole number written as 3.0, and
+bounds of a number that YAML reads as text (1e-6), beyond its sign.
+"""
+
+import ast
+import dataclasses
+import functools
+import inspect
+import io
+import json
+import math
+import re
+import tokenize
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from grpo_mcore.config.bounds import Bound, Contains, bounds_of, without_null
+from grpo_mcore.config.config import Config
+
+ROOT = Path(__file__).parents[2]
+SCHEMA, PAGE = ROOT / "configs/schema.json", ROOT / "docs/configuration.md"
+
+INHERIT = (
+    "another file, a path from this file's folder: all of its keys (and of what it inherits) are taken, below this "
+    "file's own; sections merge key by key, a value, a list or null replaces what was there"
+)
+INTRO = """# Configuration
+
+<!-- Made by `python -m grpo_mcore.config.schema` of grpo_mcore/config/config.py: change that, not this page. -->
+
+A run is one YAML file with the keys of this page; `key.sub=value` on the command line overrides one. An unknown key, a
+wrong type, a number out of bounds or keys that do not fit each other are refused before anything starts, in one line
+with a remedy. What is not given has its default; `--dry-run` prints the result. Names bear their units: `_tokens`,
+`_s` (seconds), `_bytes`, `_frac` (of 1).
+
+`configs/schema.json` says the same to editors: a first line `# yaml-language-server: $schema=PATH/schema.json`, as in
+the files of `configs/`, brings completion and checks while typing.
+
+A file of stages, for `launch/stages.py`, has keys of its own (`grpo_mcore/stages/stages.py`) and names files of
+this kind.
+"""
+
+
+@dataclass(frozen=True)
+class Key:
+    """A field of a dataclass."""
+
+    name: str
+    hint: object  # its type with bounds, without null
+    optional: bool  # it may be null
+    section: type | None  # the dataclass that it holds
+    default: object  # dataclasses.MISSING: none, or a section, whose keys have theirs
+    required: bool
+    what: str  # its comment, or the section's docstring
+
+
+def keys(cls: type) -> list[Key]:
+    """The fields of a section, in their order."""
+    hints, said, found = typing.get_type_hints(cls, include_extras=True), comments(cls), []
+    for f in dataclasses.fields(cls):
+        hint, optional = without_null(hints[f.name])
+        section = hint if dataclasses.is_dataclass(hint) else None
+        what = " ".join(inspect.getdoc(section).split()) if section else said.get(f.name, "")
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        found.append(Key(f.name, hint, optional, section, f.default, required, what))
+    return found
+
+
+@functools.cache
+def comments(cls: type) -> dict[str, str]:
+    """Field -> its comment, of those that have one."""
+    source = inspect.getsource(cls)
+    behind, alone = {}, {}  # by line
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            stands_alone = token.line[: token.start[1]].isspace()
+            (alone if stands_alone else behind)[token.start[0]] = token.string.removeprefix("#").strip()
+    found = {}
+    for node in ast.parse(source).body[0].body:
+        if not isinstance(node, ast.AnnAssign):
+            continue
+        start = node.lineno
+        while start - 1 in alone:
+            start -= 1
+        lines = [alone[n] for n in range(start, node.lineno)]
+        lines += [behind[n] for n in range(node.lineno, node.end_lineno + 1) if n in behind]
+        if lines:
+            found[node.target.id] = " ".join(lines)
+    return found
+
+
+def _plain(hint: object) -> type:
+    """int of Annotated[int, ...], and of int."""
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
+
+
+def _limits(hint: object) -> tuple[float, float, float]:
+    """(above, at_least, at_most) of a type's bounds, the narrowest of each."""
+    bounds = [b for b in bounds_of(hint) if isinstance(b, Bound)]
+    above = max([b.above for b in bounds], default=-math.inf)
+    at_least = max([b.at_least for b in bounds], default=-math.inf)
+    return above, at_least, min([b.at_most for b in bounds], default=math.inf)
+
+
+def json_schema(cls: type = Config) -> dict:
+    """The schema of a file of `cls`."""
+    schema = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "A run of grpo_mcore",
+        "description": "Made by python -m grpo_mcore.config.schema of grpo_mcore/config/config.py.",
+        **_object(cls),
+        # What an heir leaves out may stand in the file that it inherits.
+        "if": {"not": {"required": ["inherit"]}},
+        "then": _required(cls),
+    }
+    schema["properties"] = {"inherit": {"description": INHERIT, "type": "string"}, **schema["properties"]}
+    return schema
+
+
+def _object(cls: type) -> dict:
+    properties = {}
+    for key in keys(cls):
+        schema = _object(key.section) if key.section else _value(key.hint)
+        if key.optional and "enum" in schema:
+            schema["enum"].append(None)
+        elif key.optional:
+            types = schema["type"]
+            schema["type"] = [*(types if isinstance(types, list) else [types]), "null"]
+        default = {} if key.default is dataclasses.MISSING else {"default": key.default}
+        properties[key.name] = {"description": key.what, **schema, **default}
+    return {"type": "object", "additionalProperties": False, "properties": properties}
+
+
+def _required(cls: type) -> dict:
+    """What a file that inherits nothing must have, in it and in those of its sections that it has."""
+    inner = {key.name: _required(key.section) for key in keys(cls) if key.section}
+    inner = {name: schema for name, schema in inner.items() if schema}
+    names = [key.name for key in keys(cls) if key.required]
+    return ({"required": names} if names else {}) | ({"properties": inner} if inner else {})
+
+
+def _value(hint: object) -> dict:
+    """Of a type that is neither a section nor null."""
+    if typing.get_origin(hint) is tuple:
+        return {"type": "array", "items": _value(typing.get_args(hint)[0])}
+    if typing.get_origin(hint) is Literal:
+        return {"enum": list(typing.get_args(hint))}
+    kind, (above, at_least, at_most) = _plain(hint), _limits(hint)
+    schema = {"type": {int: "integer", float: "number", bool: "boolean", str: "string"}[kind]}
+    if kind is float:  # PyYAML reads 1e-6 as text
+        sign = "[-+]?" if max(above, at_least) < 0 else "[+]?"
+        schema = {"type": ["number", "string"], "pattern": rf"^{sign}([0-9]+[.]?[0-9]*|[.][0-9]+)([eE][-+]?[0-9]+)?$"}
+    if at_least > above:
+        schema["minimum"] = at_least
+    elif above > -math.inf:
+        schema["exclusiveMinimum"] = above
+    if at_most < math.inf:
+        schema["maximum"] = at_most
+    for bound in bounds_of(hint):
+        if isinstance(bound, Contains):
+            schema["pattern"] = re.escape(bound.part)
+    return schema
+
+
+def page(cls: type = Config) -> str:
+    """Markdown: a table a section."""
+    top = f"| `inherit` | text | | {INHERIT} |\n"
+    parts = [INTRO, f"## Top of the file\n\n{inspect.getdoc(cls)}\n", _table(cls, top)]
+    for key in keys(cls):
+        if key.section:
+            parts += [f"## {key.name}\n\n{_text(key.what)}\n", _table(key.section)]
+    return "\n".join(parts)
+
+
+def _table(cls: type, first: str = "") -> str:
+    rows = "".join(
+        f"| `{key.name}` | {_kind(key)} | {'required' if key.required else _code(key.default)} | {_text(key.what)} |\n"
+        for key in keys(cls)
+        if not key.section
+    )
+    return f"| key | value | default | what |\n|---|---|---|---|\n{first}{rows}"
+
+
+def _kind(key: Key) -> str:
+    """The values of a key, in words."""
+    words = _words(key.hint)
+    return words if not key.optional else f"{words}, `null`" if words.startswith("`") else f"{words}, or `null`"
+
+
+def _words(hint: object, plural: str = "") -> str:
+    """A type and its bounds."""
+    if typing.get_origin(hint) is tuple:
+        return f"list of {_words(typing.get_args(hint)[0], plural='s')}"
+    if typing.get_origin(hint) is Literal:
+        return ", ".join(map(_code, typing.get_args(hint)))
+    kind, (above, at_least, at_most) = _plain(hint), _limits(hint)
+    if kind is bool:
+        return "`true`, `false`"
+    words = {int: "whole number", float: "number", str: "text"}[kind] + plural
+    words += "".join(f" with `{b.part}` in it" for b in bounds_of(hint) if isinstance(b, Contains))
+    if at_least > above:
+        return f"{words} {at_least:g} to {at_most}" if at_most < math.inf else f"{words} {at_least:g} or more"
+    return words + (f" above {above:g}" if above > -math.inf else "") + (f", at most {at_most}" * (at_most < math.inf))
+
+
+def _code(value: object) -> str:
+    """A value as YAML writes it."""
+    if isinstance(value, tuple):
+        return f"`[{', '.join(map(str, value))}]`"
+    return f"`{value if isinstance(value, str) else json.dumps(value).replace('e-0', 'e-')}`"
+
+
+def _text(what: str) -> str:
+    """For a cell of a table."""
+    return what.replace("|", r"\|").replace("<", r"\<")
+
+
+def files() -> dict[Path, str]:
+    """All that is made, by its path."""
+    return {SCHEMA: json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n", PAGE: page()}
+
+
+if __name__ == "__main__":
+    for path, text in files().items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        print(path.relative_to(ROOT))
