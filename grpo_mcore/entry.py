@@ -61,7 +61,7 @@ class Preempted(BaseException):
     """SIGTERM came. Carries what to tell the user."""
 
 
-class DoesNotFit(RuntimeError):
+class DoesNotFit(config.RunError):
     """A run needs more memory than its machines have. Carries what to tell the user."""
 
 
@@ -132,19 +132,11 @@ def run(main: Callable[[], None]) -> None:
         if driver:
             print(e, file=sys.stderr, flush=True)
         code = 143
-    except Exception as e:
-        from grpo_mcore.checkpoint.checkpoint import AttestationError
-        from grpo_mcore.checkpoint.parity import ParityError
-        from grpo_mcore.refit.refit import RefitError
-        from grpo_mcore.report.metrics import MismatchError
-        from grpo_mcore.rollout.engines import EngineError
-
-        if isinstance(
-            e, (AttestationError, DoesNotFit, EngineError, MismatchError, ParityError, RefitError, FloatingPointError)
-        ):
-            print(f"error: {e}", file=sys.stderr, flush=True)  # it says all that the traceback would
-        else:
-            traceback.print_exc()
+    except (config.RunError, FloatingPointError) as e:
+        print(f"error: {e}", file=sys.stderr, flush=True)
+        code = 1
+    except Exception:
+        traceback.print_exc()
         code = 1
     else:
         code = 0

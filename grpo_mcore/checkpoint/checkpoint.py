@@ -39,7 +39,7 @@ HF, RUN, ATTEST = "hf", "run.json", "attest.json"
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": True}
 
 
-class AttestationError(RuntimeError):
+class AttestationError(config.RunError):
     """What was written is not what the policy holds."""
 
 

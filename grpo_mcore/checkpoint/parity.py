@@ -35,7 +35,7 @@ NUM_SEQUENCES, PROMPT_TOKENS, RESPONSE_TOKENS = 4, 16, 48
 TOLERANCE = 1e-3  # of a log-prob: float32 sums in another order differ by 1e-5 or so, a wrong weight by far more
 
 
-class ParityError(RuntimeError):
+class ParityError(config.RunError):
     """An exported folder is not the policy of its checkpoint."""
 
 

@@ -36,6 +36,10 @@ class InputError(Exception):
         super().__init__(f"{name} = {value!r}: {constraint}. Remedy: {remedy}.")
 
 
+class RunError(RuntimeError):
+    """What ends a run that began well: says all that a traceback would, and is shown without one."""
+
+
 @dataclass(frozen=True)
 class Data:
     """Where prompts come from."""

@@ -32,7 +32,7 @@ ATTEMPTS = 3
 FAILED_ENGINE_S = 5.0  # for an engine to say what it failed of
 
 
-class RefitError(RuntimeError):
+class RefitError(config.RunError):
     """The weights do not reach the engines, or the engines do not compute what the trainer computes."""
 
 

@@ -90,7 +90,7 @@ def merge(parts: list[dict[str, Metric]]) -> dict[str, Metric]:
     return out
 
 
-class MismatchError(RuntimeError):
+class MismatchError(config.RunError):
     """The engines sample with another distribution than the trainer scores."""
 
 

@@ -31,7 +31,7 @@ from grpo_mcore.rollout.engine import Completion, Engine, Sampling
 HEALTH_EVERY_S = 2.0
 
 
-class EngineError(RuntimeError):
+class EngineError(config.RunError):
     """An engine died, failed or missed its deadline."""
 
 
