@@ -44,22 +44,12 @@ def cores() -> Iterator[None]:
 def spawn(function: Callable, ranks: int, *args, timeout_s: float = 240) -> list:
     """function(*args) on each rank; results in rank order. A rank that fails or is late fails the test with its
     output."""
-    from grpo_mcore.refit.weight_transfer import free_port
-
-    everywhere = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port("127.0.0.1"))}
-    with tempfile.TemporaryDirectory() as scratch, cores() if ranks > 1 else contextlib.nullcontext():
-        outs = [Path(scratch) / str(rank) for rank in range(ranks)]
-        processes = [
-            _context.Process(
-                target=_rank, args=(function, args, environment(RANK=str(r), LOCAL_RANK=str(r), **everywhere), str(out))
-            )
-            for r, out in enumerate(outs)
-        ]
-        codes = _wait(processes, timeout_s)
+    with tempfile.TemporaryDirectory() as scratch:
+        codes, outs = _run(_rank, (function, args), ranks, scratch, timeout_s, {})
         if any(codes):
             raise AssertionError(
                 "\n".join(
-                    f"rank {r} ended with {code}:\n{out.with_suffix('.log').read_text()[-3000:]}"
+                    f"rank {r} ended with {code}:\n{_log(out)[-3000:]}"
                     for r, (code, out) in enumerate(zip(codes, outs, strict=True))
                     if code != 0
                 )
@@ -67,14 +57,37 @@ def spawn(function: Callable, ranks: int, *args, timeout_s: float = 240) -> list
         return [pickle.loads(out.read_bytes()) for out in outs]
 
 
-def program(path: str, *args, cwd: Path = ROOT, timeout_s: float = 240, **env: str) -> subprocess.CompletedProcess:
-    """A program of the repository as `python path args` would run it; stdout has stderr as well."""
+def program(
+    path: str, *args, cwd: Path = ROOT, ranks: int = 0, timeout_s: float = 240, **env: str
+) -> subprocess.CompletedProcess:
+    """A program of the repository as `python path args` would run it, or torchrun on `ranks`; stdout has stderr as
+    well, rank after rank."""
+    argv = [str(ROOT / path), *map(str, args)]
     with tempfile.TemporaryDirectory() as scratch:
-        out = f"{scratch}/out"
-        argv = [str(ROOT / path), *map(str, args)]
-        process = _context.Process(target=_program, args=(argv, str(cwd), environment(**env), out))
-        (code,) = _wait([process], timeout_s)
-        return subprocess.CompletedProcess(argv, code, Path(f"{out}.log").read_text())
+        codes, outs = _run(_program, (argv, str(cwd)), ranks, scratch, timeout_s, env)
+        return subprocess.CompletedProcess(argv, next(filter(None, codes), 0), "".join(map(_log, outs)))
+
+
+def _run(
+    target: Callable, args: tuple, ranks: int, scratch: str, timeout_s: float, env: dict[str, str]
+) -> tuple[list[int], list[Path]]:
+    """Exit codes, and the files for results, of target(*args, environment, file) on each rank; 0: of one without."""
+    from grpo_mcore.refit.weight_transfer import free_port
+
+    outs = [Path(scratch) / str(rank) for rank in range(ranks or 1)]
+    if ranks:
+        env |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port("127.0.0.1"))}
+    of_rank = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks else {} for rank in range(ranks or 1)]
+    processes = [
+        _context.Process(target=target, args=(*args, environment(**env, **extra), str(out)))
+        for extra, out in zip(of_rank, outs, strict=True)
+    ]
+    with cores() if ranks > 1 else contextlib.nullcontext():
+        return _wait(processes, timeout_s), outs
+
+
+def _log(out: Path) -> str:
+    return out.with_suffix(".log").read_text()
 
 
 def _wait(processes: list, timeout_s: float) -> list[int]:

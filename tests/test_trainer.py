@@ -17,7 +17,7 @@ from grpo_mcore.checkpoint import checkpoint
 from grpo_mcore.data import arithmetic
 from grpo_mcore.report import metrics, run_folder
 from tests.conftest import CONFIG
-from tests.dist import ROOT, environment
+from tests.dist import ROOT, environment, program
 
 # Wall clock differs between runs, and nothing else may.
 CLOCKS = ("time/", "tokens_per_s", "refit/seconds", "reward/seconds", "refit/gb_per_s")
@@ -51,12 +51,19 @@ def command(cfg: Path, *overrides: str, ranks: int = 0) -> list[str]:
 
 def train(cfg: Path, *overrides: str, ranks: int = 0, code: int = 0, timeout_s: float = 240) -> str:
     """Runs to the end; standard output and error together."""
+    done = program("launch/train.py", "--cfg", cfg, *overrides, cwd=cfg.parent, ranks=ranks, timeout_s=timeout_s)
+    assert done.returncode == code, done.stdout[-4000:]
+    return done.stdout
+
+
+def torchrun(cfg: Path, *overrides: str, ranks: int, code: int = 0) -> str:
+    """The same, from the start of Python."""
     done = subprocess.run(
         command(cfg, *overrides, ranks=ranks),
         cwd=cfg.parent,
         env=environment(),
         text=True,
-        timeout=timeout_s,
+        timeout=240,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
@@ -231,7 +238,7 @@ def test_sigterm_saves_the_last_completed_step_and_another_layout_goes_on_from_i
     step = checkpoint.progress_of(saved).step
     assert step >= 2 and f"stopped by SIGTERM: step {step} is saved; the same command goes on from there" in out
     assert step == steps_done(tmp_path / "run")  # nothing that was done is lost
-    out = train(cfg, f"num_steps={step + 1}", "parallel.tp=2", ranks=2)
+    out = torchrun(cfg, f"num_steps={step + 1}", "parallel.tp=2", ranks=2)
     assert f"going on from step {step}" in out
     assert [r["step"] for r in rows(tmp_path / "run") if "reward/mean" in r] == list(range(1, step + 2))
     starts = run_folder.read_provenance(tmp_path / "run")
@@ -279,9 +286,9 @@ def test_bad_input_is_one_line_with_a_remedy(untaught, case):
 
 @pytest.mark.slow
 def test_bad_input_under_torchrun_is_said_by_the_driver(untaught):
-    out = train(untaught, "parallel.tp=2", "model=nowhere/model", ranks=2, code=1, timeout_s=90)
+    out = torchrun(untaught, "parallel.tp=2", "model=nowhere/model", ranks=2, code=1)
     assert out.count("error: model = 'nowhere/model'") == 1
-    out = train(untaught, "parallel.tp=4", ranks=4, code=1, timeout_s=120)
+    out = torchrun(untaught, "parallel.tp=4", ranks=4, code=1)
     assert out.count("error: parallel.tp = 4: must divide the model's 2 key-value heads") == 1
 
 
