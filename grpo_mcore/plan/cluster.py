@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from grpo_mcore.config.config import Config, InputError
+from grpo_mcore.config.config import InputError
 from grpo_mcore.plan import memory, time as plan_time
-from grpo_mcore.plan.memory import Machine
+from grpo_mcore.plan.memory import Case
 from grpo_mcore.plan.time import Assumptions
 from grpo_mcore.report import metrics
 
@@ -242,31 +242,20 @@ RUNNING = tuple(1 << i for i in range(13))  # responses of an engine, at which i
 BLOCK_TOKENS = 16  # vLLM's on a GPU
 
 
-def estimated(cfg: Config, hf_config, machine: Machine, a: Assumptions) -> Cluster:
-    """Raises InputError for what the GPUs or the model do not allow."""
-    gpu, engines, numbers = machine.gpu, memory.sharing(cfg), memory.num_parameters(hf_config)
-    kv_bytes, cache = (
-        memory.kv_bytes_per_token(hf_config, engines.kv_bytes),
-        memory.of(cfg, hf_config, machine).phases["rollout"]["engine: KV cache"],
-    )
-    bytes_per_s, token_s = (
-        a.decode_bandwidth_frac * gpu.hbm_bytes_per_s,
-        2 * numbers / engines.tp / (a.decode_mfu * gpu.bf16_flops_per_s),
-    )
-    weights_s = memory.engine_weight_bytes(cfg, hf_config) / bytes_per_s
+def estimated(case: Case, a: Assumptions) -> Cluster:
+    e, seconds = plan_time.decoding(case, a), plan_time.times(case, a)
     engine = EngineProfile(
-        tuple((n, a.decode_fixed_s + max(weights_s, n * token_s)) for n in RUNNING),
-        kv_token_s=kv_bytes / engines.tp / bytes_per_s,
-        prefill_token_s=token_s,
-        block_tokens=BLOCK_TOKENS if cfg.engine.prefix_caching else 0,
-        kv_cache_tokens=int(cache * engines.tp / kv_bytes),
+        tuple((n, e.fixed_s + max(e.weights_s, n * e.token_s)) for n in RUNNING),
+        kv_token_s=e.kv_token_s,
+        prefill_token_s=e.token_s,
+        block_tokens=BLOCK_TOKENS if case.cfg.engine.prefix_caching else 0,
+        kv_cache_tokens=int(memory.kv_cache_tokens(case)),
     )
-    seconds = plan_time.times(cfg, hf_config, machine, a)
-    tokens = a.prompt_tokens + a.response_tokens
     # As the assumed step's, by the FLOPs of a sequence; every token a response token.
-    linear, (_, pairs) = sum(plan_time.forward_flops(hf_config, 1, 1)), plan_time.forward_flops(hf_config, 1, 0)
+    linear, (_, pairs) = sum(plan_time.forward_flops(case, 1, 1)), plan_time.forward_flops(case, 1, 0)
     linear -= pairs
-    per_flop = (seconds["logprob"] + seconds["update"]) / cfg.responses_per_step / (linear * tokens + pairs * tokens**2)
+    of_sequence = (seconds["logprob"] + seconds["update"]) / case.cfg.responses_per_step
+    per_flop = of_sequence / (linear * a.tokens + pairs * a.tokens**2)
     return Cluster(
         engine, TrainerProfile(token_s=linear * per_flop, token_pair_s=pairs * per_flop, refit_s=seconds["refit"])
     )
