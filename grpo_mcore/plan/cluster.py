@@ -11,7 +11,7 @@ import random
 import statistics
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from grpo_mcore.config.config import InputError
@@ -101,6 +101,10 @@ class Draw:
     has_variance: bool = True  # of the rewards
 
 
+def _nothing_in(run_dir: str | Path, what: str) -> InputError:
+    return InputError("--like", str(run_dir), what, "name the folder of a run that has trained at least one step")
+
+
 # Lengths: position in the stream -> Draw.
 
 
@@ -115,20 +119,13 @@ class Measured:
                 row = json.loads(line)
                 groups.setdefault(row["position"], []).append(row)
         if not groups:
-            raise InputError(
-                "--like",
-                str(run_dir),
-                "has no rollouts/step_*.jsonl",
-                "name the folder of a run that has trained at least one step",
-            )
-        self.draws = [
-            Draw(
-                rows[0]["prompt_tokens"],
-                tuple(r["response_tokens"] for r in rows),
-                len({r["reward"] for r in rows}) > 1,
-            )
-            for _, rows in sorted(groups.items())
-        ]
+            raise _nothing_in(run_dir, "has no rollouts/step_*.jsonl")
+        self.draws = [self._draw(rows) for _, rows in sorted(groups.items())]
+
+    @staticmethod
+    def _draw(rows: list[dict]) -> Draw:
+        has_variance = len({r["reward"] for r in rows}) > 1
+        return Draw(rows[0]["prompt_tokens"], tuple(r["response_tokens"] for r in rows), has_variance)
 
     def __call__(self, position: int) -> Draw:
         return self.draws[position % len(self.draws)]
@@ -160,18 +157,12 @@ class LogNormal:
 # Measured seconds.
 
 
-def engine_from(path: str | Path, *, kv_cache_tokens: int | None = None) -> EngineProfile:
+def engine_from(path: str | Path) -> EngineProfile:
     """The profile that benchmarks/rollout.py wrote. Raises InputError."""
     try:
         p = json.loads(Path(path).read_text())["profile"]
-        return EngineProfile(
-            tuple((int(n), s) for n, s in p["iteration_s"]),
-            p["kv_token_s"],
-            p["prefill_token_s"],
-            p["response_s"],
-            p["block_tokens"],
-            p["kv_cache_tokens"] if kv_cache_tokens is None else kv_cache_tokens,
-        )
+        iteration_s = tuple((int(n), s) for n, s in p["iteration_s"])
+        return EngineProfile(iteration_s, *(p[field.name] for field in fields(EngineProfile)[1:]))
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise InputError(
             "--profile",
@@ -202,24 +193,13 @@ def measured_steps(run_dir: str | Path) -> list[MeasuredStep]:
         path = Path(run_dir) / "rollouts" / f"step_{row['step']:06d}.jsonl"
         if "time/rollout_s" not in row or not path.is_file():
             continue
-        responses = [json.loads(line) for line in path.read_text().splitlines()]
+        responses = map(json.loads, path.read_text().splitlines())
+        tokens = sum(r["prompt_tokens"] + r["response_tokens"] for r in responses)
         seconds = {name: s for name, s in row.items() if name.startswith("time/") and name != "time/eval_s"}
         refit_s, rollout_s = seconds.pop("time/refit_s"), seconds.pop("time/rollout_s")
-        out.append(
-            MeasuredStep(
-                refit_s,
-                rollout_s,
-                sum(seconds.values()),
-                sum(r["prompt_tokens"] + r["response_tokens"] for r in responses),
-            )
-        )
+        out.append(MeasuredStep(refit_s, rollout_s, sum(seconds.values()), tokens))
     if not out:
-        raise InputError(
-            "--like",
-            str(run_dir),
-            "has no step with its seconds (metrics.jsonl) and its responses (rollouts)",
-            "name the folder of a run that has trained at least one step",
-        )
+        raise _nothing_in(run_dir, "has no step with its seconds (metrics.jsonl) and its responses (rollouts)")
     return out
 
 

@@ -373,6 +373,7 @@ def check(case: Case) -> Memory:
     if m.fits:
         return m
     largest = sorted(m.phases[m.fullest].items(), key=lambda part: -part[1])[:3]
+    most = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in largest)
     change = smallest_change(case)
     if change is not None:
         other = needed(case.changed(change))
@@ -380,15 +381,12 @@ def check(case: Case) -> Memory:
     else:
         machines = [Machine(name, machine.num_gpus) for name, g in GPUS.items() if g.memory_bytes > m.capacity_bytes]
         larger = " or ".join(other.name for other in machines if _fitting(case, machine=other))
-        remedy = (
-            f"no change of recomputation, microbatch and axes does; take "
-            f"{larger or 'a smaller model or shorter sequences'}"
-        )
+        larger = larger or "a smaller model or shorter sequences"
+        remedy = f"no change of recomputation, microbatch and axes does; take {larger}"
     raise InputError(
         f"{m.fullest} on {machine.num_gpus} x {machine.name}",
         f"{m.total(m.fullest) / 1e9:.1f} GB",
-        f"must be at most the GPU's {m.capacity_bytes / 1e9:.1f} GB; most of it: "
-        f"{', '.join(f'{name} {size / 1e9:.1f} GB' for name, size in largest)}",
+        f"must be at most the GPU's {m.capacity_bytes / 1e9:.1f} GB; most of it: {most}",
         remedy,
     )
 

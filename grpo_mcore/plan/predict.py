@@ -154,12 +154,11 @@ def answer(cfg: Config, ask: Question) -> dict:
         )
     out = {"engine": dataclasses.asdict(parts.engine), "trainer": dataclasses.asdict(parts.trainer), "predicted": {}}
     out["lengths"] = dataclasses.asdict(draw) if isinstance(draw, LogNormal) else {"like": ask.like}
+    sizes = cfg.engine.num_engines, cfg.engine.max_running_responses, cfg.responses_per_step
     for age in ages:
         of = memory.changed(cfg, {"rollout.max_staleness": age})
         steps = run(of, parts, draw, num_steps=num_steps, skip=1 if ask.like else age + 1)
-        out["predicted"][age] = dataclasses.asdict(
-            summary(steps, cfg.engine.num_engines, cfg.engine.max_running_responses, cfg.responses_per_step)
-        )
+        out["predicted"][age] = dataclasses.asdict(summary(steps, *sizes))
         if ask.like and age == cfg.rollout.max_staleness:
             out["measured"] = comparison(cluster.counted(measured), steps)
     return out
@@ -184,24 +183,19 @@ def table(result: dict) -> str:
     columns = result["predicted"]
     lines = [f"{'rollout.max_staleness':24}" + "".join(f"{age:>14}" for age in columns)]
     for name in next(iter(columns.values())):
-        values = [c[name] for c in columns.values()]
-        lines.append(
-            f"{name:24}"
-            + "".join(
-                f"{v:14.1%}" if name.endswith("_frac") else f"{v:14,}" if isinstance(v, int) else f"{v:14,.2f}"
-                for v in values
-            )
-        )
+        lines.append(f"{name:24}" + "".join(_cell(name, column[name]) for column in columns.values()))
     if "measured" in result:
-        lines += [
-            "",
-            f"{'seconds of a step':24}{'measured':>14}{'predicted':>14}{'ratio':>14}"
-            f"{'measured p50':>14}{'predicted p50':>14}",
-        ]
-        lines += [
-            f"{name:24}" + "".join(f"{value:14.3f}" for value in r.values()) for name, r in result["measured"].items()
-        ]
+        titles = ("measured", "predicted", "ratio", "measured p50", "predicted p50")
+        lines += ["", f"{'seconds of a step':24}" + "".join(f"{title:>14}" for title in titles)]
+        for name, row in result["measured"].items():
+            lines.append(f"{name:24}" + "".join(f"{value:14.3f}" for value in row.values()))
     return "\n".join(lines)
+
+
+def _cell(name: str, value: float) -> str:
+    if name.endswith("_frac"):
+        return f"{value:14.1%}"
+    return f"{value:14,}" if isinstance(value, int) else f"{value:14,.2f}"
 
 
 def write(result: dict, path: str | Path) -> None:

@@ -165,32 +165,29 @@ def running_responses(case: Case, a: Assumptions) -> float:
 def report(case: Case, a: Assumptions) -> str:
     """Of a configuration that fits (memory.check)."""
     cfg, m, p, seconds = case.cfg, memory.needed(case), case.cfg.parallel, times(case, a)
-    names = list(dict.fromkeys(name for parts in m.phases.values() for name in parts))
+    policy = "engines beside the policy" if case.colocated else "engines and policy apart"
+    sleeps = "; an engine sleeps while the policy learns" if case.colocated else ""
     lines = [
         f"{cfg.model}: {case.num_parameters / 1e9:.3f} B parameters; {case.machine.num_gpus} x {case.machine.name}, "
-        f"{'engines beside the policy' if case.colocated else 'engines and policy apart'}: tp {p.tp} x cp {p.cp} x "
-        f"pp {p.pp} x dp {case.dp} = {case.ranks} ranks, "
+        f"{policy}: tp {p.tp} x cp {p.cp} x pp {p.pp} x dp {case.dp} = {case.ranks} ranks, "
         f"{cfg.engine.num_engines} engines of {cfg.engine.tp} GPUs",
         "",
         f"{'GB of the fullest GPU':36}" + "".join(f"{phase:>9}" for phase in m.phases),
-        *(
-            f"  {name:34}"
-            + "".join(f"{parts[name] / 1e9:9.2f}" if name in parts else " " * 9 for parts in m.phases.values())
-            for name in names
-        ),
-        f"  {'sum':34}"
-        + "".join(f"{m.total(phase) / 1e9:9.2f}" for phase in m.phases)
-        + f"   of {m.capacity_bytes / 1e9:.1f}",
+    ]
+    for name in dict.fromkeys(name for parts in m.phases.values() for name in parts):
+        sizes = (f"{parts[name] / 1e9:9.2f}" if name in parts else " " * 9 for parts in m.phases.values())
+        lines.append(f"  {name:34}" + "".join(sizes))
+    sums, step_s = "".join(f"{m.total(phase) / 1e9:9.2f}" for phase in m.phases), sum(seconds.values())
+    lines += [
+        f"  {'sum':34}{sums}   of {m.capacity_bytes / 1e9:.1f}",
         "",
         "seconds of a step",
         *(f"  {phase:34}{s:9.1f}" for phase, s in seconds.items()),
-        f"  {'sum':34}{sum(seconds.values()):9.1f}   {cfg.num_steps} steps: "
-        f"{cfg.num_steps * sum(seconds.values()) / 3600:.1f} hours",
+        f"  {'sum':34}{step_s:9.1f}   {cfg.num_steps} steps: {cfg.num_steps * step_s / 3600:.1f} hours",
         f"  {running_responses(case, a):.0f} responses run at once on an engine",
         "",
         f"Assumed: {a}; {memory.ENGINE_OVERHEAD_BYTES >> 30} GiB of an engine beside weights and KV cache; "
-        f"every token a response token"
-        f"{'; an engine sleeps while the policy learns' if case.colocated else ''}. Not in it: reward, evaluation.",
+        f"every token a response token{sleeps}. Not in it: reward, evaluation.",
         "Arithmetic, which has not been compared with a GPU.",
     ]
     return "\n".join(lines)

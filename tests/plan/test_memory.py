@@ -164,9 +164,8 @@ def test_with_full_recomputation_a_layer_keeps_its_input_alone(tmp_path):
 
 
 def test_the_memory_of_the_8k_stage_worked_by_hand():
-    phases = memory.needed(
-        case("deepscaler_8k", "batch.max_tokens_per_microbatch=8192", "parallel.recompute=none")
-    ).phases
+    overrides = ("batch.max_tokens_per_microbatch=8192", "parallel.recompute=none")
+    phases = memory.needed(case("deepscaler_8k", *overrides)).phases
     update, rollout = phases["update"], phases["rollout"]
     # 1.777 B parameters: bfloat16 weights 3.55 GB, float32 gradients 7.11, main weights and two moments 21.33 over 8
     # ranks.
@@ -244,26 +243,14 @@ def test_two_keys_are_named_where_one_does_not_do():
 
 def test_where_nothing_helps_a_larger_gpu_is_named():
     cfg, small = preset("deepscaler_8k"), Machine("a100-40gb", 8)
-    one_kv_head = dict(num_key_value_heads=1, max_position_embeddings=32768)
-    large = tf.Qwen2Config(
-        vocab_size=151936,
-        hidden_size=5120,
-        intermediate_size=27648,
-        num_hidden_layers=64,
-        num_attention_heads=40,
-        **one_kv_head,
-    )
+    one_kv_head = dict(vocab_size=152064, num_key_value_heads=1, max_position_embeddings=32768)
+    width = dict(hidden_size=5120, intermediate_size=27648, num_attention_heads=40)
+    large = tf.Qwen2Config(num_hidden_layers=64, **width, **one_kv_head)
     words = "no change of recomputation, microbatch and axes does; take a smaller model or shorter sequences"
     with pytest.raises(InputError, match=words):
         memory.check(Case(cfg, large, small))
-    seven = tf.Qwen2Config(
-        vocab_size=152064,
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=29,
-        num_attention_heads=28,
-        **one_kv_head,
-    )
+    width = dict(hidden_size=3584, intermediate_size=18944, num_attention_heads=28)
+    seven = tf.Qwen2Config(num_hidden_layers=29, **width, **one_kv_head)
     with pytest.raises(InputError, match="take .*h200-141gb"):
         memory.check(Case(replace(cfg, parallel=Parallel(recompute="full")), seven, small))
 
