@@ -85,12 +85,12 @@ class Question:
     restart_s: float = 300.0
 
 
-def cluster_of(cfg: Config, ask: Question, draw: Callable[[int], Draw]) -> Cluster:
+def cluster_of(
+    cfg: Config, ask: Question, draw: Callable[[int], Draw], measured: Sequence[cluster.MeasuredStep]
+) -> Cluster:
     """Measured parts where they are given, else estimates. Raises InputError."""
     engine = cluster.engine_from(ask.profile) if ask.profile else None
-    trainer = None
-    if ask.like and ask.machine is None:
-        trainer = cluster.trainer_of(cluster.counted(cluster.measured_steps(ask.like)))
+    trainer = cluster.trainer_of(measured) if measured and ask.machine is None else None
     if engine is None or trainer is None:
         machine = ask.machine or memory.machine_of(None, None)  # which is refused
         draws = [draw(p) for p in range(NUM_DRAWS)]
@@ -141,9 +141,9 @@ def answer(cfg: Config, ask: Question) -> dict:
     """Predictions by staleness, with what they rest on; with `like`, of the same configuration too, beside what was
     measured."""
     draw = lengths_of(cfg, ask)
-    parts = cluster_of(cfg, ask, draw)
-    measured = cluster.measured_steps(ask.like) if ask.like else []
-    num_steps = int(ask.steps or len(cluster.counted(measured)) or 10)
+    measured = cluster.counted(cluster.measured_steps(ask.like)) if ask.like else []
+    parts = cluster_of(cfg, ask, draw, measured)
+    num_steps = int(ask.steps or len(measured) or 10)
     ages = (cfg.rollout.max_staleness,) if ask.staleness is None else ask.staleness
     if any(ages) and ask.machine and cfg.engine.is_colocated("cuda"):
         raise InputError(
@@ -160,7 +160,7 @@ def answer(cfg: Config, ask: Question) -> dict:
         steps = run(of, parts, draw, num_steps=num_steps, skip=1 if ask.like else age + 1)
         out["predicted"][age] = dataclasses.asdict(summary(steps, *sizes))
         if ask.like and age == cfg.rollout.max_staleness:
-            out["measured"] = comparison(cluster.counted(measured), steps)
+            out["measured"] = comparison(measured, steps)
     return out
 
 

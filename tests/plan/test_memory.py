@@ -4,6 +4,7 @@ Not covered here: that GPUs agree. Activations are compared with a CPU where all
 Transformer Engine keep others than a CPU's.
 """
 
+import functools
 import gc
 import json
 from dataclasses import replace
@@ -40,13 +41,9 @@ def case(name: str, *overrides: str, machine: Machine = NODE) -> Case:
     return Case(cfg, memory.hf_config_of(cfg), machine)
 
 
-@pytest.fixture(scope="module")
-def hf():
-    """The 1.5B model: 28 layers, hidden 1536, FFN 8960, 12 heads of 128, 2 KV heads, vocabulary 151936, not tied."""
-    return model.load_hf_config(str(CONFIGS / "benchmarks/1.5b"))
-
-
-def test_the_parameters_of_the_recipes_model(hf):
+def test_the_parameters_of_the_recipes_model():
+    """28 layers, hidden 1536, FFN 8960, 12 heads of 128, 2 KV heads, vocabulary 151936, not tied."""
+    hf = model.load_hf_config(str(CONFIGS / "benchmarks/1.5b"))
     # Layer: q 1536 x 1536 + 1536, k and v 256 x 1536 + 256 each, o 1536 x 1536, MLP 3 x 8960 x 1536, two norms of 1536.
     layer = 1536 * 1536 + 1536 + 2 * (256 * 1536 + 256) + 1536 * 1536 + 3 * 8960 * 1536 + 2 * 1536
     assert layer == 46_797_824
@@ -63,9 +60,12 @@ def test_the_parameters_of_the_recipes_model(hf):
 def test_parameters_are_those_of_hugging_faces_model(folder):
     with torch.device("meta"):
         hf_model = tf.AutoModelForCausalLM.from_config(tf.AutoConfig.from_pretrained(CONFIGS / "benchmarks" / folder))
-    assert memory.num_parameters(model.load_hf_config(str(CONFIGS / "benchmarks" / folder))) == sum(
-        p.numel() for p in hf_model.parameters()
-    )
+    planned = memory.num_parameters(model.load_hf_config(str(CONFIGS / "benchmarks" / folder)))
+    assert planned == sum(p.numel() for p in hf_model.parameters())
+
+
+connect = functools.partial(topology.connect, device=torch.device("cpu"), timeout_s=60, seed=1)
+untrained = functools.partial(Policy, temperature=1.0, optimizer=config.Optimizer(), load_weights=False)
 
 
 def live_bytes() -> int:
@@ -83,16 +83,9 @@ def allocated(folder: str, layouts: list[tuple[dict, str]]) -> list[int]:
     """What a policy adds, after an optimizer step, in each layout."""
     out = []
     for axes, params in layouts:
-        topo = topology.connect(Parallel(**axes), device=torch.device("cpu"), timeout_s=60, seed=1)
+        topo = connect(Parallel(**axes))
         before = live_bytes()
-        policy = Policy(
-            folder,
-            topo,
-            precision=config.Precision(params=params),
-            temperature=1.0,
-            optimizer=config.Optimizer(),
-            load_weights=False,
-        )
+        policy = untrained(folder, topo, precision=config.Precision(params=params))
         for module in policy.modules:
             for buffer in module.buffers:
                 buffer.grad_data.fill_(1.0)
@@ -126,12 +119,8 @@ def test_weights_gradients_and_optimizer_are_what_megatron_allocates(tmp_path, k
 def kept_bytes(folder: str, num_layers: int, tokens: int) -> int:
     """What a forward pass of one sequence keeps for its backward, weights apart, if all layers are computed again,
     `num_layers` at a time."""
-    topo = topology.connect(
-        Parallel(recompute="full", recompute_num_layers=num_layers), device=torch.device("cpu"), timeout_s=60, seed=1
-    )
-    policy = Policy(
-        folder, topo, precision=config.Precision(), temperature=1.0, optimizer=config.Optimizer(), load_weights=False
-    )
+    topo = connect(Parallel(recompute="full", recompute_num_layers=num_layers))
+    policy = untrained(folder, topo, precision=config.Precision())
     weights = {buffer.param_data.untyped_storage().data_ptr() for module in policy.modules for buffer in module.buffers}
     weights |= {p.untyped_storage().data_ptr() for p in policy.chunks[0].parameters()}
     response = Response((2,) * (tokens - 8), (-1.0,) * (tokens - 8), False, 0)
@@ -149,12 +138,9 @@ def test_with_full_recomputation_a_layer_keeps_its_input_alone(tmp_path):
     tokens, base = 1024, preset("deepscaler_8k", "batch.max_tokens_per_microbatch=8192")
     planned, seen = [], []
     for num_layers in (1, 2, 3):
-        cfg = replace(
-            base,
-            parallel=Parallel(recompute="full", recompute_num_layers=num_layers),
-            batch=replace(base.batch, max_tokens_per_microbatch=tokens),
-        )
-        alone = Case(cfg, hf_config, NODE)
+        again = Parallel(recompute="full", recompute_num_layers=num_layers)
+        sizes = replace(base.batch, max_tokens_per_microbatch=tokens)
+        alone = Case(replace(base, parallel=again, batch=sizes), hf_config, NODE)
         planned.append(memory.activation_bytes(alone, 0)["activations kept"] / memory.ALLOCATOR_SLACK)
         seen.append(kept_bytes(str(tmp_path), num_layers, tokens))
     assert planned[0] == tokens * 6 * 2 * 128  # 6 inputs of 128 bfloat16
