@@ -159,8 +159,7 @@ def profile_of(cfg: config.Config, seconds: dict[str, float], runnings: list[int
     cache = (
         None
         if cfg.engine.kv_cache_bytes is None
-        else cfg.engine.kv_cache_bytes
-        // memory.kv_bytes_per_token(model.load_hf_config(cfg.model), memory.sharing(cfg).kv_bytes)
+        else cfg.engine.kv_cache_bytes // memory.kv_bytes_per_token(model.load_hf_config(cfg.model), cfg.engine)
     )
     return EngineProfile(iteration_s, kv_token_s, prefill_token_s, max(response_s, 0.0), block, cache)
 

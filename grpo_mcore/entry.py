@@ -11,9 +11,10 @@ import signal  # noqa: E402
 import sys  # noqa: E402
 import traceback  # noqa: E402
 import warnings  # noqa: E402
-from collections.abc import Callable, Sequence  # noqa: E402
+from collections.abc import Callable, Mapping, Sequence  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
-from typing import TypeVar  # noqa: E402
+from functools import partial  # noqa: E402
+from typing import Any, TypeVar  # noqa: E402
 
 from grpo_mcore.config import config, file as config_file  # noqa: E402
 
@@ -28,12 +29,33 @@ Result = TypeVar("Result")
 class Command:
     config: config.Config
     dry_run: bool
-    options: dict[str, str | bool | None]  # the program's own
+    options: dict[str, Any]  # the program's own, by their names in Python; None: not given
 
 
-def parse(description: str, *options: str, flags: Sequence[str] = ()) -> Command:
-    """--cfg FILE [--dry-run] [options ...] [key.sub=value ...] of sys.argv; a flag is an option without a value. Raises
-    InputError."""
+def number(option: str, given: str | float, low: float = 0.0) -> float:
+    """Raises InputError."""
+    try:
+        value = float(given)
+    except ValueError:
+        value = float("nan")
+    if not low <= value < float("inf"):
+        raise config.InputError(option, given, f"must be a number of {low:g} or more", "give one")
+    return value
+
+
+def whole_numbers(option: str, given: str) -> tuple[int, ...]:
+    """Raises InputError."""
+    try:
+        return tuple(int(n) for n in given.split(","))
+    except ValueError:
+        raise config.InputError(option, given, "must be whole numbers", "write them as 0,1,2") from None
+
+
+def parse(
+    description: str, *options: str, flags: Sequence[str] = (), types: Mapping[str, Callable[[str, str], object]] = {}
+) -> Command:
+    """--cfg FILE [--dry-run] [options ...] [key.sub=value ...] of sys.argv; a flag is an option without a value.
+    `types`: more options, each with what makes its value of (option, text), such as `number`. Raises InputError."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--cfg", required=True, help="YAML file, such as configs/quickstart.yaml")
     parser.add_argument(
@@ -41,15 +63,13 @@ def parse(description: str, *options: str, flags: Sequence[str] = ()) -> Command
     )
     for option in options:
         parser.add_argument(option)
+    for option, type_ in types.items():
+        parser.add_argument(option, type=partial(type_, option))
     for flag in flags:
         parser.add_argument(flag, action="store_true")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    args = parser.parse_intermixed_args()
-    return Command(
-        config_file.load(args.cfg, args.overrides),
-        args.dry_run,
-        {o.removeprefix("--"): getattr(args, o.removeprefix("--").replace("-", "_")) for o in (*options, *flags)},
-    )
+    given = vars(parser.parse_intermixed_args())
+    return Command(config_file.load(given.pop("cfg"), given.pop("overrides")), given.pop("dry_run"), given)
 
 
 def stop_on_sigterm() -> None:

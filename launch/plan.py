@@ -18,43 +18,37 @@ of 1,024 GPUs:
 """
 
 if __name__ == "__main__":
+    import sys
+    from functools import partial
+
     from grpo_mcore import entry
 
-    def memory() -> None:
-        command = entry.parse(__doc__, "--gpu", "--num-gpus", "--model-config", "--prompt-tokens", "--response-tokens")
+    CASE, at_least_1 = ("--gpu", "--num-gpus", "--model-config"), partial(entry.number, low=1)
 
+    def memory() -> None:
+        command = entry.parse(__doc__, *CASE, types=dict.fromkeys(("--prompt-tokens", "--response-tokens"), at_least_1))
         from grpo_mcore.plan import memory, time as plan_time
 
-        cfg, options = command.config, command.options
-        machine, hf_config = (
-            memory.machine_of(options["gpu"], options["num-gpus"]),
-            memory.hf_config_of(cfg, options["model-config"]),
-        )
-        memory.check(cfg, hf_config, machine)
-        prompt_tokens = float(options["prompt-tokens"] or min(192, cfg.data.max_prompt_tokens))
-        response_tokens = float(options["response-tokens"] or cfg.response_tokens(int(prompt_tokens)) / 2)
-        print(plan_time.report(cfg, hf_config, machine, plan_time.Assumptions(prompt_tokens, response_tokens)))
+        cfg, ask = command.config, command.options
+        machine = memory.machine_of(ask["gpu"], ask["num_gpus"])
+        case = memory.Case(cfg, memory.hf_config_of(cfg, ask["model_config"]), machine)
+        memory.check(case)
+        print(plan_time.report(case, plan_time.assumed(cfg, ask["prompt_tokens"], ask["response_tokens"])))
 
     def simulate() -> None:
-        import dataclasses
+        types = dict.fromkeys(("--steps", "--median-tokens", "--mean-tokens", "--prompt-tokens"), at_least_1)
+        types |= dict.fromkeys(("--flat-frac", "--failures-per-day", "--restart-s"), entry.number)
+        types |= {"--staleness": entry.whole_numbers}
+        command = entry.parse(__doc__, *CASE, "--like", "--profile", "--out", types=types)
+        from grpo_mcore.plan import memory, predict
 
-        from grpo_mcore.plan import predict
-
-        names = {f.name: f.name.replace("_", "-") for f in dataclasses.fields(predict.Question)}
-        command = entry.parse(__doc__, *(f"--{option}" for option in names.values()), "--out")
-        result = predict.answer(
-            command.config, predict.Question(**{name: command.options[option] for name, option in names.items()})
-        )
+        ask = {name: value for name, value in command.options.items() if value is not None}
+        gpu, num_gpus, out = (ask.pop(name, None) for name in ("gpu", "num_gpus", "out"))
+        machine = None if gpu is None else memory.machine_of(gpu, num_gpus)
+        result = predict.answer(command.config, predict.Question(machine=machine, **ask))
         print(predict.table(result))
-        if command.options["out"]:
-            predict.write(result, command.options["out"])
+        if out:
+            predict.write(result, out)
 
     COMMANDS = {"memory": memory, "simulate": simulate}
-
-    def main() -> None:
-        import sys
-
-        command = sys.argv.pop(1) if sys.argv[1:2] and sys.argv[1] in COMMANDS else "memory"
-        COMMANDS[command]()
-
-    entry.run(main)
+    entry.run(COMMANDS[sys.argv.pop(1) if COMMANDS.keys() & sys.argv[1:2] else "memory"])

@@ -11,12 +11,12 @@ import random
 import statistics
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-from grpo_mcore.config.config import Config, InputError
+from grpo_mcore.config.config import InputError
 from grpo_mcore.plan import memory, time as plan_time
-from grpo_mcore.plan.memory import Machine
+from grpo_mcore.plan.memory import Case
 from grpo_mcore.plan.time import Assumptions
 from grpo_mcore.report import metrics
 
@@ -101,6 +101,10 @@ class Draw:
     has_variance: bool = True  # of the rewards
 
 
+def _nothing_in(run_dir: str | Path, what: str) -> InputError:
+    return InputError("--like", str(run_dir), what, "name the folder of a run that has trained at least one step")
+
+
 # Lengths: position in the stream -> Draw.
 
 
@@ -115,20 +119,13 @@ class Measured:
                 row = json.loads(line)
                 groups.setdefault(row["position"], []).append(row)
         if not groups:
-            raise InputError(
-                "--like",
-                str(run_dir),
-                "has no rollouts/step_*.jsonl",
-                "name the folder of a run that has trained at least one step",
-            )
-        self.draws = [
-            Draw(
-                rows[0]["prompt_tokens"],
-                tuple(r["response_tokens"] for r in rows),
-                len({r["reward"] for r in rows}) > 1,
-            )
-            for _, rows in sorted(groups.items())
-        ]
+            raise _nothing_in(run_dir, "has no rollouts/step_*.jsonl")
+        self.draws = [self._draw(rows) for _, rows in sorted(groups.items())]
+
+    @staticmethod
+    def _draw(rows: list[dict]) -> Draw:
+        has_variance = len({r["reward"] for r in rows}) > 1
+        return Draw(rows[0]["prompt_tokens"], tuple(r["response_tokens"] for r in rows), has_variance)
 
     def __call__(self, position: int) -> Draw:
         return self.draws[position % len(self.draws)]
@@ -160,18 +157,12 @@ class LogNormal:
 # Measured seconds.
 
 
-def engine_from(path: str | Path, *, kv_cache_tokens: int | None = None) -> EngineProfile:
+def engine_from(path: str | Path) -> EngineProfile:
     """The profile that benchmarks/rollout.py wrote. Raises InputError."""
     try:
         p = json.loads(Path(path).read_text())["profile"]
-        return EngineProfile(
-            tuple((int(n), s) for n, s in p["iteration_s"]),
-            p["kv_token_s"],
-            p["prefill_token_s"],
-            p["response_s"],
-            p["block_tokens"],
-            p["kv_cache_tokens"] if kv_cache_tokens is None else kv_cache_tokens,
-        )
+        iteration_s = tuple((int(n), s) for n, s in p["iteration_s"])
+        return EngineProfile(iteration_s, *(p[field.name] for field in fields(EngineProfile)[1:]))
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise InputError(
             "--profile",
@@ -202,24 +193,13 @@ def measured_steps(run_dir: str | Path) -> list[MeasuredStep]:
         path = Path(run_dir) / "rollouts" / f"step_{row['step']:06d}.jsonl"
         if "time/rollout_s" not in row or not path.is_file():
             continue
-        responses = [json.loads(line) for line in path.read_text().splitlines()]
+        responses = map(json.loads, path.read_text().splitlines())
+        tokens = sum(r["prompt_tokens"] + r["response_tokens"] for r in responses)
         seconds = {name: s for name, s in row.items() if name.startswith("time/") and name != "time/eval_s"}
         refit_s, rollout_s = seconds.pop("time/refit_s"), seconds.pop("time/rollout_s")
-        out.append(
-            MeasuredStep(
-                refit_s,
-                rollout_s,
-                sum(seconds.values()),
-                sum(r["prompt_tokens"] + r["response_tokens"] for r in responses),
-            )
-        )
+        out.append(MeasuredStep(refit_s, rollout_s, sum(seconds.values()), tokens))
     if not out:
-        raise InputError(
-            "--like",
-            str(run_dir),
-            "has no step with its seconds (metrics.jsonl) and its responses (rollouts)",
-            "name the folder of a run that has trained at least one step",
-        )
+        raise _nothing_in(run_dir, "has no step with its seconds (metrics.jsonl) and its responses (rollouts)")
     return out
 
 
@@ -242,31 +222,20 @@ RUNNING = tuple(1 << i for i in range(13))  # responses of an engine, at which i
 BLOCK_TOKENS = 16  # vLLM's on a GPU
 
 
-def estimated(cfg: Config, hf_config, machine: Machine, a: Assumptions) -> Cluster:
-    """Raises InputError for what the GPUs or the model do not allow."""
-    gpu, engines, numbers = machine.gpu, memory.sharing(cfg), memory.num_parameters(hf_config)
-    kv_bytes, cache = (
-        memory.kv_bytes_per_token(hf_config, engines.kv_bytes),
-        memory.of(cfg, hf_config, machine).phases["rollout"]["engine: KV cache"],
-    )
-    bytes_per_s, token_s = (
-        a.decode_bandwidth_frac * gpu.hbm_bytes_per_s,
-        2 * numbers / engines.tp / (a.decode_mfu * gpu.bf16_flops_per_s),
-    )
-    weights_s = memory.engine_weight_bytes(cfg, hf_config) / bytes_per_s
+def estimated(case: Case, a: Assumptions) -> Cluster:
+    e, seconds = plan_time.decoding(case, a), plan_time.times(case, a)
     engine = EngineProfile(
-        tuple((n, a.decode_fixed_s + max(weights_s, n * token_s)) for n in RUNNING),
-        kv_token_s=kv_bytes / engines.tp / bytes_per_s,
-        prefill_token_s=token_s,
-        block_tokens=BLOCK_TOKENS if cfg.engine.prefix_caching else 0,
-        kv_cache_tokens=int(cache * engines.tp / kv_bytes),
+        tuple((n, e.fixed_s + max(e.weights_s, n * e.token_s)) for n in RUNNING),
+        kv_token_s=e.kv_token_s,
+        prefill_token_s=e.token_s,
+        block_tokens=BLOCK_TOKENS if case.cfg.engine.prefix_caching else 0,
+        kv_cache_tokens=int(memory.kv_cache_tokens(case)),
     )
-    seconds = plan_time.times(cfg, hf_config, machine, a)
-    tokens = a.prompt_tokens + a.response_tokens
     # As the assumed step's, by the FLOPs of a sequence; every token a response token.
-    linear, (_, pairs) = sum(plan_time.forward_flops(hf_config, 1, 1)), plan_time.forward_flops(hf_config, 1, 0)
+    linear, (_, pairs) = sum(plan_time.forward_flops(case, 1, 1)), plan_time.forward_flops(case, 1, 0)
     linear -= pairs
-    per_flop = (seconds["logprob"] + seconds["update"]) / cfg.responses_per_step / (linear * tokens + pairs * tokens**2)
+    of_sequence = (seconds["logprob"] + seconds["update"]) / case.cfg.responses_per_step
+    per_flop = of_sequence / (linear * a.tokens + pairs * a.tokens**2)
     return Cluster(
         engine, TrainerProfile(token_s=linear * per_flop, token_pair_s=pairs * per_flop, refit_s=seconds["refit"])
     )

@@ -75,8 +75,8 @@ def machine_here(cfg: config.Config) -> memory.Machine | None:
     """The run's GPUs, if the planner knows their kind."""
     if cfg.device == "cpu" or not torch.cuda.is_available():
         return None
-    gpu, shared = torch.cuda.get_device_properties(0), memory.sharing(cfg)
-    num_gpus = topology.world_size() + (0 if shared.colocated else cfg.engine.num_engines * shared.tp)
+    gpu, apart = torch.cuda.get_device_properties(0), not cfg.engine.is_colocated("cuda")
+    num_gpus = topology.world_size() + apart * cfg.engine.num_engines * cfg.engine.tp
     return next(
         (
             memory.Machine(name, num_gpus)
@@ -88,7 +88,7 @@ def machine_here(cfg: config.Config) -> memory.Machine | None:
 
 
 def explain(cfg: config.Config, phase: str, error: Exception, machine: memory.Machine | None) -> str:
-    change = memory.smallest_change(cfg, memory.hf_config_of(cfg, None), machine) if machine else None
+    change = memory.smallest_change(memory.Case(cfg, memory.hf_config_of(cfg), machine)) if machine else None
     return (
         f"{phase} does not fit: {error} Remedy: "
         f"{memory.overrides(change) if change else 'launch/plan.py, for GPUs like these'}"
@@ -159,11 +159,8 @@ def report(cfg: config.Config, ranks: list[dict[str, dict[str, float]]], machine
     foretells."""
     foretold = {}
     if machine:
-        hf_config, once = memory.hf_config_of(cfg, None), 1 / cfg.optimizer_steps_per_step
-        s, m = (
-            plan_time.times(cfg, hf_config, machine, plan_time.Assumptions(*map(float, greatest(cfg)))),
-            memory.of(cfg, hf_config, machine),
-        )
+        case, once = memory.Case(cfg, memory.hf_config_of(cfg), machine), 1 / cfg.optimizer_steps_per_step
+        m, s = memory.needed(case), plan_time.times(case, plan_time.Assumptions(*map(float, greatest(cfg))))
         foretold = {
             "logprob": f"{once * s['logprob']:.1f} s",
             "update": f"{NUM_UPDATES * once * s['update']:.1f} s, in use {m.total('update') / 1e9:.2f} GB",

@@ -13,12 +13,15 @@ is counted as if it were bfloat16: too much.
 """
 
 import itertools
-from collections.abc import Iterator
+import json
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from grpo_mcore.config import rules
-from grpo_mcore.config.config import Config, InputError, Parallel
+from grpo_mcore.config.config import Config, Engine, InputError, Parallel
 from grpo_mcore.kernels import reference
 from grpo_mcore.policy import hf_weights, model
 
@@ -66,66 +69,92 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Sharing:
-    """How engines span and share GPUs: the configuration's keys for it, and what holds where it has none."""
+class Case:
+    """A configuration of a model on a machine. Raises InputError for what the three do not allow each other."""
 
-    colocated: bool
-    tp: int  # GPUs of one engine
-    memory_frac: float  # of a GPU's memory, for its engine
-    offloaded: tuple[str, ...]  # of the policy, while engines sample
-    weight_bytes: int  # of a number of the layers' matrices
-    kv_bytes: int  # of a number of the cache
+    cfg: Config
+    hf_config: object
+    machine: Machine
+
+    def __post_init__(self):
+        cfg, machine, engine_gpus = self.cfg, self.machine, self.cfg.engine.num_engines * self.cfg.engine.tp
+        if self.ranks < 1 or engine_gpus > machine.num_gpus:
+            raise InputError(
+                "engine.num_engines",
+                cfg.engine.num_engines,
+                f"takes {engine_gpus} of {machine.num_gpus} GPUs",
+                "lower it",
+            )
+        rules.check_ranks(cfg, self.ranks)
+        model.check_parallel(self.hf_config, cfg.parallel, cfg.precision)
+        if cfg.precision.fp8 and self.gpu.fp8_flops_per_s is None:
+            raise InputError(
+                "precision.fp8",
+                cfg.precision.fp8,
+                f"needs FP8 matrix products, which {machine.name} has not",
+                "set precision.fp8=null, or take another GPU",
+            )
+
+    @property
+    def gpu(self) -> Gpu:
+        return self.machine.gpu
+
+    @cached_property
+    def colocated(self) -> bool:
+        return self.cfg.engine.is_colocated("cuda")
+
+    @cached_property
+    def ranks(self) -> int:
+        """Of the policy."""
+        e = self.cfg.engine
+        return self.machine.num_gpus - (0 if self.colocated else e.num_engines * e.tp)
+
+    @property
+    def dp(self) -> int:
+        return self.ranks // self.cfg.parallel.ranks_per_replica
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one of the policy's numbers."""
+        return _itemsize(self.cfg.precision.params)
+
+    @property
+    def engine_memory_frac(self) -> float:
+        """Of a GPU's memory, for its engine."""
+        return self.cfg.engine.gpu_memory_frac or (0.5 if self.colocated else 0.9)
+
+    @property
+    def offloaded(self) -> tuple[str, ...]:
+        """Of the policy, while engines sample."""
+        return self.cfg.engine.offload_trainer if self.colocated else ()
+
+    @cached_property
+    def num_parameters(self) -> int:
+        return num_parameters(self.hf_config)
+
+    @cached_property
+    def layer_parameters(self) -> int:
+        """Of all layers' matrices, biases and norms left out."""
+        shapes = hf_weights.shapes(self.hf_config).items()
+        return sum(math.prod(s) for name, s in shapes if len(s) == 2 and name.startswith("model.layers."))
+
+    @cached_property
+    def kv_bytes_per_token(self) -> int:
+        return kv_bytes_per_token(self.hf_config, self.cfg.engine)
+
+    def changed(self, changes: dict[str, object]) -> "Case":
+        return replace(self, cfg=changed(self.cfg, changes))
 
 
-def sharing(cfg: Config) -> Sharing:
-    e, size = cfg.engine, 2 if cfg.engine.dtype == "bfloat16" else 4
-    colocated = e.is_colocated("cuda")
-    return Sharing(
-        colocated,
-        e.tp,
-        e.gpu_memory_frac or (0.5 if colocated else 0.9),
-        e.offload_trainer if colocated else (),
-        1 if e.quantization else size,
-        1 if e.kv_cache_dtype == "fp8" else size,
-    )
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Who is on which GPUs."""
-
-    colocated: bool
-    ranks: int  # of the policy
-    dp: int
-    engine_tp: int  # GPUs of one engine
-
-
-def placement(cfg: Config, hf_config, machine: Machine) -> Placement:
-    """Raises InputError for what the GPUs, the model or each other do not allow."""
-    engines = sharing(cfg)
-    engine_gpus = cfg.engine.num_engines * engines.tp
-    ranks = machine.num_gpus if engines.colocated else machine.num_gpus - engine_gpus
-    if ranks < 1 or engine_gpus > machine.num_gpus:
-        raise InputError(
-            "engine.num_engines", cfg.engine.num_engines, f"takes {engine_gpus} of {machine.num_gpus} GPUs", "lower it"
-        )
-    rules.check_ranks(cfg, ranks)
-    model.check_parallel(hf_config, cfg.parallel, cfg.precision)
-    if cfg.precision.fp8 and machine.gpu.fp8_flops_per_s is None:
-        raise InputError(
-            "precision.fp8",
-            cfg.precision.fp8,
-            f"needs FP8 matrix products, which {machine.name} has not",
-            "set precision.fp8=null, or take another GPU",
-        )
-    return Placement(engines.colocated, ranks, ranks // cfg.parallel.ranks_per_replica, engines.tp)
+def _itemsize(dtype: str) -> int:
+    return 2 if dtype == "bfloat16" else 4
 
 
 def num_parameters(hf_config, parallel: Parallel = Parallel(), stage: int = 0) -> int:
     """That one rank of a pipeline stage holds."""
     tp, total = parallel.tp, 0
     for row in hf_weights.table(hf_config, parallel):
-        numbers = sum(_numel(shape) for shape in row.hf.values())
+        numbers = sum(map(math.prod, row.hf.values()))
         if row.layout is hf_weights.vocab:
             numbers = -(-hf_config.vocab_size // tp) * hf_config.hidden_size
         elif row.layout is not hf_weights.same:
@@ -136,74 +165,47 @@ def num_parameters(hf_config, parallel: Parallel = Parallel(), stage: int = 0) -
     return total
 
 
-def _numel(shape: tuple[int, ...]) -> int:
-    out = 1
-    for n in shape:
-        out *= n
-    return out
-
-
-def kv_bytes_per_token(hf_config, itemsize: int) -> int:
+def kv_bytes_per_token(hf_config, engine: Engine) -> int:
     """Keys and values of all layers."""
-    return 2 * hf_config.num_hidden_layers * hf_config.num_key_value_heads * model.head_dim(hf_config) * itemsize
+    numbers = 2 * hf_config.num_hidden_layers * hf_config.num_key_value_heads * model.head_dim(hf_config)
+    return numbers * (1 if engine.kv_cache_dtype == "fp8" else _itemsize(engine.dtype))
 
 
-def state_bytes(cfg: Config, hf_config, dp: int, stage: int = 0) -> dict[str, float]:
+def state_bytes(case: Case, stage: int = 0) -> dict[str, float]:
     """What a policy rank holds from the first optimizer step on: Megatron's distributed optimizer, sharded over dp x
     cp."""
-    numbers = num_parameters(hf_config, cfg.parallel, stage)
-    bf16 = cfg.precision.params == "bfloat16"
+    cfg, numbers = case.cfg, num_parameters(case.hf_config, case.cfg.parallel, stage)
     parts = {
-        "weights": numbers * (2 if bf16 else 4),
+        "weights": numbers * case.itemsize,
         "gradients (float32)": numbers * 4,
         # float32 weights are their own main weights
-        "optimizer, sharded (float32)": numbers * (12 if bf16 else 8) / (dp * cfg.parallel.cp),
+        "optimizer, sharded (float32)": numbers * (12 if case.itemsize == 2 else 8) / (case.dp * cfg.parallel.cp),
     }
     if cfg.precision.fp8:
         # Quantised along rows for the forward, along columns for the backward; kept from one microbatch to the next.
-        parts["FP8 copies of the layers' weights"] = 2 * layer_parameters(hf_config) / cfg.parallel.tp / cfg.parallel.pp
+        parts["FP8 copies of the layers' weights"] = 2 * case.layer_parameters / cfg.parallel.tp / cfg.parallel.pp
     if cfg.loss.kl_coef > 0:
         parts["reference policy"] = parts["weights"] + parts.get("FP8 copies of the layers' weights", 0)
     return parts
 
 
-def layer_parameters(hf_config) -> int:
-    """Of all layers' matrices, biases and norms left out."""
-    return sum(
-        _numel(shape)
-        for name, shape in hf_weights.shapes(hf_config).items()
-        if len(shape) == 2 and name.startswith("model.layers.")
-    )
-
-
-def layer_activation_bytes(cfg: Config, hf_config) -> tuple[float, float, float]:
+def layer_activation_bytes(case: Case) -> tuple[float, float, float]:
     """(all that a layer keeps for its backward, the MLP's part of it, its input alone), per token of a microbatch on
     one rank."""
-    p, size = cfg.parallel, 2 if cfg.precision.params == "bfloat16" else 4
-    sp = p.tp if p.sequence_parallel else 1
-    d, ffn = hf_config.hidden_size / sp, hf_config.intermediate_size / p.tp
-    q, kv = (
-        heads * model.head_dim(hf_config) / p.tp
-        for heads in (hf_config.num_attention_heads, 2 * hf_config.num_key_value_heads)
-    )
-    attention = (
-        size
-        * (
-            2 * d  # the norm's input and output
-            + 2 * (q + kv)  # the product, and with RoPE on it
-            + q
-        )
-        + 4 * hf_config.num_attention_heads / p.tp
-    )  # attention's output, and the logsumexp of its scores
+    p, hf, size = case.cfg.parallel, case.hf_config, case.itemsize
+    d, ffn = hf.hidden_size / (p.tp if p.sequence_parallel else 1), hf.intermediate_size / p.tp
+    q, kv = (n * model.head_dim(hf) / p.tp for n in (hf.num_attention_heads, 2 * hf.num_key_value_heads))
+    # The norm's input and output; the product, and with RoPE on it; attention's output, and the logsumexp of its scores
+    attention = size * (2 * d + 2 * (q + kv) + q) + 4 * hf.num_attention_heads / p.tp
     mlp = size * (2 * d + 3 * ffn)  # the norm's input and output; gate and up, and their product
     return attention + mlp, mlp - size * d, size * d
 
 
-def activation_bytes(cfg: Config, hf_config, machine: Machine, stage: int) -> dict[str, float]:
+def activation_bytes(case: Case, stage: int) -> dict[str, float]:
     """Of the update, at its fullest: the microbatches in flight, and a backward pass at work."""
-    p, tokens = cfg.parallel, cfg.batch.max_tokens_per_microbatch
-    layer, mlp, kept_input = layer_activation_bytes(cfg, hf_config)
-    layers = hf_config.num_hidden_layers // p.pp
+    p, tokens = case.cfg.parallel, case.cfg.batch.max_tokens_per_microbatch
+    layer, mlp, kept_input = layer_activation_bytes(case)
+    layers = case.hf_config.num_hidden_layers // p.pp
     # 1F1B: the first stage holds as many microbatches as there are stages, the last one; interleaved, more.
     in_flight = (p.pp - stage) + ((p.pp - 1) / p.virtual_pp if p.virtual_pp > 1 else 0)
     if p.recompute == "full":
@@ -218,23 +220,41 @@ def activation_bytes(cfg: Config, hf_config, machine: Machine, stage: int) -> di
         "backward of a layer": ALLOCATOR_SLACK * tokens * (again + layer),
     }
     if stage == p.pp - 1:
-        parts["head"] = ALLOCATOR_SLACK * head_bytes(cfg, hf_config, machine)
+        parts["head"] = ALLOCATOR_SLACK * head_bytes(case)
     return parts
 
 
-def head_bytes(cfg: Config, hf_config, machine: Machine) -> float:
+def head_bytes(case: Case) -> float:
     """Hidden states to log-probs, every token a response token: the chosen rows and their gradients, the weight's
     gradient; no logits."""
-    tokens, size = cfg.batch.max_tokens_per_microbatch, 2 if cfg.precision.params == "bfloat16" else 4
-    d, rows = hf_config.hidden_size, -(-hf_config.vocab_size // cfg.parallel.tp)
+    cfg, size, d = case.cfg, case.itemsize, case.hf_config.hidden_size
+    tokens, rows = cfg.batch.max_tokens_per_microbatch, -(-case.hf_config.vocab_size // cfg.parallel.tp)
+    workspace = HEAD_WORKSPACE_BYTES
     # Triton's needs a Hopper or newer; the plain one has two float32 blocks [tokens, chunk] and their product.
-    plain = cfg.kernels.linear_logprob == "reference" or machine.gpu.fp8_flops_per_s is None
-    workspace = tokens * min(_chunk_V(), rows) * (8 + size) if plain else HEAD_WORKSPACE_BYTES
+    if cfg.kernels.linear_logprob == "reference" or case.gpu.fp8_flops_per_s is None:
+        workspace = tokens * min(reference.linear_logprob.__kwdefaults__["chunk_V"], rows) * (8 + size)
     return tokens * d * (3 * size + size + 4) + size * rows * d + workspace
 
 
-def _chunk_V() -> int:
-    return reference.linear_logprob.__kwdefaults__["chunk_V"]
+def engine_weight_bytes(case: Case) -> float:
+    """On one GPU; embedding, head, biases and norms are never quantised."""
+    e, layers = case.cfg.engine, case.layer_parameters
+    layer_bytes = layers * (1 if e.quantization else _itemsize(e.dtype))
+    return (layer_bytes + _itemsize(e.dtype) * (case.num_parameters - layers)) / e.tp
+
+
+def kv_cache_bytes(case: Case) -> float:
+    """On one GPU: as configured, else what the engine's share of the GPU leaves; at least one longest sequence."""
+    e = case.cfg.engine
+    if e.kv_cache_bytes is not None:
+        return e.kv_cache_bytes
+    left = case.gpu.memory_bytes * case.engine_memory_frac - (engine_weight_bytes(case) + ENGINE_OVERHEAD_BYTES)
+    return max(left, case.cfg.longest_tokens * case.kv_bytes_per_token / e.tp)
+
+
+def kv_cache_tokens(case: Case) -> float:
+    """Of one engine."""
+    return kv_cache_bytes(case) * case.cfg.engine.tp / case.kv_bytes_per_token
 
 
 @dataclass(frozen=True)
@@ -256,53 +276,27 @@ class Memory:
         return self.total(self.fullest) <= self.capacity_bytes
 
 
-def of(cfg: Config, hf_config, machine: Machine) -> Memory:
-    """Raises InputError for a layout that cannot be."""
-    at, gpu = placement(cfg, hf_config, machine), machine.gpu
+def needed(case: Case) -> Memory:
+    states = {stage: state_bytes(case, stage) for stage in (0, case.cfg.parallel.pp - 1)}
     framework = {"CUDA, NCCL, workspaces": TRAINER_OVERHEAD_BYTES}
-    asleep = {"engine asleep": ENGINE_ASLEEP_BYTES} if at.colocated else {}
-    stages = [
-        {
-            **state_bytes(cfg, hf_config, at.dp, stage),
-            **activation_bytes(cfg, hf_config, machine, stage),
-            **framework,
-            **asleep,
-        }
-        for stage in {0, cfg.parallel.pp - 1}
-    ]
-    update = max(stages, key=lambda parts: sum(parts.values()))
-    states = [state_bytes(cfg, hf_config, at.dp, stage) for stage in {0, cfg.parallel.pp - 1}]
-    stays = {
-        name: size
-        for name, size in max(states, key=lambda parts: sum(parts.values())).items()
-        if not name.startswith(sharing(cfg).offloaded)
-    }
-    beside = {**stays, **framework} if at.colocated else {}
-    engine = {
-        "engine: weights": engine_weight_bytes(cfg, hf_config),
-        "engine: CUDA graphs, workspaces": ENGINE_OVERHEAD_BYTES,
-    }
-    engine["engine: KV cache"] = kv_cache_bytes(cfg, hf_config, gpu, own=sum(engine.values()))
-    return Memory({"update": update, "rollout": {**beside, **engine}}, gpu.memory_bytes)
-
-
-def engine_weight_bytes(cfg: Config, hf_config) -> float:
-    """On one GPU; embedding, head, biases and norms are never quantised."""
-    e, quantised = sharing(cfg), layer_parameters(hf_config)
-    return (
-        e.weight_bytes * quantised
-        + (2 if cfg.engine.dtype == "bfloat16" else 4) * (num_parameters(hf_config) - quantised)
-    ) / e.tp
-
-
-def kv_cache_bytes(cfg: Config, hf_config, gpu: Gpu, *, own: float) -> float:
-    """On one GPU: as configured, else what the engine's share of the GPU leaves; at least one longest sequence."""
-    if cfg.engine.kv_cache_bytes is not None:
-        return cfg.engine.kv_cache_bytes
-    e = sharing(cfg)
-    return max(
-        gpu.memory_bytes * e.memory_frac - own, cfg.longest_tokens * kv_bytes_per_token(hf_config, e.kv_bytes) / e.tp
+    asleep = {"engine asleep": ENGINE_ASLEEP_BYTES} if case.colocated else {}
+    update = _fullest(
+        {**state, **activation_bytes(case, stage), **framework, **asleep} for stage, state in states.items()
     )
+    beside = {}
+    if case.colocated:
+        stays = _fullest(states.values()).items()
+        beside = {name: size for name, size in stays if not name.startswith(case.offloaded)} | framework
+    engine = {
+        "engine: weights": engine_weight_bytes(case),
+        "engine: CUDA graphs, workspaces": ENGINE_OVERHEAD_BYTES,
+        "engine: KV cache": kv_cache_bytes(case),
+    }
+    return Memory({"update": update, "rollout": {**beside, **engine}}, case.gpu.memory_bytes)
+
+
+def _fullest(parts: Iterable[dict[str, float]]) -> dict[str, float]:
+    return max(parts, key=lambda sizes: sum(sizes.values()))
 
 
 def changed(cfg: Config, changes: dict[str, object]) -> Config:
@@ -314,103 +308,87 @@ def changed(cfg: Config, changes: dict[str, object]) -> Config:
     return cfg
 
 
-def remedies(cfg: Config, hf_config) -> Iterator[dict[str, object]]:
+def remedies(case: Case) -> Iterator[dict[str, object]]:
     """Single changes that take memory off a GPU; each may be of keys that belong together."""
-    p = cfg.parallel
+    cfg, p = case.cfg, case.cfg.parallel
     if p.recompute == "none":
         yield {"parallel.recompute": "selective", "parallel.recompute_modules": ("mlp",)}
     if p.recompute != "full":
         yield {"parallel.recompute": "full"}
-    least = cfg.longest_train_tokens
     for cp in (p.cp, 2 * p.cp, 4 * p.cp, 8 * p.cp):
-        tokens = -(-least // (cp * 128)) * 128
+        tokens = -(-cfg.longest_train_tokens // (cp * 128)) * 128
         changes = {} if cp == p.cp else {"parallel.cp": cp}
         if tokens < cfg.batch.max_tokens_per_microbatch:
             yield {**changes, "batch.max_tokens_per_microbatch": tokens}
-    for tp in range(p.tp + 1, hf_config.num_key_value_heads + 1):
+    for tp in range(p.tp + 1, case.hf_config.num_key_value_heads + 1):
         yield {"parallel.tp": tp, **({} if p.sequence_parallel else {"parallel.sequence_parallel": True})}
     for pp in (2 * p.pp, 4 * p.pp):
         yield {"parallel.pp": pp}
     if cfg.engine.kv_cache_bytes is not None:
         yield {"engine.kv_cache_bytes": None}
-    elif hasattr(cfg.engine, "gpu_memory_frac"):
+    else:
         for percent in range(80, 0, -10):
-            if percent / 100 < sharing(cfg).memory_frac:
+            if percent / 100 < case.engine_memory_frac:
                 yield {"engine.gpu_memory_frac": percent / 100}
-    if (
-        hasattr(cfg.engine, "offload_trainer")
-        and sharing(cfg).colocated
-        and set(sharing(cfg).offloaded) != {"gradients", "optimizer"}
-    ):
+    if case.colocated and set(case.offloaded) != {"gradients", "optimizer"}:
         yield {"engine.offload_trainer": ("gradients", "optimizer")}
 
 
-def smallest_change(cfg: Config, hf_config, machine: Machine) -> dict[str, object] | None:
+def smallest_change(case: Case) -> dict[str, object] | None:
     """The fewest keys that make it fit, of those the ones that leave the policy's arithmetic the fastest; None if there
     are none."""
-    options = list(remedies(cfg, hf_config))
+    options = list(remedies(case))
     for count in (1, 2, 3):
         found = []
         for combination in itertools.combinations(options, count):
             changes = {name: value for option in combination for name, value in option.items()}
             if len(changes) < sum(map(len, combination)):  # two values of one key
                 continue
-            try:
-                other = changed(cfg, changes)
-                if of(other, hf_config, machine).fits:
-                    found.append((len(changes), _slowness(other), -sharing(other).memory_frac, changes))
-            except InputError:
-                continue
+            if other := _fitting(case, changes=changes):
+                found.append((len(changes), _slowness(other.cfg), -other.engine_memory_frac, changes))
         if found:
             return min(found, key=lambda x: x[:3])[3]
     return None
 
 
+def _fitting(case: Case, *, changes: dict[str, object] = {}, machine: Machine | None = None) -> Case | None:
+    """The case with other values of keys, or on another machine, if that is possible and fits."""
+    try:
+        other = replace(case, cfg=changed(case.cfg, changes), machine=machine or case.machine)
+    except InputError:
+        return None
+    return other if needed(other).fits else None
+
+
 def _slowness(cfg: Config) -> float:
     """Of the policy's arithmetic, roughly: recomputation, and what the axes make GPUs wait for each other."""
     p = cfg.parallel
-    return {"none": 1.0, "selective": 1.15, "full": 1.33}[p.recompute] * (
-        1 + 0.1 * (p.tp - 1) + 0.05 * (p.cp - 1) + 0.2 * (p.pp - 1)
-    )
+    waits = 1 + 0.1 * (p.tp - 1) + 0.05 * (p.cp - 1) + 0.2 * (p.pp - 1)
+    return {"none": 1.0, "selective": 1.15, "full": 1.33}[p.recompute] * waits
 
 
-def check(cfg: Config, hf_config, machine: Machine) -> Memory:
+def check(case: Case) -> Memory:
     """The memory of what fits. Raises InputError with the smallest change for what does not."""
-    m = of(cfg, hf_config, machine)
+    m, machine = needed(case), case.machine
     if m.fits:
         return m
-    phase = m.fullest
-    largest = sorted(m.phases[phase].items(), key=lambda part: -part[1])[:3]
-    change = smallest_change(cfg, hf_config, machine)
+    largest = sorted(m.phases[m.fullest].items(), key=lambda part: -part[1])[:3]
+    most = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in largest)
+    change = smallest_change(case)
     if change is not None:
-        remedy = (
-            f"{overrides(change)} makes "
-            f"{max(map(of(changed(cfg, change), hf_config, machine).total, m.phases)) / 1e9:.1f} GB"
-        )
+        other = needed(case.changed(change))
+        remedy = f"{overrides(change)} makes {other.total(other.fullest) / 1e9:.1f} GB"
     else:
-        larger = [
-            name
-            for name, gpu in GPUS.items()
-            if gpu.memory_bytes > machine.gpu.memory_bytes and _fits(cfg, hf_config, Machine(name, machine.num_gpus))
-        ]
-        remedy = (
-            f"no change of recomputation, microbatch and axes does; take "
-            f"{' or '.join(larger) or 'a smaller model or shorter sequences'}"
-        )
+        machines = [Machine(name, machine.num_gpus) for name, g in GPUS.items() if g.memory_bytes > m.capacity_bytes]
+        larger = " or ".join(other.name for other in machines if _fitting(case, machine=other))
+        larger = larger or "a smaller model or shorter sequences"
+        remedy = f"no change of recomputation, microbatch and axes does; take {larger}"
     raise InputError(
-        f"{phase} on {machine.num_gpus} x {machine.name}",
-        f"{m.total(phase) / 1e9:.1f} GB",
-        f"must be at most the GPU's {m.capacity_bytes / 1e9:.1f} GB; most of it: "
-        f"{', '.join(f'{name} {size / 1e9:.1f} GB' for name, size in largest)}",
+        f"{m.fullest} on {machine.num_gpus} x {machine.name}",
+        f"{m.total(m.fullest) / 1e9:.1f} GB",
+        f"must be at most the GPU's {m.capacity_bytes / 1e9:.1f} GB; most of it: {most}",
         remedy,
     )
-
-
-def _fits(cfg: Config, hf_config, machine: Machine) -> bool:
-    try:
-        return of(cfg, hf_config, machine).fits
-    except InputError:
-        return False
 
 
 def overrides(change: dict[str, object]) -> str:
@@ -419,15 +397,9 @@ def overrides(change: dict[str, object]) -> str:
 
 
 def _as_override(value: object) -> str:
-    return (
-        f"[{','.join(value)}]"
-        if isinstance(value, tuple)
-        else "null"
-        if value is None
-        else str(value).lower()
-        if isinstance(value, bool)
-        else str(value)
-    )
+    if isinstance(value, tuple):
+        return f"[{','.join(value)}]"
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def machine_of(name: str | None, num_gpus: str | None) -> Machine:
@@ -444,7 +416,7 @@ def machine_of(name: str | None, num_gpus: str | None) -> Machine:
     return Machine(name, int(num_gpus))
 
 
-def hf_config_of(cfg: Config, given: str | None):
+def hf_config_of(cfg: Config, given: str | None = None):
     """The model's config: `given`, a config.json or its folder; else cfg.model's, which for the recipe's 1.5B and what
     its stages make of it needs no network. Raises InputError."""
     if given is not None:

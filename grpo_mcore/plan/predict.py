@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from grpo_mcore import entry
 from grpo_mcore.config.config import Config, InputError
 from grpo_mcore.plan import cluster, memory, time as plan_time
 from grpo_mcore.plan.cluster import Cluster, Draw, Failures, LogNormal, Measured
+from grpo_mcore.plan.memory import Machine
 from grpo_mcore.plan.simulate import Simulation, Step
 
 MEDIAN_FRAC, MEAN_FRAC = 0.25, 0.35  # of the limit: lengths of responses where nothing is known of them
-PROMPT_TOKENS = 192  # likewise
 NUM_DRAWS = 256  # of prompts, for their mean
 
 
@@ -68,46 +69,36 @@ def summary(steps: Sequence[Step], num_engines: int, max_running_responses: int,
 
 @dataclass(frozen=True)
 class Question:
-    """Numbers come as the command line's text; None: not given."""
+    """None: not given."""
 
-    like: str | None = None  # RUN: its lengths; and its trainers' seconds, unless gpu is given
+    like: str | None = None  # RUN: its lengths; and its trainers' seconds, unless a machine is given
     profile: str | None = None  # JSON of benchmarks/rollout.py: the engines' seconds
-    gpu: str | None = None  # of memory.GPUS: what is not measured is estimated for it
-    num_gpus: str | None = None
+    machine: Machine | None = None  # what is not measured is estimated for it
     model_config: str | None = None
-    steps: str | None = None  # without those that fill the pipeline
-    staleness: str | None = None  # 0,1,2; None: the configuration's
-    median_tokens: str | None = None  # of responses
-    mean_tokens: str | None = None
-    prompt_tokens: str | None = None
-    flat_frac: str | None = None  # groups without variance
-    failures_per_day: str | None = None  # of all engines together
-    restart_s: str | None = None
-
-    def number(self, name: str, default: float, low: float = 0.0) -> float:
-        text = getattr(self, name)
-        try:
-            value = default if text is None else float(text)
-        except ValueError:
-            value = float("nan")
-        if not low <= value < float("inf"):
-            raise InputError("--" + name.replace("_", "-"), text, f"must be a number of {low:g} or more", "give one")
-        return value
+    steps: float | None = None  # without those that fill the pipeline
+    staleness: tuple[int, ...] | None = None  # None: the configuration's
+    median_tokens: float | None = None  # of responses
+    mean_tokens: float | None = None
+    prompt_tokens: float | None = None
+    flat_frac: float = 0  # groups without variance
+    failures_per_day: float = 0.0  # of all engines together
+    restart_s: float = 300.0
 
 
-def cluster_of(cfg: Config, ask: Question, draw: Callable[[int], Draw]) -> Cluster:
+def cluster_of(
+    cfg: Config, ask: Question, draw: Callable[[int], Draw], measured: Sequence[cluster.MeasuredStep]
+) -> Cluster:
     """Measured parts where they are given, else estimates. Raises InputError."""
     engine = cluster.engine_from(ask.profile) if ask.profile else None
-    trainer = (
-        cluster.trainer_of(cluster.counted(cluster.measured_steps(ask.like))) if ask.like and ask.gpu is None else None
-    )
+    trainer = cluster.trainer_of(measured) if measured and ask.machine is None else None
     if engine is None or trainer is None:
-        machine, draws = memory.machine_of(ask.gpu, ask.num_gpus), [draw(p) for p in range(NUM_DRAWS)]
+        machine = ask.machine or memory.machine_of(None, None)  # which is refused
+        draws = [draw(p) for p in range(NUM_DRAWS)]
         mean = plan_time.Assumptions(
             statistics.mean(d.prompt_tokens for d in draws),
             statistics.mean(n for d in draws for n in d.response_tokens),
         )
-        parts = cluster.estimated(cfg, memory.hf_config_of(cfg, ask.model_config), machine, mean)
+        parts = cluster.estimated(memory.Case(cfg, memory.hf_config_of(cfg, ask.model_config), machine), mean)
         engine, trainer = engine or parts.engine, trainer or parts.trainer
     if engine.kv_cache_tokens is not None and engine.kv_cache_tokens < cfg.longest_tokens:
         raise InputError(
@@ -117,10 +108,8 @@ def cluster_of(cfg: Config, ask: Question, draw: Callable[[int], Draw]) -> Clust
             f"sequence, {cfg.longest_tokens}",
             "raise it, or shorten the sequences",
         )
-    rate = ask.number("failures_per_day", 0)
-    return Cluster(
-        engine, trainer, Failures(cfg.engine.num_engines * 86400 / rate, ask.number("restart_s", 300)) if rate else None
-    )
+    rate = ask.failures_per_day
+    return Cluster(engine, trainer, Failures(cfg.engine.num_engines * 86400 / rate, ask.restart_s) if rate else None)
 
 
 def lengths_of(cfg: Config, ask: Question) -> Measured | LogNormal:
@@ -136,17 +125,11 @@ def lengths_of(cfg: Config, ask: Question) -> Measured | LogNormal:
                 "take the run's, or give --median-tokens",
             )
         return measured
-    prompt_tokens = int(ask.number("prompt_tokens", min(PROMPT_TOKENS, cfg.data.max_prompt_tokens), 1))
+    prompt_tokens = int(ask.prompt_tokens or min(plan_time.PROMPT_TOKENS, cfg.data.max_prompt_tokens))
     limit = cfg.response_tokens(prompt_tokens)
-    median = ask.number("median_tokens", MEDIAN_FRAC * limit, 1)
-    return LogNormal(
-        median,
-        ask.number("mean_tokens", median * MEAN_FRAC / MEDIAN_FRAC, median),
-        limit,
-        prompt_tokens,
-        r.group_size,
-        ask.number("flat_frac", 0),
-    )
+    median = entry.number("--median-tokens", ask.median_tokens or MEDIAN_FRAC * limit, 1)
+    mean = entry.number("--mean-tokens", ask.mean_tokens or median * MEAN_FRAC / MEDIAN_FRAC, median)
+    return LogNormal(median, mean, limit, prompt_tokens, r.group_size, ask.flat_frac)
 
 
 def run(cfg: Config, parts: Cluster, draw: Measured | LogNormal, *, num_steps: int, skip: int) -> list[Step]:
@@ -158,14 +141,11 @@ def answer(cfg: Config, ask: Question) -> dict:
     """Predictions by staleness, with what they rest on; with `like`, of the same configuration too, beside what was
     measured."""
     draw = lengths_of(cfg, ask)
-    parts = cluster_of(cfg, ask, draw)
-    measured = cluster.measured_steps(ask.like) if ask.like else []
-    num_steps = int(ask.number("steps", len(cluster.counted(measured)) or 10, 1))
-    try:
-        ages = [cfg.rollout.max_staleness] if ask.staleness is None else [int(s) for s in ask.staleness.split(",")]
-    except ValueError:
-        raise InputError("--staleness", ask.staleness, "must be whole numbers", "write them as 0,1,2") from None
-    if any(ages) and ask.gpu and cfg.engine.is_colocated("cuda"):
+    measured = cluster.counted(cluster.measured_steps(ask.like)) if ask.like else []
+    parts = cluster_of(cfg, ask, draw, measured)
+    num_steps = int(ask.steps or len(measured) or 10)
+    ages = (cfg.rollout.max_staleness,) if ask.staleness is None else ask.staleness
+    if any(ages) and ask.machine and cfg.engine.is_colocated("cuda"):
         raise InputError(
             "engine.placement",
             cfg.engine.placement,
@@ -174,14 +154,13 @@ def answer(cfg: Config, ask: Question) -> dict:
         )
     out = {"engine": dataclasses.asdict(parts.engine), "trainer": dataclasses.asdict(parts.trainer), "predicted": {}}
     out["lengths"] = dataclasses.asdict(draw) if isinstance(draw, LogNormal) else {"like": ask.like}
+    sizes = cfg.engine.num_engines, cfg.engine.max_running_responses, cfg.responses_per_step
     for age in ages:
         of = memory.changed(cfg, {"rollout.max_staleness": age})
         steps = run(of, parts, draw, num_steps=num_steps, skip=1 if ask.like else age + 1)
-        out["predicted"][age] = dataclasses.asdict(
-            summary(steps, cfg.engine.num_engines, cfg.engine.max_running_responses, cfg.responses_per_step)
-        )
+        out["predicted"][age] = dataclasses.asdict(summary(steps, *sizes))
         if ask.like and age == cfg.rollout.max_staleness:
-            out["measured"] = comparison(cluster.counted(measured), steps)
+            out["measured"] = comparison(measured, steps)
     return out
 
 
@@ -204,24 +183,19 @@ def table(result: dict) -> str:
     columns = result["predicted"]
     lines = [f"{'rollout.max_staleness':24}" + "".join(f"{age:>14}" for age in columns)]
     for name in next(iter(columns.values())):
-        values = [c[name] for c in columns.values()]
-        lines.append(
-            f"{name:24}"
-            + "".join(
-                f"{v:14.1%}" if name.endswith("_frac") else f"{v:14,}" if isinstance(v, int) else f"{v:14,.2f}"
-                for v in values
-            )
-        )
+        lines.append(f"{name:24}" + "".join(_cell(name, column[name]) for column in columns.values()))
     if "measured" in result:
-        lines += [
-            "",
-            f"{'seconds of a step':24}{'measured':>14}{'predicted':>14}{'ratio':>14}"
-            f"{'measured p50':>14}{'predicted p50':>14}",
-        ]
-        lines += [
-            f"{name:24}" + "".join(f"{value:14.3f}" for value in r.values()) for name, r in result["measured"].items()
-        ]
+        titles = ("measured", "predicted", "ratio", "measured p50", "predicted p50")
+        lines += ["", f"{'seconds of a step':24}" + "".join(f"{title:>14}" for title in titles)]
+        for name, row in result["measured"].items():
+            lines.append(f"{name:24}" + "".join(f"{value:14.3f}" for value in row.values()))
     return "\n".join(lines)
+
+
+def _cell(name: str, value: float) -> str:
+    if name.endswith("_frac"):
+        return f"{value:14.1%}"
+    return f"{value:14,}" if isinstance(value, int) else f"{value:14,.2f}"
 
 
 def write(result: dict, path: str | Path) -> None:

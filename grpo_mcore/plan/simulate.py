@@ -53,6 +53,10 @@ class Step:
 _ENGINE, _FAILURE, _STARTED, _TRAINER = range(4)  # of events at the same time: which is first
 
 
+def _used(engine: SimulatedEngine) -> tuple[float, float, int]:
+    return engine.busy_s, engine.slots_s, engine.preemptions
+
+
 class Simulation:
     def __init__(
         self,
@@ -83,16 +87,12 @@ class Simulation:
         self._arrived: dict[int, Attempt] = {}
         self._version = 0
         self._since: float = 0  # the trainer's phase
-        self._next: Callable[[], None] | None = (
-            None  # what the trainer does when its phase is over; None: it waits for groups or for an engine
-        )
+        # What the trainer does when its phase is over; None: it waits for groups or for an engine.
+        self._next: Callable[[], None] | None = None
         self._steps: list[Step] = []
         self._step = Step()
-        self._used: tuple[float, float, int] = (
-            0,
-            0,
-            0,
-        )  # busy_s, slots_s, preemptions of engines that are gone, and of steps before: negative
+        # busy_s, slots_s, preemptions of engines that are gone, and of steps before: negative.
+        self._used: tuple[float, float, int] = (0, 0, 0)
 
     def run(self, num_steps: int) -> list[Step]:
         """That many further steps."""
@@ -169,23 +169,19 @@ class Simulation:
         step.staleness = sum((self._version - version) * tokens for version, tokens in spans) / step.response_tokens
         step.max_staleness = max(self._version - version for version, _ in spans)
         draws = [self._arrived[p].draw for p in taken.positions]
+        tokens = [d.prompt_tokens + n for d in draws for n in d.response_tokens]
         for p in [p for p in self._arrived if p < self._admission.cursor]:
             del self._arrived[p]
-        self._then(
-            self._cluster.trainer.seconds([d.prompt_tokens + n for d in draws for n in d.response_tokens]),
-            self._end_step,
-        )
+        self._then(self._cluster.trainer.seconds(tokens), self._end_step)
 
     def _end_step(self) -> None:
         step = self._step
         step.train_s += self.now - self._since
         for engine in self._engines.values():
             engine.settle(self.now)
-        total = self._totals()
-        step.busy_s, step.slots_s, step.preemptions = (t + u for t, u in zip(total, self._used, strict=True))
-        self._used = tuple(
-            u - x for u, x in zip(self._used, (step.busy_s, step.slots_s, step.preemptions), strict=True)
-        )
+        of_step = tuple(map(sum, zip(*map(_used, self._engines.values()), self._used, strict=True)))
+        step.busy_s, step.slots_s, step.preemptions = of_step
+        self._used = tuple(u - x for u, x in zip(self._used, of_step, strict=True))
         self._steps.append(step)
         self._step, self._since = Step(), self.now
         self._version += 1
@@ -224,18 +220,12 @@ class Simulation:
     def _fail(self, index: int) -> None:
         engine = self._engines.pop(index)
         engine.settle(self.now)
-        self._used = tuple(
-            u + x for u, x in zip(self._used, (engine.busy_s, engine.slots_s, engine.preemptions), strict=True)
-        )
+        self._used = tuple(u + x for u, x in zip(self._used, _used(engine), strict=True))
         self._expect(index, None)
         self._step.failures += 1
         self._step.issued_again += len(self._dispatch.leave(index))
         self._push(self.now + self._cluster.failures.restart_s, _STARTED, index)
         self._deal()
-
-    def _totals(self) -> tuple[float, float, int]:
-        engines = self._engines.values()
-        return sum(e.busy_s for e in engines), sum(e.slots_s for e in engines), sum(e.preemptions for e in engines)
 
     def _expect(self, index: int, at: float | None) -> None:
         """The engine's next change; what was expected before no longer counts."""

@@ -20,9 +20,8 @@ class Attempt:
 
     def __init__(self, key: Key, draw: Draw):
         self.key, self.draw = key, draw
-        self.spans: list[list[tuple[int, int]]] = [
-            [] for _ in draw.response_tokens
-        ]  # (version, tokens) of each response
+        # (version, tokens) of each response
+        self.spans: list[list[tuple[int, int]]] = [[] for _ in draw.response_tokens]
         self.left = len(draw.response_tokens)
         self.cancelled = self.prompt_computed = False
 
@@ -176,9 +175,8 @@ class SimulatedEngine:
                 response.since = self.iteration
                 self._num_started += 1
                 self._kv += response.context
-                heapq.heappush(
-                    self._running, (self.iteration + response.length - response.tokens, self._num_started, response)
-                )
+                end = self.iteration + response.length - response.tokens
+                heapq.heappush(self._running, (end, self._num_started, response))
             self._queue.popleft()
         if started:
             self._prefill(tokens, started)

@@ -16,17 +16,10 @@ from dataclasses import dataclass
 
 from grpo_mcore.config.config import Config
 from grpo_mcore.plan import memory
-from grpo_mcore.plan.memory import (
-    ENGINE_OVERHEAD_BYTES,
-    Machine,
-    engine_weight_bytes,
-    kv_bytes_per_token,
-    layer_parameters,
-    num_parameters,
-    placement,
-    sharing,
-)
+from grpo_mcore.plan.memory import Case
 from grpo_mcore.policy import model
+
+PROMPT_TOKENS = 192  # mean, where nothing is known of them
 
 
 @dataclass(frozen=True)
@@ -41,6 +34,16 @@ class Assumptions:
     link_frac: float = 0.70  # of NVLink's bandwidth, or the network's
     network_bytes_per_s: float = 50e9  # of one GPU between nodes of 8
 
+    @property
+    def tokens(self) -> float:
+        """Of a sequence, mean."""
+        return self.prompt_tokens + self.response_tokens
+
+    @property
+    def running_tokens(self) -> float:
+        """Of a running response and its prompt, mean."""
+        return self.prompt_tokens + self.response_tokens / 2
+
     def __str__(self) -> str:
         return (
             f"responses of {self.response_tokens:g} tokens after prompts of {self.prompt_tokens:g} on average, the "
@@ -53,153 +56,138 @@ class Assumptions:
         )
 
 
-def times(cfg: Config, hf_config, machine: Machine, a: Assumptions) -> dict[str, float]:
+def assumed(cfg: Config, prompt_tokens: float | None, response_tokens: float | None) -> Assumptions:
+    """None: not known; responses then reach half of their limit."""
+    prompt = prompt_tokens or min(PROMPT_TOKENS, cfg.data.max_prompt_tokens)
+    return Assumptions(float(prompt), float(response_tokens or cfg.response_tokens(int(prompt)) / 2))
+
+
+def times(case: Case, a: Assumptions) -> dict[str, float]:
     """Seconds of a step, by phase."""
-    at, gpu = placement(cfg, hf_config, machine), machine.gpu
-    link = a.link_frac * (gpu.nvlink_bytes_per_s if machine.num_gpus <= 8 else a.network_bytes_per_s)
-    weight_bytes = 2 * num_parameters(hf_config)
-    forward = _forward_s(cfg, hf_config, machine, a, at.ranks)
+    cfg, gpu = case.cfg, case.gpu
+    link = a.link_frac * (gpu.nvlink_bytes_per_s if case.machine.num_gpus <= 8 else a.network_bytes_per_s)
+    forward = _forward_s(case, a)
     return {
-        "rollout": _rollout_s(cfg, hf_config, machine, a),
+        "rollout": _rollout_s(case, a),
         "logprob": forward * (2 if cfg.loss.kl_coef > 0 else 1),
-        "update": forward * (3 + recomputed_frac(cfg, hf_config))
-        + _tp_s(cfg, hf_config, machine, a, at.ranks)
-        + cfg.optimizer_steps_per_step * _optimizer_step_s(cfg, hf_config, machine, at.dp, link),
-        "refit": weight_bytes / link,
+        "update": forward * (3 + recomputed_frac(case))
+        + _tp_s(case, a)
+        + cfg.optimizer_steps_per_step * _optimizer_step_s(case, link),
+        "refit": 2 * case.num_parameters / link,
     }
 
 
-def forward_flops(hf_config, tokens: float, response_tokens: float) -> tuple[float, float]:
+def forward_flops(case: Case, tokens: float, response_tokens: float) -> tuple[float, float]:
     """(of the layers' matrix products, of attention and head) of one sequence."""
-    cost, unit = model.cost_of(hf_config), 2 * layer_parameters(hf_config)
+    cost, unit = model.cost_of(case.hf_config), 2 * case.layer_parameters
     return unit * tokens, unit * (cost.head * response_tokens + cost.quadratic * tokens**2)
 
 
-def recomputed_frac(cfg: Config, hf_config) -> float:
+def recomputed_frac(case: Case) -> float:
     """Of a forward pass, done again in the backward."""
-    p = cfg.parallel
-    if p.recompute == "full":
-        return 1.0
-    mlp = (
-        3
-        * hf_config.hidden_size
-        * hf_config.intermediate_size
-        * hf_config.num_hidden_layers
-        / layer_parameters(hf_config)
-    )
-    return mlp if p.recompute == "selective" and "mlp" in p.recompute_modules else 0.0
+    p, hf = case.cfg.parallel, case.hf_config
+    if p.recompute == "selective" and "mlp" in p.recompute_modules:
+        return 3 * hf.hidden_size * hf.intermediate_size * hf.num_hidden_layers / case.layer_parameters
+    return 1.0 if p.recompute == "full" else 0.0
 
 
-def _forward_s(cfg: Config, hf_config, machine: Machine, a: Assumptions, ranks: int) -> float:
-    layers, rest = forward_flops(hf_config, a.prompt_tokens + a.response_tokens, a.response_tokens)
-    bf16 = a.train_mfu * machine.gpu.bf16_flops_per_s
-    of_layers = a.fp8_mfu * machine.gpu.fp8_flops_per_s if cfg.precision.fp8 else bf16
-    bubble = 1 + (cfg.parallel.pp - 1) / (cfg.parallel.virtual_pp * _microbatches(cfg, a, ranks))
-    return bubble * cfg.responses_per_step * (layers / of_layers + rest / bf16) / ranks
+def _forward_s(case: Case, a: Assumptions) -> float:
+    cfg, p = case.cfg, case.cfg.parallel
+    layers, rest = forward_flops(case, a.tokens, a.response_tokens)
+    bf16 = a.train_mfu * case.gpu.bf16_flops_per_s
+    of_layers = a.fp8_mfu * case.gpu.fp8_flops_per_s if cfg.precision.fp8 else bf16
+    # Of a replica in an optimizer step.
+    microbatches = cfg.batch.global_batch_size * a.tokens / case.dp / (p.cp * cfg.batch.max_tokens_per_microbatch)
+    bubble = 1 + (p.pp - 1) / (p.virtual_pp * max(math.ceil(microbatches), 1))
+    return bubble * cfg.responses_per_step * (layers / of_layers + rest / bf16) / case.ranks
 
 
-def _microbatches(cfg: Config, a: Assumptions, ranks: int) -> int:
-    """Of a replica in an optimizer step."""
-    tokens = (
-        cfg.batch.global_batch_size * (a.prompt_tokens + a.response_tokens) / (ranks // cfg.parallel.ranks_per_replica)
-    )
-    return max(math.ceil(tokens / (cfg.parallel.cp * cfg.batch.max_tokens_per_microbatch)), 1)
-
-
-def _tp_s(cfg: Config, hf_config, machine: Machine, a: Assumptions, ranks: int) -> float:
+def _tp_s(case: Case, a: Assumptions) -> float:
     """Two all-reduces a layer (or what sequence parallelism makes of them) forward, two backward, two recomputed; none
     hidden."""
-    p = cfg.parallel
-    if p.tp == 1:
-        return 0.0
-    tokens = cfg.responses_per_step * (a.prompt_tokens + a.response_tokens) / (ranks / p.tp)
-    sent = 2 * (p.tp - 1) / p.tp * 2 * hf_config.hidden_size * tokens  # bytes of one all-reduce
-    return (
-        sent
-        * hf_config.num_hidden_layers
-        * (6 if p.recompute == "full" else 4)
-        / (a.link_frac * machine.gpu.nvlink_bytes_per_s)
-    )
+    p, hf = case.cfg.parallel, case.hf_config
+    tokens = case.cfg.responses_per_step * a.tokens / (case.ranks / p.tp)
+    sent = 2 * (p.tp - 1) / p.tp * 2 * hf.hidden_size * tokens  # bytes of one all-reduce
+    all_reduces = hf.num_hidden_layers * (6 if p.recompute == "full" else 4)
+    return sent * all_reduces / (a.link_frac * case.gpu.nvlink_bytes_per_s)
 
 
-def _optimizer_step_s(cfg: Config, hf_config, machine: Machine, dp: int, link: float) -> float:
+def _optimizer_step_s(case: Case, link: float) -> float:
     """Gradients scattered in float32, weights gathered, and the optimizer's reads and writes; nothing hidden."""
-    numbers, shards = num_parameters(hf_config, cfg.parallel), dp * cfg.parallel.cp
-    size = 2 if cfg.precision.params == "bfloat16" else 4
-    state = (
-        2 * (12 + 4) * numbers / shards + 2 * 4 * numbers
-    )  # main weights, moments, gradients; the buffer zeroed and its norm taken
-    return (4 + size) * numbers * (shards - 1) / shards / link + state / machine.gpu.hbm_bytes_per_s
+    p = case.cfg.parallel
+    numbers, shards = memory.num_parameters(case.hf_config, p), case.dp * p.cp
+    # Main weights, moments, gradients; the buffer zeroed and its norm taken.
+    state = 2 * (12 + 4) * numbers / shards + 2 * 4 * numbers
+    return (4 + case.itemsize) * numbers * (shards - 1) / shards / link + state / case.gpu.hbm_bytes_per_s
 
 
-def _rollout_s(cfg: Config, hf_config, machine: Machine, a: Assumptions) -> float:
-    at, gpu = placement(cfg, hf_config, machine), machine.gpu
-    numbers, kv, weights = (
-        num_parameters(hf_config),
-        kv_bytes_per_token(hf_config, sharing(cfg).kv_bytes),
-        engine_weight_bytes(cfg, hf_config),
+@dataclass(frozen=True)
+class Decoding:
+    """Seconds of an engine's iteration, in which each running response gains a token."""
+
+    fixed_s: float
+    weights_s: float  # reading the weights
+    kv_token_s: float  # reading a token of the cache
+    token_s: float  # computing a token
+
+
+def decoding(case: Case, a: Assumptions) -> Decoding:
+    bytes_per_s, tp = a.decode_bandwidth_frac * case.gpu.hbm_bytes_per_s, case.cfg.engine.tp
+    return Decoding(
+        a.decode_fixed_s,
+        memory.engine_weight_bytes(case) / bytes_per_s,
+        case.kv_bytes_per_token / tp / bytes_per_s,
+        2 * case.num_parameters / tp / (a.decode_mfu * case.gpu.bf16_flops_per_s),
     )
-    running = running_responses(cfg, hf_config, machine, a)
-    context = a.prompt_tokens + a.response_tokens / 2  # of a running response, on average
 
-    def token_s(batch: float) -> float:
-        """Of one token of each of `batch` responses."""
-        read = (weights + batch * context * kv / at.engine_tp) / (a.decode_bandwidth_frac * gpu.hbm_bytes_per_s)
-        return max(read, 2 * numbers * batch / at.engine_tp / (a.decode_mfu * gpu.bf16_flops_per_s)) + a.decode_fixed_s
+
+def _rollout_s(case: Case, a: Assumptions) -> float:
+    cfg, e = case.cfg, decoding(case, a)
+
+    def iteration_s(batch: float) -> float:
+        read = e.weights_s + batch * a.running_tokens * e.kv_token_s
+        return max(read, batch * e.token_s) + e.fixed_s
 
     per_engine = cfg.responses_per_step / cfg.engine.num_engines
-    batch = min(running, per_engine)
+    batch = min(running_responses(case, a), per_engine)
     full = per_engine * a.response_tokens / batch  # tokens in a row with the engine full
     longest = cfg.response_tokens(int(a.prompt_tokens))
-    prefill = (
-        cfg.rollout.prompts_per_step
-        / cfg.engine.num_engines
-        * 2
-        * numbers
-        * a.prompt_tokens
-        / (a.decode_mfu * gpu.bf16_flops_per_s)
-    )
-    return prefill + full * token_s(batch) + max(longest - full, 0) * token_s(1)
+    # As if one of an engine's GPUs computed its prompts.
+    prefill = cfg.rollout.prompts_per_step / cfg.engine.num_engines * a.prompt_tokens * e.token_s * cfg.engine.tp
+    return prefill + full * iteration_s(batch) + max(longest - full, 0) * iteration_s(1)
 
 
-def running_responses(cfg: Config, hf_config, machine: Machine, a: Assumptions) -> float:
+def running_responses(case: Case, a: Assumptions) -> float:
     """At once on one engine: what the KV cache holds of half-grown responses, at most engine.max_running_responses."""
-    at = placement(cfg, hf_config, machine)
-    cache = memory.of(cfg, hf_config, machine).phases["rollout"]["engine: KV cache"] * at.engine_tp
-    held = cache / (kv_bytes_per_token(hf_config, sharing(cfg).kv_bytes) * (a.prompt_tokens + a.response_tokens / 2))
-    return max(min(cfg.engine.max_running_responses, held), 1)
+    return max(min(case.cfg.engine.max_running_responses, memory.kv_cache_tokens(case) / a.running_tokens), 1)
 
 
-def report(cfg: Config, hf_config, machine: Machine, a: Assumptions) -> str:
+def report(case: Case, a: Assumptions) -> str:
     """Of a configuration that fits (memory.check)."""
-    at, m, p = placement(cfg, hf_config, machine), memory.of(cfg, hf_config, machine), cfg.parallel
-    seconds = times(cfg, hf_config, machine, a)
-    names = list(dict.fromkeys(name for parts in m.phases.values() for name in parts))
+    cfg, m, p, seconds = case.cfg, memory.needed(case), case.cfg.parallel, times(case, a)
+    policy = "engines beside the policy" if case.colocated else "engines and policy apart"
+    sleeps = "; an engine sleeps while the policy learns" if case.colocated else ""
     lines = [
-        f"{cfg.model}: {num_parameters(hf_config) / 1e9:.3f} B parameters; {machine.num_gpus} x {machine.name}, "
-        f"{'engines beside the policy' if at.colocated else 'engines and policy apart'}: tp {p.tp} x cp {p.cp} x "
-        f"pp {p.pp} x dp {at.dp} = {at.ranks} ranks, "
-        f"{cfg.engine.num_engines} engines of {at.engine_tp} GPUs",
+        f"{cfg.model}: {case.num_parameters / 1e9:.3f} B parameters; {case.machine.num_gpus} x {case.machine.name}, "
+        f"{policy}: tp {p.tp} x cp {p.cp} x pp {p.pp} x dp {case.dp} = {case.ranks} ranks, "
+        f"{cfg.engine.num_engines} engines of {cfg.engine.tp} GPUs",
         "",
         f"{'GB of the fullest GPU':36}" + "".join(f"{phase:>9}" for phase in m.phases),
-        *(
-            f"  {name:34}"
-            + "".join(f"{parts[name] / 1e9:9.2f}" if name in parts else " " * 9 for parts in m.phases.values())
-            for name in names
-        ),
-        f"  {'sum':34}"
-        + "".join(f"{m.total(phase) / 1e9:9.2f}" for phase in m.phases)
-        + f"   of {m.capacity_bytes / 1e9:.1f}",
+    ]
+    for name in dict.fromkeys(name for parts in m.phases.values() for name in parts):
+        sizes = (f"{parts[name] / 1e9:9.2f}" if name in parts else " " * 9 for parts in m.phases.values())
+        lines.append(f"  {name:34}" + "".join(sizes))
+    sums, step_s = "".join(f"{m.total(phase) / 1e9:9.2f}" for phase in m.phases), sum(seconds.values())
+    lines += [
+        f"  {'sum':34}{sums}   of {m.capacity_bytes / 1e9:.1f}",
         "",
         "seconds of a step",
         *(f"  {phase:34}{s:9.1f}" for phase, s in seconds.items()),
-        f"  {'sum':34}{sum(seconds.values()):9.1f}   {cfg.num_steps} steps: "
-        f"{cfg.num_steps * sum(seconds.values()) / 3600:.1f} hours",
-        f"  {running_responses(cfg, hf_config, machine, a):.0f} responses run at once on an engine",
+        f"  {'sum':34}{step_s:9.1f}   {cfg.num_steps} steps: {cfg.num_steps * step_s / 3600:.1f} hours",
+        f"  {running_responses(case, a):.0f} responses run at once on an engine",
         "",
-        f"Assumed: {a}; {ENGINE_OVERHEAD_BYTES >> 30} GiB of an engine beside weights and KV cache; every token a "
-        f"response token"
-        f"{'; an engine sleeps while the policy learns' if at.colocated else ''}. Not in it: reward, evaluation.",
+        f"Assumed: {a}; {memory.ENGINE_OVERHEAD_BYTES >> 30} GiB of an engine beside weights and KV cache; "
+        f"every token a response token{sleeps}. Not in it: reward, evaluation.",
         "Arithmetic, which has not been compared with a GPU.",
     ]
     return "\n".join(lines)

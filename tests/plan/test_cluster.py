@@ -46,47 +46,29 @@ def test_iterations_within_is_the_inverse_of_decode_s(seed):
 def test_estimates_are_those_of_the_planner():
     """Its seconds of a training step for sequences of the assumed lengths; its weights, cache and assumptions for an
     engine."""
-    cfg = config_file.load(
-        ROOT / "configs/quickstart.yaml",
-        [
-            "device=auto",
-            "engine.placement=disaggregated",
-            "engine.num_engines=4",
-            "engine.dtype=bfloat16",
-            "engine.kv_cache_bytes=null",
-            "precision.params=bfloat16",
-            "data.max_prompt_tokens=1000",
-            "rollout.max_response_tokens=7000",
-            "batch.max_tokens_per_microbatch=8192",
-        ],
-    )
-    hf_config, machine, a = (
-        model.load_hf_config(str(MODEL)),
-        memory.Machine("h100-80gb", 12),
-        plan_time.Assumptions(500, 2500),
-    )
-    parts, seconds = cluster.estimated(cfg, hf_config, machine, a), plan_time.times(cfg, hf_config, machine, a)
-    assert (
-        parts.trainer.seconds([3000] * cfg.responses_per_step) == pytest.approx(seconds["logprob"] + seconds["update"])
-        and parts.trainer.refit_s == seconds["refit"]
-    )
-    twice = parts.trainer.seconds([6000] * cfg.responses_per_step) / (seconds["logprob"] + seconds["update"])
+    engine = "placement=disaggregated num_engines=4 dtype=bfloat16 kv_cache_bytes=null"
+    tokens = "data.max_prompt_tokens=1000 rollout.max_response_tokens=7000 batch.max_tokens_per_microbatch=8192"
+    overrides = ["device=auto", "precision.params=bfloat16", *tokens.split(), *(f"engine.{x}" for x in engine.split())]
+    cfg = config_file.load(ROOT / "configs/quickstart.yaml", overrides)
+    case = memory.Case(cfg, model.load_hf_config(str(MODEL)), memory.Machine("h100-80gb", 12))
+    a = plan_time.Assumptions(500, 2500)
+    parts, seconds = cluster.estimated(case, a), plan_time.times(case, a)
+    train_s = seconds["logprob"] + seconds["update"]
+    assert parts.trainer.seconds([3000] * cfg.responses_per_step) == pytest.approx(train_s)
+    assert parts.trainer.refit_s == seconds["refit"]
     # Attention: 2 x 28 layers x 1536 x 3000^2 = 0.774e12 of 10.03e12 FLOPs, which grow fourfold.
+    twice = parts.trainer.seconds([6000] * cfg.responses_per_step) / train_s
     assert twice == pytest.approx(2 + 2 * 0.774 / 10.03, rel=1e-3)
     e, bytes_per_s = parts.engine, a.decode_bandwidth_frac * 3.35e12
-    assert e.base_s(1) == pytest.approx(
-        0.004 + 2 * memory.num_parameters(hf_config) / bytes_per_s, rel=1e-3
-    ) and e.kv_token_s == pytest.approx(28672 / bytes_per_s)
-    assert e.base_s(4096) == pytest.approx(0.004 + 4096 * e.prefill_token_s) and e.prefill_token_s == pytest.approx(
-        2 * memory.num_parameters(hf_config) / (a.decode_mfu * 989e12)
-    )
-    assert e.kv_cache_tokens == int(memory.of(cfg, hf_config, machine).phases["rollout"]["engine: KV cache"] / 28672)
+    assert e.base_s(1) == pytest.approx(0.004 + 2 * case.num_parameters / bytes_per_s, rel=1e-3)
+    assert e.kv_token_s == pytest.approx(28672 / bytes_per_s)
+    assert e.base_s(4096) == pytest.approx(0.004 + 4096 * e.prefill_token_s)
+    assert e.prefill_token_s == pytest.approx(2 * case.num_parameters / (a.decode_mfu * 989e12))
+    assert e.kv_cache_tokens == int(memory.needed(case).phases["rollout"]["engine: KV cache"] / 28672)
 
 
 def test_log_normal_lengths():
-    lengths = LogNormal(
-        median_tokens=100, mean_tokens=150, max_tokens=400, prompt_tokens=9, group_size=4, flat_frac=0.25
-    )
+    lengths = LogNormal(100, 150, max_tokens=400, prompt_tokens=9, group_size=4, flat_frac=0.25)
     draws = [lengths(p) for p in range(4000)]
     assert draws[7] == lengths(7) and draws[7] != draws[8] and draws[0].prompt_tokens == 9
     tokens = [n for d in draws for n in d.response_tokens]
@@ -101,16 +83,10 @@ def test_log_normal_lengths():
 def run_dir(tmp_path):
     """Two steps of two groups of two; the second group of each has no variance."""
     (tmp_path / "rollouts").mkdir()
-    rows = []
+    rows, names = [], ("time/refit_s", "time/rollout_s", "time/logprob_s", "time/update_s")
     for step, times in ((1, (9.0, 30.0, 2.0, 4.0)), (2, (2.0, 5.0, 1.0, 3.0))):
         rows.append({"step": step, "eval/mean@4": 0.5, "time/eval_s": 99.0})
-        rows.append(
-            {
-                "step": step,
-                **dict(zip(("time/refit_s", "time/rollout_s", "time/logprob_s", "time/update_s"), times, strict=True)),
-                "time/eval_s": 77.0,
-            }
-        )
+        rows.append({"step": step, **dict(zip(names, times, strict=True)), "time/eval_s": 77.0})
         responses = [
             {
                 "position": 2 * step - 2 + g,
@@ -129,20 +105,11 @@ def run_dir(tmp_path):
 
 def test_a_run_is_read_back(run_dir):
     draw = Measured(run_dir)
-    assert [draw(p) for p in range(5)] == [
-        Draw(4, (10, 11), True),
-        Draw(4, (11, 12), False),
-        Draw(4, (20, 21), True),
-        Draw(4, (21, 22), False),
-        draw(0),
-    ]
+    groups = [Draw(4, (10, 11), True), Draw(4, (11, 12), False), Draw(4, (20, 21), True), Draw(4, (21, 22), False)]
+    assert [draw(p) for p in range(5)] == [*groups, draw(0)]
     first, second = cluster.measured_steps(run_dir)
-    assert (first.seconds, first.tokens) == (45, 16 + 44) and (
-        second.refit_s,
-        second.rollout_s,
-        second.train_s,
-        second.tokens,
-    ) == (2, 5, 4, 16 + 84)
+    assert (first.seconds, first.tokens) == (45, 16 + 44)
+    assert (second.refit_s, second.rollout_s, second.train_s, second.tokens) == (2, 5, 4, 16 + 84)
     t = cluster.trainer_of([second])
     assert t.refit_s == 2 and t.seconds([50, 50]) == pytest.approx(4)
     with pytest.raises(InputError, match="rollouts"):
@@ -152,18 +119,10 @@ def test_a_run_is_read_back(run_dir):
 
 
 @pytest.mark.parametrize("block_tokens, siblings", [(0, 4), (8, 4), (32, 8)])
-def test_the_benchmark_concludes_the_profile_it_was_timed_with(tmp_path, block_tokens, siblings):
-    cfg = config_file.load(
-        ROOT / "configs/quickstart.yaml",
-        [
-            "data.max_prompt_tokens=50",
-            f"rollout.group_size={siblings}",
-            "engine.max_running_responses=16",
-            "engine.num_engines=1",
-            f"model={MODEL}",
-            "batch.global_batch_size=32",
-        ],
-    )
+def test_the_benchmark_concludes_the_profile_it_was_timed_with(block_tokens, siblings):
+    engine = ("engine.max_running_responses=16", "engine.num_engines=1")
+    group = (f"rollout.group_size={siblings}", "batch.global_batch_size=32", "data.max_prompt_tokens=50")
+    cfg = config_file.load(ROOT / "configs/quickstart.yaml", [*engine, *group, f"model={MODEL}"])
     true = EngineProfile(
         ((1, 0.01), (2, 0.012), (4, 0.02), (8, 0.03), (16, 0.06)),
         kv_token_s=1e-5,
@@ -196,79 +155,36 @@ def test_the_benchmark_concludes_the_profile_it_was_timed_with(tmp_path, block_t
     assert found.kv_cache_tokens == 67108864 // (2 * 28672)  # float32
 
 
+def bench(program: str, *args: str, timeout_s: float) -> None:
+    command = [sys.executable, f"benchmarks/{program}.py", "--cfg", "configs/quickstart.yaml", *args]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout_s)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.mark.slow
 def test_the_benchmark_of_a_real_engine(tmp_path):
     out = tmp_path / "out.json"
-    done = subprocess.run(
-        [
-            sys.executable,
-            "benchmarks/rollout.py",
-            "--cfg",
-            "configs/quickstart.yaml",
-            "--running",
-            "1,8",
-            "--load",
-            "16",
-            "--rounds",
-            "1",
-            "--out",
-            str(out),
-            "engine.num_engines=1",
-        ],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    args = ("--running", "1,8", "--load", "16", "--rounds", "1", "--out", str(out))
+    bench("rollout", *args, "engine.num_engines=1", timeout_s=240)
     report = json.loads(out.read_text())
-    assert (
-        cluster.engine_from(out).iteration_s[1][0] == 8
-        and report["load"]["responses"] == 16
-        and report["load"]["s"] > 0
-        and report["load"]["simulated_s"] > 0
-    )
-    assert report["prefix_cache"]["prompt_tokens"] == 8 and all(
-        s > 0 for s in report["seconds"]["8 running, 40 tokens"]
-    )
+    assert cluster.engine_from(out).iteration_s[1][0] == 8
+    assert report["load"]["responses"] == 16 and report["load"]["s"] > 0 and report["load"]["simulated_s"] > 0
+    assert report["prefix_cache"]["prompt_tokens"] == 8
+    assert all(s > 0 for s in report["seconds"]["8 running, 40 tokens"])
 
 
 @pytest.mark.slow
 def test_a_real_run_is_simulated_beside_it(tmp_path):
     """Whether both agree is not asked here: that depends on what else the machine does."""
     out = tmp_path / "out.json"
-    done = subprocess.run(
-        [
-            sys.executable,
-            "benchmarks/simulate.py",
-            "--cfg",
-            "configs/quickstart.yaml",
-            "--running",
-            "1,8",
-            "--run-dir",
-            str(tmp_path / "run"),
-            "--out",
-            str(out),
-            "num_steps=3",
-            f"model={tmp_path}/model",
-            "warm_start.max_steps=10",
-            "warm_start.stop_at_pass_rate=0.01",
-            "rollout.prompts_per_step=4",
-            "batch.global_batch_size=32",
-            "engine.num_engines=1",
-        ],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    args = ("--running", "1,8", "--run-dir", str(tmp_path / "run"), "--out", str(out))
+    warm_start = (f"model={tmp_path}/model", "warm_start.max_steps=10", "warm_start.stop_at_pass_rate=0.01")
+    sizes = "num_steps=3 rollout.prompts_per_step=4 batch.global_batch_size=32 engine.num_engines=1"
+    bench("simulate", *args, *warm_start, *sizes.split(), timeout_s=400)
     report = json.loads(out.read_text())
-    assert len(report["steps"]) == 2 and all(
-        s["measured_rollout_s"] > 0 and s["predicted_rollout_s"] > 0 for s in report["steps"]
-    )
+    assert len(report["steps"]) == 2
+    assert all(s["measured_rollout_s"] > 0 and s["predicted_rollout_s"] > 0 for s in report["steps"])
     steps = cluster.measured_steps(tmp_path / "run")
     assert report["measured"]["step_s"]["measured"] == pytest.approx(statistics.mean(s.seconds for s in steps[1:]))
     assert report["measured"]["train_s"]["predicted"] == pytest.approx(report["measured"]["train_s"]["measured"]), (

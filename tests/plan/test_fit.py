@@ -59,7 +59,7 @@ def test_sequences_are_as_long_as_training_allows_and_fill_a_global_batch():
 def test_what_does_not_fit_is_said_with_its_phase_and_the_planners_smallest_change():
     cfg = preset("parallel.recompute=none", "batch.max_tokens_per_microbatch=65536")
     said = fit.explain(cfg, "update", torch.OutOfMemoryError("CUDA out of memory."), NODE)
-    change = memory.smallest_change(cfg, memory.hf_config_of(cfg, None), NODE)
+    change = memory.smallest_change(memory.Case(cfg, memory.hf_config_of(cfg), NODE))
     assert said == f"update does not fit: CUDA out of memory. Remedy: {memory.overrides(change)}" and "=" in said
 
 
@@ -75,5 +75,5 @@ def test_the_report_has_the_worst_rank_and_stands_beside_the_plan():
     measured = {phase: {"seconds": 1.0, "allocated": 5e9} for phase in ("logprob", "update", "rollout", "refit")}
     lines = fit.report(cfg, [measured, {**measured, "update": {"seconds": 7.0, "allocated": 9e9}}], NODE).splitlines()
     (update,) = [line for line in lines if "update" in line]
-    total = memory.of(cfg, memory.hf_config_of(cfg, None), NODE).total("update")
+    total = memory.needed(memory.Case(cfg, memory.hf_config_of(cfg), NODE)).total("update")
     assert "7.0 s, allocated 9.00 GB" in update and f"in use {total / 1e9:.2f} GB)" in update

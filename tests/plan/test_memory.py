@@ -19,12 +19,13 @@ from grpo_mcore.config.file import load
 from grpo_mcore.loss import batch
 from grpo_mcore.parallel import topology
 from grpo_mcore.plan import memory, time as plan_time
-from grpo_mcore.plan.memory import Machine
+from grpo_mcore.plan.memory import Case, Machine
 from grpo_mcore.policy import model
 from grpo_mcore.policy.policy import Policy
 from grpo_mcore.types import Prompt, Response
 from tests import models
-from tests.dist import ROOT, program, spawn
+from tests.dist import ROOT, spawn
+from tests.launch.test_launch import launch
 
 CONFIGS = ROOT / "configs"
 PRESETS = sorted(CONFIGS.rglob("deepscaler_*.yaml"))
@@ -35,13 +36,14 @@ def preset(name: str, *overrides: str) -> config.Config:
     return load(CONFIGS / f"{name}.yaml", overrides)
 
 
-@pytest.fixture(scope="module")
-def hf():
-    """The 1.5B model: 28 layers, hidden 1536, FFN 8960, 12 heads of 128, 2 KV heads, vocabulary 151936, not tied."""
-    return model.load_hf_config(str(CONFIGS / "benchmarks/1.5b"))
+def case(name: str, *overrides: str, machine: Machine = NODE) -> Case:
+    cfg = preset(name, *overrides)
+    return Case(cfg, memory.hf_config_of(cfg), machine)
 
 
-def test_the_parameters_of_the_recipes_model(hf):
+def test_the_parameters_of_the_recipes_model():
+    """28 layers, hidden 1536, FFN 8960, 12 heads of 128, 2 KV heads, vocabulary 151936, not tied."""
+    hf = model.load_hf_config(str(CONFIGS / "benchmarks/1.5b"))
     # Layer: q 1536 x 1536 + 1536, k and v 256 x 1536 + 256 each, o 1536 x 1536, MLP 3 x 8960 x 1536, two norms of 1536.
     layer = 1536 * 1536 + 1536 + 2 * (256 * 1536 + 256) + 1536 * 1536 + 3 * 8960 * 1536 + 2 * 1536
     assert layer == 46_797_824
@@ -49,46 +51,41 @@ def test_the_parameters_of_the_recipes_model(hf):
     # tp 2: half of all but norms; 151936 is even
     assert memory.num_parameters(hf, Parallel(tp=2)) == 151936 * 1536 + 28 * ((layer - 2 * 1536) // 2 + 2 * 1536) + 1536
     # pp 2: 14 layers with the embedding, or with the head and its norm
-    assert [memory.num_parameters(hf, Parallel(pp=2), stage) - 151936 * 1536 - 14 * layer for stage in (0, 1)] == [
-        0,
-        1536,
-    ]
-    assert memory.kv_bytes_per_token(hf, 2) == 28672
+    stages = [memory.num_parameters(hf, Parallel(pp=2), stage) - 151936 * 1536 - 14 * layer for stage in (0, 1)]
+    assert stages == [0, 1536]
+    assert memory.kv_bytes_per_token(hf, config.Engine(dtype="bfloat16")) == 28672
 
 
 @pytest.mark.parametrize("folder", ["1.5b", "smollm2-135m", "tiny"])
 def test_parameters_are_those_of_hugging_faces_model(folder):
     with torch.device("meta"):
         hf_model = tf.AutoModelForCausalLM.from_config(tf.AutoConfig.from_pretrained(CONFIGS / "benchmarks" / folder))
-    assert memory.num_parameters(model.load_hf_config(str(CONFIGS / "benchmarks" / folder))) == sum(
-        p.numel() for p in hf_model.parameters()
-    )
+    planned = memory.num_parameters(model.load_hf_config(str(CONFIGS / "benchmarks" / folder)))
+    assert planned == sum(p.numel() for p in hf_model.parameters())
+
+
+connect = functools.partial(topology.connect, device=torch.device("cpu"), timeout_s=60, seed=1)
+untrained = functools.partial(Policy, temperature=1.0, optimizer=config.Optimizer(), load_weights=False)
 
 
 def live_bytes() -> int:
-    """Of all tensors' memory, each once."""
+    """Of all tensors' memory."""
     gc.collect()
-    return sum(
-        {
-            x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in gc.get_objects() if torch.is_tensor(x)
-        }.values()
-    )
+    return storage_bytes(x for x in gc.get_objects() if torch.is_tensor(x))
+
+
+def storage_bytes(tensors) -> int:
+    """Each once."""
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
 
 
 def allocated(folder: str, layouts: list[tuple[dict, str]]) -> list[int]:
     """What a policy adds, after an optimizer step, in each layout."""
     out = []
     for axes, params in layouts:
-        topo = topology.connect(Parallel(**axes), device=torch.device("cpu"), timeout_s=60, seed=1)
+        topo = connect(Parallel(**axes))
         before = live_bytes()
-        policy = Policy(
-            folder,
-            topo,
-            precision=config.Precision(params=params),
-            temperature=1.0,
-            optimizer=config.Optimizer(),
-            load_weights=False,
-        )
+        policy = untrained(folder, topo, precision=config.Precision(params=params))
         for module in policy.modules:
             for buffer in module.buffers:
                 buffer.grad_data.fill_(1.0)
@@ -108,12 +105,12 @@ def test_weights_gradients_and_optimizer_are_what_megatron_allocates(tmp_path, k
     hf_config = config_class(**{**models._SIZES, **extra, "vocab_size": 1001, "hidden_size": 256})
     hf_config.save_pretrained(tmp_path)
     ranks = spawn(allocated, 2, str(tmp_path), layouts)
-    base = preset("deepscaler_8k")
+    base = preset("deepscaler_8k", "engine.num_engines=1")
     for index, (axes, params) in enumerate(layouts):
         cfg = replace(base, parallel=Parallel(**axes), precision=config.Precision(params=params))
-        dp = 2 // cfg.parallel.ranks_per_replica
         for rank, seen in enumerate(ranks):
-            planned = sum(memory.state_bytes(cfg, hf_config, dp, stage=rank if cfg.parallel.pp > 1 else 0).values())
+            stage = rank if cfg.parallel.pp > 1 else 0
+            planned = sum(memory.state_bytes(Case(cfg, hf_config, Machine("h100-80gb", 2)), stage).values())
             # Megatron pads buckets and shards so that ranks share them evenly, some hundred bytes; RoPE's tables are no
             # weights.
             assert seen[index] == pytest.approx(planned, rel=5e-3), (axes, params)
@@ -122,12 +119,8 @@ def test_weights_gradients_and_optimizer_are_what_megatron_allocates(tmp_path, k
 def kept_bytes(folder: str, num_layers: int, tokens: int) -> int:
     """What a forward pass of one sequence keeps for its backward, weights apart, if all layers are computed again,
     `num_layers` at a time."""
-    topo = topology.connect(
-        Parallel(recompute="full", recompute_num_layers=num_layers), device=torch.device("cpu"), timeout_s=60, seed=1
-    )
-    policy = Policy(
-        folder, topo, precision=config.Precision(), temperature=1.0, optimizer=config.Optimizer(), load_weights=False
-    )
+    topo = connect(Parallel(recompute="full", recompute_num_layers=num_layers))
+    policy = untrained(folder, topo, precision=config.Precision())
     weights = {buffer.param_data.untyped_storage().data_ptr() for module in policy.modules for buffer in module.buffers}
     weights |= {p.untyped_storage().data_ptr() for p in policy.chunks[0].parameters()}
     response = Response((2,) * (tokens - 8), (-1.0,) * (tokens - 8), False, 0)
@@ -136,13 +129,7 @@ def kept_bytes(folder: str, num_layers: int, tokens: int) -> int:
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         policy._score(policy.modules[0], packed, 1.0)
     topology.disconnect(leave=False)
-    return sum(
-        {
-            x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
-            for x in kept
-            if x.untyped_storage().data_ptr() not in weights
-        }.values()
-    )
+    return storage_bytes(x for x in kept if x.untyped_storage().data_ptr() not in weights)
 
 
 def test_with_full_recomputation_a_layer_keeps_its_input_alone(tmp_path):
@@ -151,75 +138,66 @@ def test_with_full_recomputation_a_layer_keeps_its_input_alone(tmp_path):
     tokens, base = 1024, preset("deepscaler_8k", "batch.max_tokens_per_microbatch=8192")
     planned, seen = [], []
     for num_layers in (1, 2, 3):
-        cfg = replace(
-            base,
-            parallel=Parallel(recompute="full", recompute_num_layers=num_layers),
-            batch=replace(base.batch, max_tokens_per_microbatch=tokens),
-        )
-        planned.append(memory.activation_bytes(cfg, hf_config, NODE, 0)["activations kept"] / memory.ALLOCATOR_SLACK)
+        again = Parallel(recompute="full", recompute_num_layers=num_layers)
+        sizes = replace(base.batch, max_tokens_per_microbatch=tokens)
+        alone = Case(replace(base, parallel=again, batch=sizes), hf_config, NODE)
+        planned.append(memory.activation_bytes(alone, 0)["activations kept"] / memory.ALLOCATOR_SLACK)
         seen.append(kept_bytes(str(tmp_path), num_layers, tokens))
     assert planned[0] == tokens * 6 * 2 * 128  # 6 inputs of 128 bfloat16
     assert [a - b for a, b in zip(seen, seen[1:])] == [a - b for a, b in zip(planned, planned[1:])]
     # What remains, the last norm and the head, is within the head's part.
-    assert 0 <= seen[0] - planned[0] <= memory.head_bytes(cfg, hf_config, NODE)
+    assert 0 <= seen[0] - planned[0] <= memory.head_bytes(alone)
 
 
-def test_the_memory_of_the_8k_stage_worked_by_hand(hf):
-    cfg = preset("deepscaler_8k", "batch.max_tokens_per_microbatch=8192", "parallel.recompute=none")
-    update = memory.of(cfg, hf, NODE).phases["update"]
+def test_the_memory_of_the_8k_stage_worked_by_hand():
+    overrides = ("batch.max_tokens_per_microbatch=8192", "parallel.recompute=none")
+    phases = memory.needed(case("deepscaler_8k", *overrides)).phases
+    update, rollout = phases["update"], phases["rollout"]
     # 1.777 B parameters: bfloat16 weights 3.55 GB, float32 gradients 7.11, main weights and two moments 21.33 over 8
     # ranks.
-    assert [
-        round(update[name] / 1e9, 2) for name in ("weights", "gradients (float32)", "optimizer, sharded (float32)")
-    ] == [3.55, 7.11, 2.67]
+    state = ("weights", "gradients (float32)", "optimizer, sharded (float32)")
+    assert [round(update[name] / 1e9, 2) for name in state] == [3.55, 7.11, 2.67]
     # Per token and layer, in bfloat16 numbers: norm 2 x 1536, qkv 2 x 2048, attention 1536, norm 2 x 1536, MLP 3 x
     # 8960; 12 float32 sums.
     layer = 2 * (2 * 1536 + 2 * 2048 + 1536 + 2 * 1536 + 3 * 8960) + 12 * 4
     assert layer == 77_360
-    assert update["activations kept"] == pytest.approx(1.1 * 8192 * 28 * layer) and update[
-        "backward of a layer"
-    ] == pytest.approx(1.1 * 8192 * layer)
+    assert update["activations kept"] == pytest.approx(1.1 * 8192 * 28 * layer)
+    assert update["backward of a layer"] == pytest.approx(1.1 * 8192 * layer)
     # Never [8192, 151936] logits, 4.98 GB in float32: rows of 1536 (three times bfloat16, a gradient in both), the
     # weight's gradient 0.47 GB, a workspace.
     assert update["head"] == pytest.approx(1.1 * (8192 * 1536 * (3 * 2 + 2 + 4) + 2 * 151936 * 1536 + (64 << 20)))
-    assert (
-        "reference policy" not in update
-        and "reference policy" in memory.of(preset("original/deepscaler_8k"), hf, NODE).phases["update"]
-    )
-    rollout = memory.of(cfg, hf, NODE).phases["rollout"]
+    assert "reference policy" not in update
+    assert "reference policy" in memory.needed(case("original/deepscaler_8k")).phases["update"]
     # Half of 79.1 GiB, without weights of 3.55 GB and 4 GiB.
     assert rollout["engine: KV cache"] / 1e9 == pytest.approx(0.5 * 79.1 * 1.073741824 - 3.554176 - 4 * 1.073741824)
 
 
-def test_layouts_divide_what_they_divide(hf):
-    alone = preset("deepscaler_8k", "parallel.recompute=none")
-
+def test_layouts_divide_what_they_divide():
     def kept(*overrides: str, stage: int = 0) -> float:
-        return memory.activation_bytes(
-            load(CONFIGS / "deepscaler_8k.yaml", ["parallel.recompute=none", *overrides]), hf, NODE, stage
-        )["activations kept"]
+        layout = case("deepscaler_8k", "parallel.recompute=none", *overrides)
+        return memory.activation_bytes(layout, stage)["activations kept"]
 
-    whole = memory.activation_bytes(alone, hf, NODE, 0)["activations kept"]
+    whole = kept()
     assert kept("parallel.tp=2", "parallel.sequence_parallel=true") == pytest.approx(whole / 2)
     # Without sequence parallelism the norms' 4 x 1536 numbers of a token stay whole.
     assert kept("parallel.tp=2") == pytest.approx(whole / 2 + 1.1 * 16384 * 28 * 2 * 4 * 1536 / 2)
     # Two stages of half the layers: the first holds two microbatches, the second one. Interleaved, half a stage more.
     assert [kept("parallel.pp=2", stage=stage) for stage in (0, 1)] == pytest.approx([whole, whole / 2])
     assert kept("parallel.pp=2", "parallel.virtual_pp=2") == pytest.approx(1.25 * whole)
-    both = memory.state_bytes(preset("deepscaler_8k", "parallel.cp=2"), hf, 4), memory.state_bytes(alone, hf, 8)
-    assert both[0] == both[1]  # the optimizer is sharded over dp x cp, the weights over neither
+    cp, dp = (memory.state_bytes(case("deepscaler_8k", f"parallel.cp={n}")) for n in (2, 1))
+    assert cp == dp  # the optimizer is sharded over dp x cp, the weights over neither
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_presets_fit_the_machine_they_are_for(path):
     cfg = load(path)
     machine = Machine("a100-40gb" if "a100_40gb" in path.stem else "h100-80gb", 16 if "2nodes" in path.stem else 8)
-    assert memory.check(cfg, memory.hf_config_of(cfg, None), machine).fits
+    assert memory.check(Case(cfg, memory.hf_config_of(cfg), machine)).fits
 
 
 @pytest.mark.parametrize("name", ["deepscaler_8k", "deepscaler_16k", "deepscaler_24k"])
-def test_the_recipe_runs_on_80_gb_of_the_older_kind_as_it_is(name, hf):
-    assert memory.check(preset(name), hf, Machine("a100-80gb", 8)).fits
+def test_the_recipe_runs_on_80_gb_of_the_older_kind_as_it_is(name):
+    assert memory.check(case(name, machine=Machine("a100-80gb", 8))).fits
 
 
 REFUSED = [
@@ -230,55 +208,37 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("name, overrides, machine", REFUSED)
-def test_what_does_not_fit_is_refused_with_the_fewest_keys_that_do(hf, name, overrides, machine):
-    cfg = preset(name, *overrides)
+def test_what_does_not_fit_is_refused_with_the_fewest_keys_that_do(name, overrides, machine):
     with pytest.raises(InputError) as e:
-        memory.check(cfg, hf, machine)
+        memory.check(case(name, *overrides, machine=machine))
     message = str(e.value)
     change = message.split("Remedy: ")[1].split(" makes ")[0].split()
-    assert memory.check(load(CONFIGS / f"{name}.yaml", [*overrides, *change]), hf, machine).fits
+    assert memory.check(case(name, *overrides, *change, machine=machine)).fits
     assert len(change) == 1  # one key does, and so no more are named
     assert f"{machine.num_gpus} x {machine.name}" in message and "GB" in message
 
 
-def test_two_keys_are_named_where_one_does_not_do(hf):
-    cfg, machine = (
-        preset("deepscaler_24k", "parallel.recompute=none", "engine.kv_cache_bytes=80000000000"),
-        Machine("a100-40gb", 8),
-    )
-    change = memory.smallest_change(cfg, hf, machine)
+def test_two_keys_are_named_where_one_does_not_do():
+    overrides = ("parallel.recompute=none", "engine.kv_cache_bytes=80000000000")
+    full = case("deepscaler_24k", *overrides, machine=Machine("a100-40gb", 8))
+    change = memory.smallest_change(full)
     assert len(change) == 2 and change["engine.kv_cache_bytes"] is None
     for name, value in change.items():
-        assert not memory.of(memory.changed(cfg, {name: value}), hf, machine).fits
+        assert not memory.needed(full.changed({name: value})).fits
 
 
 def test_where_nothing_helps_a_larger_gpu_is_named():
-    large = tf.Qwen2Config(
-        vocab_size=151936,
-        hidden_size=5120,
-        intermediate_size=27648,
-        num_hidden_layers=64,
-        num_attention_heads=40,
-        num_key_value_heads=1,
-        max_position_embeddings=32768,
-    )
-    cfg = preset("deepscaler_8k")
-    with pytest.raises(
-        InputError,
-        match="no change of recomputation, microbatch and axes does; take a smaller model or shorter sequences",
-    ):
-        memory.check(cfg, large, Machine("a100-40gb", 8))
-    seven = tf.Qwen2Config(
-        vocab_size=152064,
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=29,
-        num_attention_heads=28,
-        num_key_value_heads=1,
-        max_position_embeddings=32768,
-    )
+    cfg, small = preset("deepscaler_8k"), Machine("a100-40gb", 8)
+    one_kv_head = dict(vocab_size=152064, num_key_value_heads=1, max_position_embeddings=32768)
+    width = dict(hidden_size=5120, intermediate_size=27648, num_attention_heads=40)
+    large = tf.Qwen2Config(num_hidden_layers=64, **width, **one_kv_head)
+    words = "no change of recomputation, microbatch and axes does; take a smaller model or shorter sequences"
+    with pytest.raises(InputError, match=words):
+        memory.check(Case(cfg, large, small))
+    width = dict(hidden_size=3584, intermediate_size=18944, num_attention_heads=28)
+    seven = tf.Qwen2Config(num_hidden_layers=29, **width, **one_kv_head)
     with pytest.raises(InputError, match="take .*h200-141gb"):
-        memory.check(replace(cfg, parallel=Parallel(recompute="full")), seven, Machine("a100-40gb", 8))
+        memory.check(Case(replace(cfg, parallel=Parallel(recompute="full")), seven, small))
 
 
 @pytest.mark.parametrize(
@@ -298,71 +258,65 @@ def test_where_nothing_helps_a_larger_gpu_is_named():
         (["parallel.tp=4"], NODE, "parallel.tp = 4: must divide the model's 2 key-value heads"),
     ],
 )
-def test_what_cannot_be_laid_out_is_refused(hf, overrides, machine, message):
+def test_what_cannot_be_laid_out_is_refused(overrides, machine, message):
     with pytest.raises(InputError) as e:
-        memory.check(preset("deepscaler_8k", *overrides), hf, machine)
+        case("deepscaler_8k", *overrides, machine=machine)
     assert str(e.value).startswith(message)
 
 
-def with_engine(cfg: config.Config, **keys) -> config.Config:
-    return replace(cfg, engine=config.Engine(**{"num_engines": 8, **keys}))
+def with_engine(on: Case, **keys) -> Case:
+    return replace(on, cfg=replace(on.cfg, engine=config.Engine(**{"num_engines": 8, **keys})))
 
 
-def test_engines_share_gpus_as_their_keys_say(hf):
-    base = preset("deepscaler_8k")
-    m = memory.check(with_engine(base), hf, NODE).phases["rollout"]
+def test_engines_share_gpus_as_their_keys_say():
+    def rollout(**keys) -> dict[str, float]:
+        return memory.check(with_engine(base, **keys)).phases["rollout"]
+
+    base = case("deepscaler_8k")
+    m = rollout()
     assert "weights" in m and not any(name.startswith(("gradients", "optimizer")) for name in m)  # on the CPU meanwhile
-    assert (
-        "gradients (float32)"
-        in memory.check(with_engine(base, offload_trainer=("optimizer",)), hf, NODE).phases["rollout"]
-    )
-    two = memory.check(with_engine(base, tp=2, num_engines=4, gpu_memory_frac=0.7), hf, NODE)
-    assert two.phases["rollout"]["engine: weights"] == pytest.approx(1_777_088_000)  # half of bfloat16
-    assert sum(v for k, v in two.phases["rollout"].items() if k.startswith("engine")) == pytest.approx(
-        0.7 * NODE.gpu.memory_bytes
-    )
+    assert "gradients (float32)" in rollout(offload_trainer=("optimizer",))
+    two = rollout(tp=2, num_engines=4, gpu_memory_frac=0.7)
+    assert two["engine: weights"] == pytest.approx(1_777_088_000)  # half of bfloat16
+    engine = sum(size for name, size in two.items() if name.startswith("engine"))
+    assert engine == pytest.approx(0.7 * NODE.gpu.memory_bytes)
     # 1.310 B numbers of the layers' matrices in one byte, the other 0.467 in two
-    small = memory.check(with_engine(base, quantization="fp8_per_block", kv_cache_dtype="fp8"), hf, NODE).phases[
-        "rollout"
-    ]
+    small = rollout(quantization="fp8_per_block", kv_cache_dtype="fp8")
     layers = 28 * (2 * 1536 * 1536 + 2 * 256 * 1536 + 3 * 8960 * 1536)
     assert small["engine: weights"] == pytest.approx(2 * 1_777_088_000 - layers)
-    a = plan_time.Assumptions(192, 4000)
     slow, fast = (
-        plan_time.running_responses(with_engine(base, max_running_responses=10_000, kv_cache_dtype=d), hf, NODE, a)
+        plan_time.running_responses(with_engine(base, max_running_responses=10_000, kv_cache_dtype=d), EVEN)
         for d in ("auto", "fp8")
     )
     assert fast == pytest.approx(2 * slow)
 
 
-def test_a_share_of_the_gpu_that_is_too_large_becomes_the_largest_that_fits(hf):
+def test_a_share_of_the_gpu_that_is_too_large_becomes_the_largest_that_fits():
     # Weights and CUDA take 6.8 GB of 84.9, with gradients and optimizer 16.6.
-    assert memory.smallest_change(with_engine(preset("deepscaler_8k"), gpu_memory_frac=0.95), hf, NODE) == {
-        "engine.gpu_memory_frac": 0.8
-    }
-    resident = with_engine(preset("deepscaler_8k"), gpu_memory_frac=0.85, offload_trainer=())
-    assert memory.smallest_change(resident, hf, NODE) == {"engine.offload_trainer": ("gradients", "optimizer")}
+    greedy = with_engine(case("deepscaler_8k"), gpu_memory_frac=0.95)
+    assert memory.smallest_change(greedy) == {"engine.gpu_memory_frac": 0.8}
+    resident = with_engine(case("deepscaler_8k"), gpu_memory_frac=0.85, offload_trainer=())
+    assert memory.smallest_change(resident) == {"engine.offload_trainer": ("gradients", "optimizer")}
 
 
-def test_apart_from_the_policy_an_engine_has_its_gpu_to_itself(hf):
-    m = memory.check(with_engine(preset("deepscaler_8k"), placement="disaggregated", num_engines=4), hf, NODE)
-    assert "engine asleep" not in m.phases["update"] and not any(
-        name in m.phases["rollout"] for name in ("weights", "gradients (float32)")
-    )
-    assert m.phases["update"]["optimizer, sharded (float32)"] == pytest.approx(12 * 1_777_088_000 / 4)
+def test_apart_from_the_policy_an_engine_has_its_gpu_to_itself():
+    phases = memory.check(with_engine(case("deepscaler_8k"), placement="disaggregated", num_engines=4)).phases
+    assert "engine asleep" not in phases["update"]
+    assert not phases["rollout"].keys() & {"weights", "gradients (float32)"}
+    assert phases["update"]["optimizer, sharded (float32)"] == pytest.approx(12 * 1_777_088_000 / 4)
 
 
 EVEN = plan_time.Assumptions(prompt_tokens=192, response_tokens=4000)
 
 
-def test_the_arithmetic_of_the_policy_worked_by_hand(hf):
-    cfg = preset("deepscaler_8k", "parallel.recompute=none")
+def test_the_arithmetic_of_the_policy_worked_by_hand():
+    none = case("deepscaler_8k", "parallel.recompute=none")
     # A sequence of 4192 tokens: 2 x 1.310 B of the layers a token, attention 28 layers x 2 x 1536 x 4192^2, head 2 x
     # 151936 x 1536 x 4000.
     layers = 28 * (2 * 1536 * 1536 + 2 * 256 * 1536 + 3 * 8960 * 1536)
     flops = 2 * layers * 4192 + 28 * 2 * 1536 * 4192**2 + 2 * 151936 * 1536 * 4000
-    assert sum(plan_time.forward_flops(hf, 4192, 4000)) == pytest.approx(flops)
-    times = plan_time.times(cfg, hf, NODE, EVEN)
+    assert sum(plan_time.forward_flops(none, 4192, 4000)) == pytest.approx(flops)
+    times = plan_time.times(none, EVEN)
     forward = 1024 * flops / (8 * 0.4 * 989e12)
     assert times["logprob"] == pytest.approx(forward)
     # 16 optimizer steps: 4 + 2 bytes of 1.777 B over NVLink but an eighth; 2 x 16 bytes of an eighth and 8 bytes of all
@@ -370,60 +324,47 @@ def test_the_arithmetic_of_the_policy_worked_by_hand(hf):
     n = 1_777_088_000
     step = 6 * n * 7 / 8 / (0.7 * 450e9) + (32 * n / 8 + 8 * n) / 3.35e12
     assert times["update"] == pytest.approx(3 * forward + 16 * step)
-    full = plan_time.times(preset("deepscaler_8k", "parallel.recompute=full"), hf, NODE, EVEN)
+    full = plan_time.times(case("deepscaler_8k", "parallel.recompute=full"), EVEN)
     assert full["update"] - times["update"] == pytest.approx(forward)
 
 
-def test_decoding_reads_weights_and_cache_for_every_token(hf):
+def test_decoding_reads_weights_and_cache_for_every_token():
     # One prompt of 2 responses on one of 2 GPUs, all of 100 tokens: 100 times the weights and two caches of 192 + 50
     # tokens.
-    cfg = with_engine(
-        preset(
-            "deepscaler_8k",
-            "rollout.prompts_per_step=1",
-            "rollout.group_size=2",
-            "batch.global_batch_size=2",
-            "rollout.max_response_tokens=100",
-        ),
-        placement="disaggregated",
-        num_engines=1,
-    )
-    seen = plan_time.times(cfg, hf, Machine("h100-80gb", 2), plan_time.Assumptions(192, 100, decode_fixed_s=0.0))[
-        "rollout"
-    ]
+    step = "rollout.prompts_per_step=1 rollout.group_size=2 batch.global_batch_size=2 rollout.max_response_tokens=100"
+    engine = "engine.placement=disaggregated engine.num_engines=1"
+    two = case("deepscaler_8k", *step.split(), *engine.split(), machine=Machine("h100-80gb", 2))
+    seen = plan_time.times(two, plan_time.Assumptions(192, 100, decode_fixed_s=0.0))["rollout"]
     n = 1_777_088_000
     token = (2 * n + 2 * 242 * 28672) / (0.6 * 3.35e12)
     prefill = 2 * n * 192 / (0.4 * 989e12)
     assert seen == pytest.approx(100 * token + prefill)
 
 
-def test_the_longest_response_is_a_floor_that_more_engines_do_not_lower(hf):
-    times = functools.partial(plan_time.times, hf_config=hf, a=plan_time.Assumptions(192, 1000))
-    few, many = (
-        times(preset("deepscaler_8k"), machine=NODE),
-        times(preset("deepscaler_8k_2nodes"), machine=Machine("h100-80gb", 16)),
-    )
+def test_the_longest_response_is_a_floor_that_more_engines_do_not_lower():
+    cases = case("deepscaler_8k"), case("deepscaler_8k_2nodes", machine=Machine("h100-80gb", 16))
+    few, many = (plan_time.times(each, plan_time.Assumptions(192, 1000)) for each in cases)
     floor = 8000 * (2 * 1_777_088_000 / (0.6 * 3.35e12) + 0.004)
     assert floor < many["rollout"] < few["rollout"] < many["rollout"] * 1.2
     assert many["logprob"] == pytest.approx(few["logprob"] / 2)
 
 
-def plan_program(*args: str, code: int = 0) -> str:
-    done = program("launch/plan.py", *args)
-    assert done.returncode == code, done.stdout
-    return done.stdout
-
-
-def test_the_program_reports_and_says_that_no_gpu_was_asked(tmp_path, hf):
+def test_the_program_reports_and_says_that_no_gpu_was_asked(tmp_path):
     args = ("--cfg", str(CONFIGS / "deepscaler_16k.yaml"), "--gpu", "h100-80gb", "--num-gpus", "8")
-    out = plan_program(*args)
+    out = launch("plan.py", *args, cwd=tmp_path)
     assert "1.777 B parameters" in out and "reference policy" in out and "has not been compared with a GPU" in out
     smaller = {**json.loads((CONFIGS / "benchmarks/1.5b/config.json").read_text()), "num_hidden_layers": 14}
     (tmp_path / "config.json").write_text(json.dumps(smaller))
     # 1.777 B less 14 of 28 layers of 46.8 M
-    assert "1.122 B parameters" in plan_program("memory", *args, "--model-config", str(tmp_path))
-    out = plan_program(*args, "engine.kv_cache_bytes=90000000000", code=2)
+    assert "1.122 B parameters" in launch("plan.py", "memory", *args, "--model-config", tmp_path, cwd=tmp_path)
+    out = launch("plan.py", *args, "engine.kv_cache_bytes=90000000000", cwd=tmp_path, code=2)
     assert "error: rollout on 8 x h100-80gb" in out and "engine.kv_cache_bytes=null" in out and "Traceback" not in out
+
+
+def test_a_length_that_is_no_number_is_refused_in_one_line(tmp_path):
+    args = ("--cfg", CONFIGS / "deepscaler_8k.yaml", "--gpu", "h100-80gb", "--num-gpus", "8", "--prompt-tokens", "abc")
+    out = launch("plan.py", *args, cwd=tmp_path, code=2)
+    assert out == "error: --prompt-tokens = 'abc': must be a number of 1 or more. Remedy: give one.\n"
 
 
 @pytest.mark.parametrize(

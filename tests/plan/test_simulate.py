@@ -70,12 +70,8 @@ def test_an_iteration_takes_longer_the_more_is_in_the_cache():
 def test_a_prompt_is_computed_once_but_for_its_last_block():
     """21 tokens in blocks of 8: 21, then 5 for the sibling; 2 s a token, 3 s a response, then 4 iterations of 1 s."""
     for block_tokens, computed in ((8, 21 + 5), (0, 42), (7, 21 + 7)):
-        sim = simulation(
-            [(4, 4)],
-            profile=EngineProfile(((1, 1),), prefill_token_s=2, response_s=3, block_tokens=block_tokens),
-            prompt_tokens=21,
-        )
-        assert sim.run(1)[0].rollout_s == 2 * computed + 2 * 3 + 4
+        profile = EngineProfile(((1, 1),), prefill_token_s=2, response_s=3, block_tokens=block_tokens)
+        assert simulation([(4, 4)], profile=profile, prompt_tokens=21).run(1)[0].rollout_s == 2 * computed + 2 * 3 + 4
 
 
 def test_two_engines_share_the_groups_and_the_slower_one_is_waited_for():
@@ -99,14 +95,8 @@ def test_the_youngest_loses_its_place_when_the_cache_is_full():
 
 
 def test_a_failed_engines_requests_begin_anew_elsewhere_and_it_joins_at_the_next_refit():
-    sim = simulation(
-        [(6, 6)],
-        prompts=2,
-        num_engines=2,
-        max_running=2,
-        trainer=TrainerProfile(step_s=1),
-        failures=Lives([4, 100, 100], 3),
-    )
+    failures = Lives([4, 100, 100], 3)
+    sim = simulation([(6, 6)], prompts=2, num_engines=2, trainer=TrainerProfile(step_s=1), failures=failures)
     first, second = sim.run(2)
     # Engine 0 dies at 4 and leaves its two responses to engine 1, which is busy until 6 and samples them until 12.
     assert (first.rollout_s, first.failures, first.issued_again, first.busy_s) == (12, 1, 1, 4 + 12)
@@ -131,9 +121,8 @@ def test_one_step_ahead_costs_the_longer_of_sampling_and_training(train_s):
     """Groups of 6 s, two at once in two engines; a synchronous step takes 6 + train_s."""
 
     def run(max_staleness):
-        return simulation(
-            [(6, 6)], num_engines=1, trainer=TrainerProfile(step_s=train_s), max_staleness=max_staleness
-        ).run(6)[2:]
+        trainer = TrainerProfile(step_s=train_s)
+        return simulation([(6, 6)], num_engines=1, trainer=trainer, max_staleness=max_staleness).run(6)[2:]
 
     assert [s.seconds for s in run(0)] == [6 + train_s] * 4
     assert [s.seconds for s in run(1)] == [max(6, train_s)] * 4
@@ -151,15 +140,9 @@ def test_staleness_is_that_of_each_token():
 def test_a_refit_suspends_what_runs_and_recomputes_its_cache():
     """As before with a refit of 2 s: sampling from 2 to 12; training until 16, refit until 18, when each response has 4
     tokens; 8 x 0.5 s to recompute them; the other 6 until 28."""
+    parts = dict(profile=EngineProfile(((1, 1),), prefill_token_s=0.5), trainer=TrainerProfile(step_s=4, refit_s=2))
     for cache, again in (("recompute", 8 * 0.5), ("keep", 0)):
-        profile = EngineProfile(((1, 1),), prefill_token_s=0.5)
-        _, second = simulation(
-            [(10, 10)],
-            profile=profile,
-            trainer=TrainerProfile(step_s=4, refit_s=2),
-            max_staleness=1,
-            cache_after_refit=cache,
-        ).run(2)
+        _, second = simulation([(10, 10)], **parts, max_staleness=1, cache_after_refit=cache).run(2)
         assert (second.refit_s, second.rollout_s, second.staleness) == (2, 6 + again, 0.4)
 
 
@@ -198,8 +181,9 @@ def test_whatever_fails_every_response_is_trained_on_once(max_staleness):
     assert 0 <= ahead <= max_staleness * 6 * 4 and all(s.max_staleness <= max_staleness for s in steps)
 
 
-def random_case(seed):
-    """Small, with exact seconds, so that what comes first in one comes first in the other."""
+def both(seed):
+    """The simulator and its oracle: small, with exact seconds, so that what comes first in one comes first in the
+    other."""
     rng = random.Random(seed)
 
     def seconds(low, high):
@@ -210,33 +194,18 @@ def random_case(seed):
     for _ in range(max_running - 1):
         by_n.append(by_n[-1] + seconds(0, 1))
     dynamic = rng.random() < 0.5
-    rollout = dict(
+    admission = dict(
         max_staleness=rng.randint(0, 2),
         dynamic_sampling=dynamic,
         oversampling_frac=rng.choice([0, 0.5]) if dynamic else 0.0,
         max_draws=rng.choice([1, 2, 3]) if dynamic else 1,
     )
-    case = dict(
-        rollout=rollout,
-        prompts=rng.randint(1, 4),
-        group_size=group_size,
-        num_engines=rng.randint(1, 4),
-        max_running=max_running,
-        recompute=rng.random() < 0.5,
-        by_n=by_n,
-        kv=rng.choice([0, seconds(0, 1) / 50]),
-        prefill=seconds(0, 1) / 10,
-        start=seconds(0, 1) / 10,
-        block=rng.choice([0, 1, 4]),
-        capacity=rng.choice([None, rng.randint(12, 80)]),
-        step_s=seconds(0, 40),
-        token_s=seconds(0, 1) / 10,
-        pair_s=seconds(0, 1) / 500,
-        refit_s=seconds(0, 5),
-        lives=[seconds(100, 600) for _ in range(400)] if rng.random() < 0.5 else None,
-        restart_s=seconds(5, 60),
-    )
-    draws = {}
+    prompts, num_engines, recompute = rng.randint(1, 4), rng.randint(1, 4), rng.random() < 0.5
+    kv, prefill, start = rng.choice([0, seconds(0, 1) / 50]), seconds(0, 1) / 10, seconds(0, 1) / 10
+    block, capacity = rng.choice([0, 1, 4]), rng.choice([None, rng.randint(12, 80)])
+    step_s, token_s, pair_s, refit_s = seconds(0, 40), seconds(0, 1) / 10, seconds(0, 1) / 500, seconds(0, 5)
+    lives = [seconds(100, 600) for _ in range(400)] if rng.random() < 0.5 else None
+    restart_s, draws = seconds(5, 60), {}
 
     def draw(p):
         if p not in draws:
@@ -244,59 +213,42 @@ def random_case(seed):
             draws[p] = r.randint(1, 9), tuple(r.randint(1, 30) for _ in range(group_size)), r.random() < 0.6
         return draws[p]
 
-    return case, draw
+    sizes = dict(prompts_per_step=prompts, group_size=group_size)
+    simulated = Simulation(
+        config.Rollout(**sizes, cache_after_refit="recompute" if recompute else "keep", **admission),
+        config.Engine(num_engines=num_engines, max_running_responses=max_running),
+        Cluster(
+            EngineProfile(tuple(enumerate(by_n, 1)), kv, prefill, start, block, capacity),
+            TrainerProfile(step_s, token_s, pair_s, refit_s),
+            Lives(lives, restart_s) if lives else None,
+        ),
+        lambda p: Draw(*draw(p)),
+    )
+    engine = dict(max_running=max_running, capacity=capacity, block=block, prefill=prefill, start=start)
+    return simulated, oracle.Run(
+        **sizes,
+        admission=admission,
+        recompute=recompute,
+        num_engines=num_engines,
+        sizes=engine | {"iteration": lambda n, tokens: by_n[n - 1] + kv * tokens},
+        train=lambda lengths: step_s + token_s * sum(lengths) + pair_s * sum(n**2 for n in lengths),
+        refit_s=refit_s,
+        lives=lives and list(lives),
+        restart_s=restart_s,
+        draw=draw,
+    )
 
 
 @pytest.mark.parametrize("seeds", [range(i, i + 40) for i in range(0, 400, 40)], ids=str)
 def test_equals_the_oracle_that_goes_token_by_token(seeds):
     for seed in seeds:
-        c, draw = random_case(seed)
-        profile = EngineProfile(
-            tuple(enumerate(c["by_n"], 1)), c["kv"], c["prefill"], c["start"], c["block"], c["capacity"]
-        )
-        trainer = TrainerProfile(c["step_s"], c["token_s"], c["pair_s"], c["refit_s"])
-        sim = Simulation(
-            config.Rollout(
-                prompts_per_step=c["prompts"],
-                group_size=c["group_size"],
-                cache_after_refit="recompute" if c["recompute"] else "keep",
-                **c["rollout"],
-            ),
-            config.Engine(num_engines=c["num_engines"], max_running_responses=c["max_running"]),
-            Cluster(profile, trainer, Lives(c["lives"], c["restart_s"]) if c["lives"] else None),
-            lambda p: Draw(*draw(p)),
-        )
-        steps = sim.run(6)
-        run = oracle.Run(
-            prompts_per_step=c["prompts"],
-            group_size=c["group_size"],
-            admission=c["rollout"],
-            recompute=c["recompute"],
-            num_engines=c["num_engines"],
-            sizes={
-                "max_running": c["max_running"],
-                "capacity": c["capacity"],
-                "block": c["block"],
-                "prefill": c["prefill"],
-                "start": c["start"],
-                "iteration": lambda n, kv: c["by_n"][n - 1] + c["kv"] * kv,
-            },
-            train=lambda lengths: c["step_s"] + c["token_s"] * sum(lengths) + c["pair_s"] * sum(n**2 for n in lengths),
-            refit_s=c["refit_s"],
-            lives=c["lives"] and list(c["lives"]),
-            restart_s=c["restart_s"],
-            draw=draw,
-        )
-        rows = run.steps(6)
-        assert [(s.refit_s, s.rollout_s, s.train_s) for s in steps] == [
-            (r["refit"], r["wait"], r["train"]) for r in rows
-        ], seed
-        assert [s.positions for s in steps] == [r["positions"] for r in rows], seed
-        assert [(s.response_tokens, s.max_staleness, s.staleness) for s in steps] == [
-            (r["tokens"], r["max_staleness"], r["staleness"] / r["tokens"]) for r in rows
-        ], seed
-        assert [(s.failures, s.issued_again, s.dropped) for s in steps] == [
-            (r["failures"], r["again"], r["dropped"]) for r in rows
-        ], seed
+        simulated, run = both(seed)
+        steps, rows = simulated.run(6), run.steps(6)
+        for s, r in zip(steps, rows, strict=True):
+            assert (s.refit_s, s.rollout_s, s.train_s) == (r["refit"], r["wait"], r["train"]), seed
+            assert s.positions == r["positions"], seed
+            assert (s.response_tokens, s.max_staleness) == (r["tokens"], r["max_staleness"]), seed
+            assert s.staleness == r["staleness"] / r["tokens"], seed
+            assert (s.failures, s.issued_again, s.dropped) == (r["failures"], r["again"], r["dropped"]), seed
         assert list(accumulate(s.busy_s for s in steps)) == [r["busy"] for r in rows], seed
         assert list(accumulate(s.slots_s for s in steps)) == [r["slots"] for r in rows], seed
