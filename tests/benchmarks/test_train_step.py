@@ -13,19 +13,19 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks import train_step
+from benchmarks import measure, train_step
 from tests.dist import ROOT
 
 
 def test_forward_flops_of_a_worked_example():
-    hf_config = AutoConfig.from_pretrained(train_step.MODELS / "1.5b")
+    hf_config = AutoConfig.from_pretrained(measure.MODELS / "1.5b")
     # A layer: q and o 2 * 1536 * 1536, k and v 2 * 1536 * 256, FFN 3 * 1536 * 8960 = 46,792,704 parameters; 28 of them.
     # Head: 151936 * 1536. 2 * 28 * 46792704 * 1000 + 2 * 151936 * 1536 * 900 + 2 * 28 * 1000**2 * 1536
     assert train_step.forward_flops(hf_config, 1000, 900) == 2_620_391_424_000 + 420_072_652_800 + 86_016_000_000
 
 
 def test_forward_flops_are_those_torch_counts_but_for_the_half_of_attention_that_the_mask_hides():
-    hf_config = AutoConfig.from_pretrained(train_step.MODELS / "tiny")
+    hf_config = AutoConfig.from_pretrained(measure.MODELS / "tiny")
     hf = AutoModelForCausalLM.from_config(hf_config, attn_implementation="eager")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         hf(torch.zeros(1, 96, dtype=torch.long), use_cache=False)
