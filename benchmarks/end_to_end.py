@@ -127,7 +127,8 @@ def figures(before: Step, step: Step, responses_per_step: int) -> dict[str, floa
     phases = {name.removeprefix("time/"): s for name, s in step.row.items() if name.startswith("time/")}
     step_s, cpu_s = step.clock_s - before.clock_s, step.cpu_s - before.cpu_s
     response_tokens = step.row["rollout/response_tokens_mean"] * responses_per_step
-    packed_tokens = step.row["tokens_per_s"] * sum(phases.values())
+    counted_s = sum(s for name, s in phases.items() if name not in ("eval_s", "checkpoint_s"))  # as the trainer's rate
+    packed_tokens = step.row["tokens_per_s"] * counted_s
     return {
         "step_s": step_s,
         "steps_per_s": 1 / step_s,

@@ -8,6 +8,7 @@ import importlib.util
 
 import pytest
 
+from benchmarks.end_to_end import Step, figures
 from tests.benchmarks.program import report_of
 
 HAS_TRL = importlib.util.find_spec("trl") is not None
@@ -32,6 +33,15 @@ def check(f: dict) -> None:
     for kind in ("response", "packed"):
         assert f[f"{kind}_tokens_per_s"] * f["step_s"] == pytest.approx(f[f"{kind}_tokens"], rel=1e-2)
     assert f["reward_mean"] == 0  # random weights box no answer
+
+
+def test_a_checkpoints_seconds_are_not_those_in_which_tokens_were_trained_on():
+    # 600 tokens in 2 + 1 s; the checkpoint's 5 s are no part of the trainer's rate, but of the step.
+    row = {"time/rollout_s": 2.0, "time/update_s": 1.0, "time/checkpoint_s": 5.0, "tokens_per_s": 200.0}
+    row |= {"rollout/response_tokens_mean": 25.0, "reward/mean": 0.5}
+    f = figures(Step({}, 10.0, 1.0), Step(row, 20.0, 9.0), responses_per_step=16)
+    assert (f["packed_tokens"], f["packed_tokens_per_s"], f["response_tokens"]) == (600, 60, 400)
+    assert (f["step_s"], f["cpu_s"], f["response_tokens_per_cpu_s"]) == (10, 8, 50)
 
 
 @pytest.mark.slow
