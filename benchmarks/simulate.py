@@ -88,8 +88,8 @@ def main() -> None:
         benchmark.endless(local_folder(cfg.model), folder)
         cfg = dataclasses.replace(cfg, model=str(folder), warm_start=None)
         with open_run(cfg) as run:
-            cuda, run.driver.rollout = run.topology.device.type == "cuda", Profiled(run, runnings)
-            profiled = run.rollout
+            cuda, profiled = run.topology.device.type == "cuda", Profiled(run, runnings)
+            run.driver.rollout = profiled
             trainer.train(run)
         mean = {name: statistics.mean(s) for name, s in profiled.seconds.items()}
         profile = benchmark.profile_of(cfg, mean, runnings, benchmark.block_tokens(cfg, cuda=cuda))
