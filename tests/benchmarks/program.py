@@ -20,7 +20,7 @@ def report_of(
 
     Whatever the program has started ends with it."""
     command = [sys.executable, *launcher, f"benchmarks/{program}.py", "--out", str(out), *map(str, arguments)]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])  # what is found here is found there: TRL
     log = out.with_suffix(".log")
     with log.open("w") as said:
         process = subprocess.Popen(

@@ -20,7 +20,7 @@ def report(recipe, tmp_path_factory) -> dict:
     """One run for both."""
     out = tmp_path_factory.mktemp("end_to_end") / "out.json"
     peer = ["--peer", "trl", "--peer-threads", "1"] if HAS_TRL else []
-    return report_of("end_to_end", "--recipes", recipe, "--steps", 1, "--warmup", 1, *peer, out=out, timeout_s=300)
+    return report_of("end_to_end", "--recipes", recipe, "--steps", 1, "--warmup", 1, *peer, out=out, timeout_s=600)
 
 
 def check(f: dict) -> None:

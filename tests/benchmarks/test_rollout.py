@@ -13,7 +13,7 @@ from tests.benchmarks.program import report_of
 def test_the_benchmark_of_a_real_engine(tmp_path):
     out = tmp_path / "out.json"
     size = ["--cfg", "configs/quickstart.yaml", "--running", "1,8", "--load", 16, "--rounds", 1]
-    report = report_of("rollout", *size, "engine.num_engines=1", out=out, timeout_s=240)
+    report = report_of("rollout", *size, "engine.num_engines=1", out=out, timeout_s=400)
     assert (
         cluster.engine_from(out).iteration_s[1][0] == 8
         and report["load"]["responses"] == 16

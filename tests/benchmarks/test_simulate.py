@@ -15,7 +15,7 @@ from tests.benchmarks.program import report_of
 def test_a_real_run_is_simulated_beside_it(recipe, tmp_path):
     """Whether both agree is not asked here: that depends on what else the machine does."""
     size = ["--cfg", recipe, "--running", "1,8", "--run-dir", tmp_path / "run", "num_steps=3"]
-    report = report_of("simulate", *size, out=tmp_path / "out.json", timeout_s=300)
+    report = report_of("simulate", *size, out=tmp_path / "out.json", timeout_s=400)
     assert len(report["steps"]) == 2 and all(
         s["measured_rollout_s"] > 0 and s["predicted_rollout_s"] > 0 for s in report["steps"]
     )
