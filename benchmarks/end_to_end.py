@@ -33,12 +33,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where only the package is installed
 
-from benchmarks import measure  # noqa: E402
+from benchmarks import measure
 from grpo_mcore.config import file as config_file
 from grpo_mcore.report import metrics
 
@@ -151,8 +153,8 @@ def run(
     scratch: str,
     *,
     name: str = "",
-    more: list[str] = [],
-    prefix: list[str] = [],
+    more: Sequence[str] = (),
+    prefix: Sequence[str] = (),
 ) -> dict:
     """One program on one recipe, with `more` overrides: the medians of its figures, and how they came about."""
     overrides = ["eval.data=null", "checkpoint.every=0", f"num_steps={args.warmup + args.steps}", *more]
@@ -167,7 +169,7 @@ def run(
     )
     if len(steps) != cfg.num_steps:
         sys.exit(f"error: {program} wrote {len(steps)} rows of metrics for {cfg.num_steps} steps")
-    samples = [figures(b, s, cfg.responses_per_step) for b, s in zip(steps[args.warmup - 1 :], steps[args.warmup :])]
+    samples = [figures(b, s, cfg.responses_per_step) for b, s in pairwise(steps[args.warmup - 1 :])]
     return {
         "program": program,
         "overrides": overrides,

@@ -43,9 +43,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the kernels need nothing that would have to be installed
 
-from benchmarks import measure  # noqa: E402
-from grpo_mcore.kernels import reference  # noqa: E402
-from grpo_mcore.kernels.pick import pick  # noqa: E402
+from benchmarks import measure
+from grpo_mcore.kernels import reference
+from grpo_mcore.kernels.pick import pick
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -320,7 +320,7 @@ def search(rows: int, vocabulary: int) -> None:
         try:
             function()
             best = statistics.median(seconds(function, 5)["s"])
-        except Exception as e:  # noqa: BLE001  what does not compile or fit is no candidate
+        except Exception as e:  # what does not compile or fit is no candidate
             print(f"{label}: {type(e).__name__}", flush=True)
             return float("inf")
         print(f"{label}: {best * 1e3:.2f} ms", flush=True)

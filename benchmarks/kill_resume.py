@@ -10,6 +10,7 @@ going on: in the rollout, the update, the save, whatever runs. Equal means the s
 the same metrics of every step but for the clock's. The seed makes the moments, which the machine's speed then places.
 """
 
+import contextlib
 import hashlib
 import os
 import random
@@ -22,9 +23,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where only the package is installed
 
-from benchmarks import measure  # noqa: E402
-from grpo_mcore.checkpoint import checkpoint, convert  # noqa: E402
-from grpo_mcore.report import metrics  # noqa: E402
+from benchmarks import measure
+from grpo_mcore.checkpoint import checkpoint, convert
+from grpo_mcore.report import metrics
 
 OVERRIDES = [
     "eval.data=null",
@@ -119,10 +120,8 @@ class Run:
 
 def kill(process: subprocess.Popen) -> None:
     """-9 to the whole session: the program's processes, its engines and writers."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

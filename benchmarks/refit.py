@@ -38,6 +38,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -68,7 +69,7 @@ TARGETS = {"cpu": "refit / memcpy at most 3", "cuda": "refit under 0.2 s"}
 class TimedRefit(Refit):
     """Knows how long it waited for what."""
 
-    seconds: dict[str, float] = defaultdict(float)
+    seconds: ClassVar[dict[str, float]] = defaultdict(float)
 
     def _settle(self, refs: dict, what: str, timeout_s: float | None = None) -> dict:
         start = time.perf_counter()
@@ -99,8 +100,9 @@ def load(refit: TimedRefit) -> None:
     """A refit of whatever lies in the sender's memory."""
 
     def export(into):
-        for info in sum(refit._groups, []):
-            yield info.name, into(info.name)
+        for group in refit._groups:
+            for info in group:
+                yield info.name, into(info.name)
 
     refit._send(Stream(refit._groups, refit._bucket_bytes, export), version=0, discard=False)
 
@@ -140,7 +142,7 @@ def run(cfg: config.Config, topo: topology.Topology, args: argparse.Namespace) -
         random.seed(1)
         canary = [[random.randrange(policy.hf_config.vocab_size) for _ in range(64)] for _ in range(4)]
         refit = TimedRefit(policy, engines, cfg, topo, canary)
-        size = num_bytes(sum(refit._groups, []))
+        size = num_bytes([info for group in refit._groups for info in group])
         buckets = list(weight_transfer.buckets(refit._groups, refit._bucket_bytes))
         source, target = (torch.ones(size, dtype=torch.uint8, device=topo.device) for _ in range(2))
         seconds, errors = defaultdict(list), []

@@ -28,14 +28,14 @@ import ray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where only the package is installed
 
-from benchmarks import measure, rollout as benchmark  # noqa: E402
-from grpo_mcore import trainer  # noqa: E402
-from grpo_mcore.config import file as config_file  # noqa: E402
-from grpo_mcore.plan import cluster, predict  # noqa: E402
-from grpo_mcore.plan.cluster import Cluster, Measured  # noqa: E402
-from grpo_mcore.policy import warm_start  # noqa: E402
-from grpo_mcore.policy.hf_weights import local_folder  # noqa: E402
-from grpo_mcore.run import Run, open_run  # noqa: E402
+from benchmarks import measure, rollout as benchmark
+from grpo_mcore import trainer
+from grpo_mcore.config import file as config_file
+from grpo_mcore.plan import cluster, predict
+from grpo_mcore.plan.cluster import Cluster, Measured
+from grpo_mcore.policy import warm_start
+from grpo_mcore.policy.hf_weights import local_folder
+from grpo_mcore.run import Run, open_run
 
 
 class Profiled:

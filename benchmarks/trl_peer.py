@@ -17,10 +17,10 @@ from trl import GRPOConfig, GRPOTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where only the package is installed
 
-from benchmarks import trl_recipe  # noqa: E402
-from grpo_mcore.data.prompts import Tokenizer  # noqa: E402
-from grpo_mcore.policy import hf_weights  # noqa: E402
-from grpo_mcore.reward.grader import Grader  # noqa: E402
+from benchmarks import trl_recipe
+from grpo_mcore.data.prompts import Tokenizer
+from grpo_mcore.policy import hf_weights
+from grpo_mcore.reward.grader import Grader
 
 
 def main() -> None:
