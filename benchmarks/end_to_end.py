@@ -2,8 +2,7 @@
 
     python benchmarks/end_to_end.py                                          both CPU recipes, ours alone
     pip install -e ".[peers]" && python benchmarks/end_to_end.py --peer trl  ours, then TRL, recipe by recipe
-    python benchmarks/end_to_end.py --ahead 1
-        # ours, in turns and with sampling a step ahead
+    python benchmarks/end_to_end.py --ahead 1                                ours, in turns and a step ahead
 
 Ours is launch/train.py as a user runs it, without evaluation and checkpoints; trl_peer.py says what TRL shares with it.
 Each is a process of its own, one after the other, watched from outside. Figures are medians over the steps after the
@@ -26,7 +25,6 @@ Threads: ours as the recipe says (num_threads, engine.num_threads); TRL, which i
 import argparse
 import contextlib
 import importlib.util
-import json
 import os
 import shlex
 import signal
@@ -35,14 +33,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where only the package is installed
+
+from benchmarks import measure
 from grpo_mcore.config import file as config_file
 from grpo_mcore.report import metrics
-from grpo_mcore.report.provenance import provenance
 
-ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = {
     "step_s": "step",
     **{f"{p}_s": p for p in ("refit", "rollout", "reward", "logprob", "update")},
@@ -92,7 +93,12 @@ def watch(command: list[str], run_dir: Path, *, env: dict[str, str], timeout_s: 
     rows, output, steps, size = run_dir / "metrics.jsonl", run_dir / "output.txt", [], 0
     with output.open("w") as out:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | env, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT
+            command,
+            cwd=measure.ROOT,
+            env=os.environ | env,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
         )
     tree, deadline = ProcessTree(process.pid), time.monotonic() + timeout_s
     try:
@@ -123,7 +129,8 @@ def figures(before: Step, step: Step, responses_per_step: int) -> dict[str, floa
     phases = {name.removeprefix("time/"): s for name, s in step.row.items() if name.startswith("time/")}
     step_s, cpu_s = step.clock_s - before.clock_s, step.cpu_s - before.cpu_s
     response_tokens = step.row["rollout/response_tokens_mean"] * responses_per_step
-    packed_tokens = step.row["tokens_per_s"] * sum(phases.values())
+    counted_s = sum(s for name, s in phases.items() if name not in ("eval_s", "checkpoint_s"))  # as the trainer's rate
+    packed_tokens = step.row["tokens_per_s"] * counted_s
     return {
         "step_s": step_s,
         "steps_per_s": 1 / step_s,
@@ -138,7 +145,7 @@ def figures(before: Step, step: Step, responses_per_step: int) -> dict[str, floa
     }
 
 
-def measure(
+def run(
     program: str,
     recipe: str,
     args: argparse.Namespace,
@@ -146,12 +153,12 @@ def measure(
     scratch: str,
     *,
     name: str = "",
-    more: list[str] = [],
-    prefix: list[str] = [],
+    more: Sequence[str] = (),
+    prefix: Sequence[str] = (),
 ) -> dict:
     """One program on one recipe, with `more` overrides: the medians of its figures, and how they came about."""
     overrides = ["eval.data=null", "checkpoint.every=0", f"num_steps={args.warmup + args.steps}", *more]
-    cfg = config_file.load(ROOT / recipe, overrides)
+    cfg = config_file.load(measure.ROOT / recipe, overrides)
     run_dir, load = Path(scratch) / f"{Path(recipe).stem}_{name or Path(program).stem}", os.getloadavg()[0]
     print(f"{program} --cfg {recipe}: {cfg.num_steps} steps ...", file=sys.stderr, flush=True)
     steps = watch(
@@ -162,7 +169,7 @@ def measure(
     )
     if len(steps) != cfg.num_steps:
         sys.exit(f"error: {program} wrote {len(steps)} rows of metrics for {cfg.num_steps} steps")
-    samples = [figures(b, s, cfg.responses_per_step) for b, s in zip(steps[args.warmup - 1 :], steps[args.warmup :])]
+    samples = [figures(b, s, cfg.responses_per_step) for b, s in pairwise(steps[args.warmup - 1 :])]
     return {
         "program": program,
         "overrides": overrides,
@@ -175,10 +182,10 @@ def measure(
 
 def compare(recipe: str, args: argparse.Namespace, scratch: str) -> dict:
     """Ours and the peer, if one is asked for, on one recipe; prints their table."""
-    cfg = config_file.load(ROOT / recipe)
-    of = {"grpo_mcore": measure("launch/train.py", recipe, args, {}, scratch)}
+    cfg = config_file.load(measure.ROOT / recipe)
+    of = {"grpo_mcore": run("launch/train.py", recipe, args, {}, scratch)}
     if args.peer:
-        of[args.peer] = measure(
+        of[args.peer] = run(
             f"benchmarks/{args.peer}_peer.py", recipe, args, {"OMP_NUM_THREADS": str(args.peer_threads)}, scratch
         )
     batch = (
@@ -211,7 +218,7 @@ def compare_ahead(recipe: str, args: argparse.Namespace, scratch: str) -> dict:
     trainer_core, engine_core = sorted(os.sched_getaffinity(0))[:2]
     bound = ["num_threads=1", "engine.num_engines=1", "engine.num_threads=1", f"engine.cores=[{engine_core}]"]
     of = {
-        staleness: measure(
+        staleness: run(
             "launch/train.py",
             recipe,
             args,
@@ -245,7 +252,7 @@ def compare_ahead(recipe: str, args: argparse.Namespace, scratch: str) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = measure.parser(__doc__, "end_to_end.json", overrides=None)
     parser.add_argument(
         "--recipes",
         nargs="+",
@@ -258,22 +265,15 @@ def main() -> None:
     parser.add_argument("--ahead", type=int, metavar="N", help="compare rollout.max_staleness 0 and N instead")
     parser.add_argument("--peer-threads", type=int, default=len(os.sched_getaffinity(0)), help="(all cores)")
     parser.add_argument("--timeout-s", type=float, default=1800.0, help="of one program on one recipe (1800)")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=ROOT / "benchmarks/results/end_to_end.json",
-        help="(benchmarks/results/end_to_end.json)",
-    )
     args = parser.parse_args()
     if args.warmup < 1 or args.steps < 1:
         parser.error("--steps and --warmup must be 1 or more")
     if args.peer and importlib.util.find_spec(args.peer) is None:
         sys.exit(f'error: --peer {args.peer}: it is not installed. Remedy: pip install -e ".[peers]"')
-    about = provenance("trl")
+    about = measure.about(__doc__, "trl")
     with tempfile.TemporaryDirectory() as scratch:
         results = [(compare_ahead if args.ahead else compare)(recipe, args, scratch) for recipe in args.recipes]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
+    measure.write(args.out, {**about, "results": results})
     print(f"\nwritten to {args.out}")
 
 

@@ -22,14 +22,12 @@ Definitions:
                   torch.cuda.max_memory_allocated, after a warm-up. CPU: VmHWM of /proc/self/status, reset through
                   /proc/self/clear_refs
     share_of_peak 2 x rows x 1536 x vocabulary FLOPs, once for forward and three times for forward_backward, whatever is
-    recomputed / s /
-                  the fastest of many products of two square bfloat16 matrices (matmul_flops_per_s)
+                  recomputed, / s / the fastest of many products of two square bfloat16 matrices (matmul_flops_per_s)
     error         largest |difference| from float64: log-probs and entropies of all rows, gradients of 64 rows and of
                   256 vocabulary rows; of a gradient divided by the true one's largest element there
 """
 
 import argparse
-import ctypes
 import itertools
 import json
 import os
@@ -43,12 +41,11 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the kernels need nothing that would have to be installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the kernels need nothing that would have to be installed
 
-from grpo_mcore.kernels import reference  # noqa: E402
-from grpo_mcore.kernels.pick import pick  # noqa: E402
-from grpo_mcore.report.provenance import provenance  # noqa: E402
+from benchmarks import measure
+from grpo_mcore.kernels import reference
+from grpo_mcore.kernels.pick import pick
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -204,25 +201,12 @@ def errors(
     return out
 
 
-def status_bytes(key: str) -> int:
-    return next(
-        int(line.split()[1]) << 10
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if line.startswith(key)
-    )
-
-
 def peak_beyond(function) -> tuple[int, object]:
     """(bytes of the peak beyond what was there before, what the function gave)"""
-    if CUDA:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before, result = torch.cuda.memory_allocated(), function()
-        return torch.cuda.max_memory_allocated() - before, result
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before, result = status_bytes("VmRSS"), function()
-    return status_bytes("VmHWM") - before, result
+    measure.synchronize(DEVICE)
+    measure.reset_peak(DEVICE)
+    before, result = measure.held_bytes(DEVICE), function()
+    return measure.peak_bytes(DEVICE) - before, result
 
 
 def seconds(function, repetitions: int) -> dict[str, list[float]]:
@@ -245,13 +229,7 @@ def seconds(function, repetitions: int) -> dict[str, list[float]]:
     return out
 
 
-def matmul_flops_per_s() -> float:
-    n, products = (8192, 20) if CUDA else (2048, 1)
-    a, b = (torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
-    return products * 2 * n**3 / min(seconds(lambda: [a @ b for _ in range(products)], 12)["s"][2:])
-
-
-def measure(name: str, rows: int, vocabulary: int, repetitions: int, exact: Path) -> dict:
+def case(name: str, rows: int, vocabulary: int, repetitions: int, exact: Path) -> dict:
     """One implementation at one size, in this process."""
     function = IMPLEMENTATIONS[name]()
     hidden, weight, target, upstream = inputs(rows, vocabulary)
@@ -278,7 +256,7 @@ def measure(name: str, rows: int, vocabulary: int, repetitions: int, exact: Path
 
 def child(*arguments: str) -> dict:
     """What this program prints, run with these arguments in a process of its own."""
-    done = subprocess.run([sys.executable, __file__, *arguments], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, __file__, *arguments], cwd=measure.ROOT, capture_output=True, text=True)
     if done.returncode:
         if arguments[arguments.index("--child") + 1] in ("truth", "peak"):
             raise RuntimeError(done.stderr)
@@ -295,9 +273,9 @@ def run_child(args: argparse.Namespace) -> dict:
         torch.save(truth(rows, vocabulary), folder / "truth.pt")
         return {}
     if name == "peak":
-        return {"matmul_flops_per_s": matmul_flops_per_s()}
+        return {"matmul_flops_per_s": measure.matrix_flops_per_s(torch.bfloat16, DEVICE)}
     try:
-        return {"status": "ok", **measure(name, rows, vocabulary, args.repetitions, folder / "truth.pt")}
+        return {"status": "ok", **case(name, rows, vocabulary, args.repetitions, folder / "truth.pt")}
     except torch.OutOfMemoryError:
         return {"status": "out of memory"}
     except (ImportError, ValueError) as e:  # not installed; or it says that it cannot
@@ -342,7 +320,7 @@ def search(rows: int, vocabulary: int) -> None:
         try:
             function()
             best = statistics.median(seconds(function, 5)["s"])
-        except Exception as e:  # noqa: BLE001  what does not compile or fit is no candidate
+        except Exception as e:  # what does not compile or fit is no candidate
             print(f"{label}: {type(e).__name__}", flush=True)
             return float("inf")
         print(f"{label}: {best * 1e3:.2f} ms", flush=True)
@@ -402,7 +380,7 @@ def table(results: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = measure.parser(__doc__, f"kernels{'_cuda' if CUDA else ''}.json", overrides=None)
     parser.add_argument("--rows", default=ROWS, help=f"({ROWS})")
     parser.add_argument("--vocabulary", default=VOCABULARY, help=f"({VOCABULARY})")
     parser.add_argument(
@@ -417,7 +395,6 @@ def main() -> None:
         action="store_true",
         help="instead: block sizes, by trial, at the first of --rows and --vocabulary; needs a GPU",
     )
-    parser.add_argument("--out", type=Path, default=ROOT / f"benchmarks/results/kernels{'_cuda' if CUDA else ''}.json")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -428,18 +405,10 @@ def main() -> None:
         search(*sizes[0])
         return
     names = args.only.split(",")
-    about, results = (
-        provenance(*PEERS)
-        | {
-            "environment": {
-                name: os.environ[name] for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY") if name in os.environ
-            },
-            "rounds": args.rounds,
-            "repetitions": args.repetitions,
-            "definitions": __doc__.partition("Definitions:\n")[2].splitlines(),
-        },
-        [],
-    )
+    threads = {name: os.environ[name] for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY") if name in os.environ}
+    about = measure.about(__doc__, *PEERS)
+    about |= {"environment": threads, "rounds": args.rounds, "repetitions": args.repetitions}
+    results = []
     with tempfile.TemporaryDirectory() as folder:
         peak = child("--child", "peak", "0", "0", folder)["matmul_flops_per_s"]
         for rows, vocabulary in sizes:
@@ -452,17 +421,9 @@ def main() -> None:
                     print(f"{rows} x {vocabulary} {name}: {rounds[name][-1]['status']}", file=sys.stderr, flush=True)
             for name in names:
                 result = of_rounds(rounds[name], rounds.get("naive", []), rows, vocabulary, peak)
-                results.append(
-                    {
-                        "implementation": name,
-                        "rows": rows,
-                        "vocabulary": vocabulary,
-                        "load_average": os.getloadavg()[0],
-                        **result,
-                    }
-                )
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps({**about, "matmul_flops_per_s": peak, "results": results}, indent=1) + "\n")
+                size = {"implementation": name, "rows": rows, "vocabulary": vocabulary}
+                results.append({**size, "load_average": os.getloadavg()[0], **result})
+            measure.write(args.out, {**about, "matmul_flops_per_s": peak, "results": results})
     print(f"written to {args.out}\n\n{table(results)}", flush=True)
 
 

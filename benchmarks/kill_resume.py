@@ -10,13 +10,10 @@ going on: in the rollout, the update, the save, whatever runs. Equal means the s
 the same metrics of every step but for the clock's. The seed makes the moments, which the machine's speed then places.
 """
 
-import argparse
+import contextlib
 import hashlib
-import json
 import os
-import platform
 import random
-import shlex
 import signal
 import subprocess
 import sys
@@ -24,10 +21,12 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where only the package is installed
+
+from benchmarks import measure
 from grpo_mcore.checkpoint import checkpoint, convert
 from grpo_mcore.report import metrics
 
-ROOT = Path(__file__).resolve().parents[1]
 OVERRIDES = [
     "eval.data=null",
     "checkpoint.every=1",
@@ -52,9 +51,9 @@ class Run:
         )
         self.command = [
             *launcher,
-            str(ROOT / "launch/train.py"),
+            str(measure.ROOT / "launch/train.py"),
             "--cfg",
-            str(ROOT / "configs/quickstart.yaml"),
+            str(measure.ROOT / "configs/quickstart.yaml"),
             f"run_dir={folder}",
             f"num_steps={steps}",
             *OVERRIDES,
@@ -121,23 +120,19 @@ class Run:
 
 def kill(process: subprocess.Popen) -> None:
     """-9 to the whole session: the program's processes, its engines and writers."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = measure.parser(__doc__, "kill_resume.json")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, help="default: 4 for each kill")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--nproc-per-node", type=int, default=1)
-    parser.add_argument("--out", default=str(ROOT / "benchmarks/results/kill_resume.json"))
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     args = parser.parse_intermixed_args()
-    steps, rng = args.steps or 4 * args.kills, random.Random(args.seed)
+    steps, rng, about = args.steps or 4 * args.kills, random.Random(args.seed), measure.about(__doc__)
     with tempfile.TemporaryDirectory() as scratch:
         overrides = [f"model={scratch}/model", *args.overrides]
         whole, killed = (
@@ -152,10 +147,7 @@ def main() -> None:
             print(f"kill {len(kills)}: {kills[-1]}", flush=True)
         killed.finish()
         seen = killed.digest()
-        result = {
-            "command": "python benchmarks/kill_resume.py " + shlex.join(sys.argv[1:]),
-            "cpu": platform.processor() or platform.machine(),
-            "num_cpus": os.cpu_count(),
+        result = about | {
             "steps": steps,
             "kills": kills,
             "digest_uninterrupted": expected,
@@ -163,8 +155,7 @@ def main() -> None:
             "weights_equal": seen == expected,
             "metrics_equal": killed.rows() == whole.rows(),
         }
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+    measure.write(args.out, result)
     print(
         f"{len(kills)} kills, {steps} steps: weights {'equal' if result['weights_equal'] else 'DIFFER'}, metrics "
         f"{'equal' if result['metrics_equal'] else 'DIFFER'}"

@@ -32,18 +32,23 @@ import json
 import os
 import random
 import statistics
+import sys
 import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where only the package is installed
 
 warnings.filterwarnings(
     "ignore", module=r"(megatron|torch\.distributed)\..*"
 )  # of missing CUDA extensions, of each other's future
 
+from benchmarks import measure  # noqa: E402
 from grpo_mcore.config import config, file as config_file, rules  # noqa: E402
 from grpo_mcore.config.config import InputError  # noqa: E402
 from grpo_mcore.parallel import collectives, topology  # noqa: E402
@@ -52,14 +57,11 @@ from grpo_mcore.refit import weight_transfer  # noqa: E402
 from grpo_mcore.refit.refit import Refit  # noqa: E402
 from grpo_mcore.refit.senders import Stream  # noqa: E402
 from grpo_mcore.refit.weight_transfer import SharedMemory, num_bytes, positions  # noqa: E402
-from grpo_mcore.report.provenance import provenance  # noqa: E402
 from grpo_mcore.rollout.engines import Engines  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[1]
-MODELS, RESULTS = ROOT / "configs/benchmarks", ROOT / "benchmarks/results"
 DEFAULTS = {
-    "cpu": {"model": "smollm2-135m", "kv_cache_bytes": 64 << 20, "out": RESULTS / "refit.json"},
-    "cuda": {"model": "1.5b", "kv_cache_bytes": 1 << 30, "out": RESULTS / "refit_cuda.json"},
+    "cpu": {"model": "smollm2-135m", "kv_cache_bytes": 64 << 20},
+    "cuda": {"model": "1.5b", "kv_cache_bytes": 1 << 30},
 }
 TARGETS = {"cpu": "refit / memcpy at most 3", "cuda": "refit under 0.2 s"}
 
@@ -67,7 +69,7 @@ TARGETS = {"cpu": "refit / memcpy at most 3", "cuda": "refit under 0.2 s"}
 class TimedRefit(Refit):
     """Knows how long it waited for what."""
 
-    seconds: dict[str, float] = defaultdict(float)
+    seconds: ClassVar[dict[str, float]] = defaultdict(float)
 
     def _settle(self, refs: dict, what: str, timeout_s: float | None = None) -> dict:
         start = time.perf_counter()
@@ -78,16 +80,6 @@ class TimedRefit(Refit):
             self.seconds[{"pausing": "begin", "receiving": "loading", "ending": "end"}.get(name, name)] += (
                 time.perf_counter() - start
             )
-
-
-def timed(work: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def summary(seconds: list[float], size: int | None = None) -> dict:
@@ -108,8 +100,9 @@ def load(refit: TimedRefit) -> None:
     """A refit of whatever lies in the sender's memory."""
 
     def export(into):
-        for info in sum(refit._groups, []):
-            yield info.name, into(info.name)
+        for group in refit._groups:
+            for info in group:
+                yield info.name, into(info.name)
 
     refit._send(Stream(refit._groups, refit._bucket_bytes, export), version=0, discard=False)
 
@@ -136,7 +129,7 @@ def repack(refit: TimedRefit) -> Callable[[], None]:
     return work
 
 
-def measure(cfg: config.Config, topo: topology.Topology, args: argparse.Namespace) -> dict:
+def run(cfg: config.Config, topo: topology.Topology, args: argparse.Namespace) -> dict:
     """Collective; the figures are the driver's."""
     cuda = topo.device.type == "cuda"
     engines = Engines(cfg, cfg.model, cuda=cuda, stop_token_ids=[]) if topo.is_driver else None
@@ -149,13 +142,13 @@ def measure(cfg: config.Config, topo: topology.Topology, args: argparse.Namespac
         random.seed(1)
         canary = [[random.randrange(policy.hf_config.vocab_size) for _ in range(64)] for _ in range(4)]
         refit = TimedRefit(policy, engines, cfg, topo, canary)
-        size = num_bytes(sum(refit._groups, []))
+        size = num_bytes([info for group in refit._groups for info in group])
         buckets = list(weight_transfer.buckets(refit._groups, refit._bucket_bytes))
         source, target = (torch.ones(size, dtype=torch.uint8, device=topo.device) for _ in range(2))
         seconds, errors = defaultdict(list), []
         for repeat in range(args.warmup + args.repeats):
             refit.seconds.clear()
-            copy = timed(lambda: target.copy_(source), topo.device)
+            copy = measure.seconds(lambda: target.copy_(source), topo.device)
             collectives.on_any_rank(False, topo)
             start = time.perf_counter()
             seen = refit(repeat)
@@ -171,14 +164,14 @@ def measure(cfg: config.Config, topo: topology.Topology, args: argparse.Namespac
                 errors.append(seen["refit/canary_abs_mean"].value)
         if not cuda:
             memory = SharedMemory(positions(buckets, refit._bucket_bytes)[1])
-            seconds["fill"] = [timed(lambda: fill(refit, memory), topo.device) for _ in range(args.repeats)]
+            seconds["fill"] = [measure.seconds(lambda: fill(refit, memory), topo.device) for _ in range(args.repeats)]
             if topo.is_driver and refit._transport == "shared_memory":
-                seconds["load"] = [timed(lambda: load(refit), topo.device) for _ in range(args.repeats)]
+                seconds["load"] = [measure.seconds(lambda: load(refit), topo.device) for _ in range(args.repeats)]
             if topo.is_driver:
                 work = repack(refit)
                 for _ in range(args.warmup):
                     work()
-                seconds["repack"] = [timed(work, topo.device) for _ in range(args.repeats)]
+                seconds["repack"] = [measure.seconds(work, topo.device) for _ in range(args.repeats)]
     finally:
         if engines:
             engines.stop()
@@ -207,40 +200,25 @@ def measure(cfg: config.Config, topo: topology.Topology, args: argparse.Namespac
 
 def options() -> argparse.Namespace:
     """Those of the command line, with the defaults of the device. Raises InputError."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model",
-        help=f"folder with a config.json, or one of "
-        f"{', '.join(sorted(f.parent.name for f in MODELS.glob('*/config.json')))}",
-    )
+    parser = measure.parser(__doc__, overrides="of parallel.*, num_threads, engine.num_threads and device")
+    measure.model_option(parser)
     parser.add_argument("--engines", type=int, help="(1; GPU: one for each rank)")
     parser.add_argument("--transport", default="auto", help="auto, broadcast or shared (auto)")
     parser.add_argument("--dtype", default="bfloat16", help="of policy and engines (bfloat16)")
     parser.add_argument("--bucket-mib", type=int, help="(refit.bucket_bytes)")
     parser.add_argument("--repeats", type=int, default=20, help="refits that count (20)")
     parser.add_argument("--warmup", type=int, default=4, help="refits before them (4)")
-    parser.add_argument("--out", type=Path, help="(benchmarks/results/refit.json, on CUDA refit_cuda.json)")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key.sub=value",
-        help="of parallel.*, num_threads, engine.num_threads and device",
-    )
     args = parser.parse_intermixed_args()
-    base = config_file.load(MODELS / "train_step.yaml", args.overrides)
-    args.device = topology.pick_device(base.device)
-    for name, value in DEFAULTS[args.device.type].items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
+    base = config_file.load(measure.MODELS / "train_step.yaml", args.overrides)
+    measure.settle(args, topology.pick_device(base.device), DEFAULTS, "refit")
     if args.repeats < 1 or args.warmup < 0:
         parser.error("--repeats must be 1 or more, --warmup 0 or more")
     if args.transport not in ("auto", "broadcast", "shared"):
         raise InputError("--transport", args.transport, "must be auto, broadcast or shared", "choose among them")
-    model = str(MODELS / args.model) if (MODELS / args.model / "config.json").is_file() else args.model
     ranks = topology.world_size()
     args.cfg = dataclasses.replace(
         base,
-        model=model,
+        model=args.model,
         run_dir="runs/benchmark_refit",
         device=args.device.type,
         precision=config.Precision(params=args.dtype),
@@ -263,22 +241,20 @@ def options() -> argparse.Namespace:
 
 def main() -> None:
     args = options()
-    about = provenance() | {
+    about = measure.about(__doc__) | {
         "model": json.loads(Path(args.cfg.model, "config.json").read_text()),
         "engines": args.cfg.engine.num_engines,
         "dtype": args.dtype,
         "parallel": dataclasses.asdict(args.cfg.parallel),
         "repeats": args.repeats,
         "load_average_before": os.getloadavg()[0],
-        "definitions": __doc__.partition("Definitions:\n")[2].splitlines(),
     }
     topo = topology.connect(
         args.cfg.parallel, device=args.device, timeout_s=600, seed=args.cfg.seed, num_threads=args.cfg.num_threads
     )
-    result = measure(args.cfg, topo, args)
+    result = run(args.cfg, topo, args)
     if topo.is_driver:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({**about, "load_average_after": os.getloadavg()[0], **result}, indent=1) + "\n")
+        measure.write(args.out, {**about, "load_average_after": os.getloadavg()[0], **result})
         print(
             f"{result['bytes'] / 1e6:.0f} MB by {result['transport']} to {about['engines']} engines, "
             f"{result['buckets']} buckets\n"

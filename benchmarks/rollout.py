@@ -17,8 +17,7 @@ Definitions:
     kv_token_s    an iteration's more per token in the cache: the most running, prompts of data.max_prompt_tokens
                   against a quarter of that
     prefill_token_s  per prompt token computed, siblings computing only what fills no block of the prefix cache;
-                     response_s: per response that
-                  starts; both from 1 token each, at these two lengths of prompts
+                  response_s: per response that starts; both from 1 token each, at these two lengths of prompts
     prefix_cache  seconds to make 1 token each: groups of siblings, against as many prompts of their own
     load          --load responses per engine of log-normal length (median a quarter of rollout.max_response_tokens,
                   mean 1.4 x that, cut at it; alike within a group), submitted at once and dealt out by
@@ -45,18 +44,19 @@ from pathlib import Path
 import ray
 from transformers import AutoConfig
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where only the package is installed
+
+from benchmarks import measure
 from grpo_mcore.config import config, file as config_file
 from grpo_mcore.data import arithmetic
+from grpo_mcore.parallel import topology
 from grpo_mcore.plan import cluster, memory, predict
-from grpo_mcore.policy import model
 from grpo_mcore.plan.cluster import Cluster, Draw, EngineProfile, LogNormal, TrainerProfile
+from grpo_mcore.policy import model
+from grpo_mcore.policy.hf_weights import local_folder
 from grpo_mcore.rollout.engine import Sampling
 from grpo_mcore.rollout.engines import Engines
-from grpo_mcore.policy.hf_weights import local_folder
-from grpo_mcore.parallel import topology
-from grpo_mcore.report.provenance import provenance
 
-ROOT = Path(__file__).resolve().parents[1]
 CPU_BLOCK_TOKENS = 32  # of engine.arguments
 
 
@@ -187,7 +187,7 @@ def endless(source: str | Path, folder: str | Path) -> None:
     (Path(folder) / "config.json").write_text(json.dumps(shape))
 
 
-def measure(cfg: config.Config, args: argparse.Namespace) -> dict:
+def run(cfg: config.Config, args: argparse.Namespace) -> dict:
     most = min(cfg.engine.max_running_responses, args.load)
     runnings = (
         sorted({min(int(n), most) for n in args.running.split(",")})
@@ -249,13 +249,11 @@ def measure(cfg: config.Config, args: argparse.Namespace) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = measure.parser(__doc__, "rollout.json")
     parser.add_argument("--cfg", required=True)
     parser.add_argument("--running", help="comma-separated (1, 2, 4 ... up to engine.max_running_responses, or --load)")
     parser.add_argument("--load", type=int, default=128, help="responses per engine (%(default)s)")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/rollout.json")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     args = parser.parse_intermixed_args()
     cfg = config_file.load(args.cfg, args.overrides)
     with tempfile.TemporaryDirectory() as made, tempfile.TemporaryDirectory() as folder:
@@ -263,13 +261,9 @@ def main() -> None:
             arithmetic.make_model(made, cfg.seed)
             cfg = dataclasses.replace(cfg, model=made)
         endless(local_folder(cfg.model), folder)
-        result = (
-            provenance()
-            | {"definitions": __doc__.partition("Definitions:\n")[2].splitlines(), "rounds": args.rounds}
-            | measure(dataclasses.replace(cfg, model=folder), args)
-        )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+        about = measure.about(__doc__) | {"rounds": args.rounds}
+        result = about | run(dataclasses.replace(cfg, model=folder), args)
+    measure.write(args.out, result)
     for n, s in result["profile"]["iteration_s"]:
         print(f"{n:5} running: {s * 1e3:8.2f} ms an iteration, {result['tokens_per_s'][n]:9.0f} tokens/s")
     print(

@@ -2,8 +2,8 @@
 machine, which comes and goes, weighs on both alike.
 
     python benchmarks/simulate.py --cfg configs/quickstart.yaml num_steps=20
-    python benchmarks/simulate.py --cfg configs/smollm2.yaml --running 1,8,32 --out
-    benchmarks/results/simulate_smollm2.json num_steps=6 engine.num_engines=2 engine.num_threads=1
+    python benchmarks/simulate.py --cfg configs/smollm2.yaml --running 1,8,32 \
+        --out benchmarks/results/simulate_smollm2.json num_steps=6 engine.num_engines=2 engine.num_threads=1
 
 Definitions:
     run           launch/train.py's, with rollout.max_staleness = 0, without evaluation and checkpoints; its first step
@@ -11,16 +11,13 @@ Definitions:
     profile       benchmarks/rollout.py's, from one round of its work before each counted step's sampling, outside of
                   the run's clocks; means over rounds, as means over steps are predicted
     measured, predicted  mean seconds of a step, by phase: rollout (the wait for the groups) is predicted from the
-                         profile and the lengths that were
-                  sampled; train and refit are the run's own (predictions for another batch, cluster or staleness start
-                  from these)
+                  profile and the lengths that were sampled; train and refit are the run's own (predictions for another
+                  batch, cluster or staleness start from these)
 """
 
 from grpo_mcore import entry  # noqa: I001  first: what it sets in the environment must be there before torch is imported
 
-import argparse
 import dataclasses
-import json
 import os
 import statistics
 import sys
@@ -29,18 +26,16 @@ from pathlib import Path
 
 import ray
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # for the other benchmark
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where only the package is installed
 
-from benchmarks import rollout as benchmark  # noqa: E402
-from grpo_mcore import trainer  # noqa: E402
-from grpo_mcore.config import file as config_file  # noqa: E402
-from grpo_mcore.plan import cluster, predict  # noqa: E402
-from grpo_mcore.plan.cluster import Cluster, Measured  # noqa: E402
-from grpo_mcore.policy import warm_start  # noqa: E402
-from grpo_mcore.policy.hf_weights import local_folder  # noqa: E402
-from grpo_mcore.report.provenance import provenance  # noqa: E402
-from grpo_mcore.run import Run, open_run  # noqa: E402
+from benchmarks import measure, rollout as benchmark
+from grpo_mcore import trainer
+from grpo_mcore.config import file as config_file
+from grpo_mcore.plan import cluster, predict
+from grpo_mcore.plan.cluster import Cluster, Measured
+from grpo_mcore.policy import warm_start
+from grpo_mcore.policy.hf_weights import local_folder
+from grpo_mcore.run import Run, open_run
 
 
 class Profiled:
@@ -71,7 +66,7 @@ class Profiled:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = measure.parser(__doc__, "simulate.json")
     parser.add_argument("--cfg", required=True)
     parser.add_argument(
         "--running",
@@ -79,10 +74,8 @@ def main() -> None:
         help="responses of one engine at once, at which it is profiled (%(default)s)",
     )
     parser.add_argument("--run-dir", help="keeps the run there")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/simulate.json")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     args = parser.parse_intermixed_args()
-    runnings = [int(n) for n in args.running.split(",")]
+    runnings, about = [int(n) for n in args.running.split(",")], measure.about(__doc__)
     with tempfile.TemporaryDirectory() as temporary:
         run_dir, folder = args.run_dir or temporary + "/run", Path(temporary) / "model"
         cfg = config_file.load(
@@ -95,8 +88,8 @@ def main() -> None:
         benchmark.endless(local_folder(cfg.model), folder)
         cfg = dataclasses.replace(cfg, model=str(folder), warm_start=None)
         with open_run(cfg) as run:
-            cuda, run.driver.rollout = run.topology.device.type == "cuda", Profiled(run, runnings)
-            profiled = run.rollout
+            cuda, profiled = run.topology.device.type == "cuda", Profiled(run, runnings)
+            run.driver.rollout = profiled
             trainer.train(run)
         mean = {name: statistics.mean(s) for name, s in profiled.seconds.items()}
         profile = benchmark.profile_of(cfg, mean, runnings, benchmark.block_tokens(cfg, cuda=cuda))
@@ -106,8 +99,7 @@ def main() -> None:
         summary = predict.summary(
             predicted, cfg.engine.num_engines, cfg.engine.max_running_responses, cfg.responses_per_step
         )
-        result = provenance() | {
-            "definitions": __doc__.partition("Definitions:\n")[2].splitlines(),
+        result = about | {
             "load_averages": profiled.load_averages,
             "profile": dataclasses.asdict(profile),
             "trainer": dataclasses.asdict(parts.trainer),
@@ -119,7 +111,7 @@ def main() -> None:
             ],
             "seconds": profiled.seconds,
         }
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    measure.write(args.out, result)
     print(predict.table(result), f"written to {args.out}", sep="\n\n", flush=True)
 
 

@@ -38,13 +38,11 @@ Definitions:
 from grpo_mcore import entry  # noqa: I001  first: what it sets in the environment must be there before torch is imported
 
 import argparse
-import ctypes
 import dataclasses
 import functools
 import gc
 import json
 import os
-import random
 import statistics
 import sys
 import time
@@ -54,22 +52,23 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where only the package is installed
+
 warnings.filterwarnings(
     "ignore", module=r"(megatron|torch\.distributed)\..*"
 )  # of missing CUDA extensions, of each other's future
 
+from benchmarks import measure  # noqa: E402
 from grpo_mcore.config import config, file as config_file, rules  # noqa: E402
 from grpo_mcore.config.config import InputError  # noqa: E402
 from grpo_mcore.loss import batch, loss  # noqa: E402
 from grpo_mcore.parallel import collectives, topology  # noqa: E402
 from grpo_mcore.parallel.topology import Topology  # noqa: E402
+from grpo_mcore.plan import fit, time as plan_time  # noqa: E402
 from grpo_mcore.policy import model  # noqa: E402
 from grpo_mcore.policy.policy import Policy  # noqa: E402
-from grpo_mcore.report.provenance import provenance  # noqa: E402
-from grpo_mcore.types import GlobalBatch, Group, Prompt, Response  # noqa: E402
+from grpo_mcore.types import GlobalBatch  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[1]
-MODELS, RESULTS = ROOT / "configs/benchmarks", ROOT / "benchmarks/results"
 PHASES = ("logprob", "forward_backward", "optimizer_step")
 PRECISIONS = {
     "bf16": {},
@@ -83,7 +82,6 @@ DEFAULTS = {
         "sequence_tokens": "256,1024",
         "tokens_per_step": 1024,
         "steps": 2,
-        "out": RESULTS / "train_step.json",
     },
     "cuda": {
         "model": "1.5b",
@@ -91,7 +89,6 @@ DEFAULTS = {
         "sequence_tokens": "8192,16384,24576",
         "tokens_per_step": 98304,
         "steps": 3,
-        "out": RESULTS / "train_step_cuda.json",
     },
 }
 PUBLISHED_BF16_FLOPS_PER_S = {
@@ -102,51 +99,25 @@ PUBLISHED_BF16_FLOPS_PER_S = {
 
 def forward_flops(hf_config, num_tokens: int, num_response_tokens: int) -> int:
     """Of one sequence; see model_flops above."""
-    d, layers, head_dim = hf_config.hidden_size, hf_config.num_hidden_layers, model.head_dim(hf_config)
-    width, kv_width = hf_config.num_attention_heads * head_dim, hf_config.num_key_value_heads * head_dim
-    layer = d * (2 * width + 2 * kv_width + 3 * hf_config.intermediate_size)  # q and o, k and v, gate and up and down
-    return (
-        2 * layers * layer * num_tokens
-        + 2 * hf_config.vocab_size * d * num_response_tokens
-        + 2 * layers * num_tokens**2 * width
-    )
+    return round(sum(plan_time.forward_flops(hf_config, num_tokens, num_response_tokens)))
 
 
 def matmul_flops_per_s(dtype: str, topo: Topology) -> float:
     """The peak of all ranks together, each measured while the others work too."""
-    n, products = (8192, 10) if topo.device.type == "cuda" else (2048, 1)
-    a, b = (torch.randn(n, n, device=topo.device).to(getattr(torch, dtype)) for _ in range(2))
-    seconds = []
-    for _ in range(12):
-        wait(topo)
-        start = time.perf_counter()
-        for _ in range(products):
-            a @ b
-        if topo.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return sum(collectives.gather(products * 2 * n**3 / min(seconds), topo))
+    peak = measure.matrix_flops_per_s(getattr(torch, dtype), topo.device, functools.partial(wait, topo))
+    return sum(collectives.gather(peak, topo))
 
 
 def wait(topo: Topology) -> None:
     """For the device, and for all ranks."""
-    if topo.device.type == "cuda":
-        torch.cuda.synchronize()
+    measure.synchronize(topo.device)
     collectives.on_any_rank(False, topo)
 
 
 def release(device: torch.device) -> None:
     """Gives back what no case holds any more."""
     gc.collect()  # modules, hooks and optimizer hold each other
-    torch.cuda.empty_cache() if device.type == "cuda" else ctypes.CDLL(None).malloc_trim(0)
-
-
-def status_bytes(key: str) -> int:
-    return next(
-        int(line.split()[1]) << 10
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if line.startswith(key)
-    )
+    measure.give_back(device)
 
 
 class Phases:
@@ -161,44 +132,34 @@ class Phases:
     def begin(self, phase: str | None, *, memory: bool) -> None:
         """Ends the running phase, and begins another unless it is None. `memory`: measures it, at the cost of the
         clock."""
-        cuda = self.topo.device.type == "cuda"
         wait(self.topo)
         if self._phase:
             self.steps[-1][self._phase] += time.perf_counter() - self._start
             if memory:
-                peak = torch.cuda.max_memory_allocated() if cuda else status_bytes("VmHWM") - self.baseline_bytes
+                peak = measure.peak_bytes(self.topo.device) - self.baseline_bytes
                 self.peak_bytes[self._phase] = max(self.peak_bytes.get(self._phase, 0), peak)
-        if memory and cuda:
-            torch.cuda.reset_peak_memory_stats()
-        elif memory:
-            ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")
+        if memory:
+            measure.reset_peak(self.topo.device)
         self._phase, self._start = phase, time.perf_counter()
 
 
 def synthetic_batch(cfg: config.Config, hf_config, topo: Topology) -> GlobalBatch:
-    rng, num_sequences, n = random.Random(cfg.seed), cfg.batch.global_batch_size, cfg.rollout.max_response_tokens
-
-    def tokens(n: int) -> tuple[int, ...]:
-        return tuple(rng.choices(range(hf_config.vocab_size), k=n))
-
-    groups = [
-        Group(Prompt(p, "", "", tokens(cfg.data.max_prompt_tokens)), (Response(tokens(n), (0.0,) * n, False),))
-        for p in range(num_sequences)
-    ]
+    num_sequences = cfg.batch.global_batch_size
+    one_each = dataclasses.replace(cfg, rollout=dataclasses.replace(cfg.rollout, group_size=1))
+    groups = fit.synthetic_groups(one_each, hf_config.vocab_size)
     advantages_PG = torch.randn(num_sequences, 1, generator=torch.Generator().manual_seed(cfg.seed))
     (out,) = batch.assemble(
         groups,
         advantages_PG,
         global_batch_size=num_sequences,
         aggregation=cfg.loss.aggregation,
-        max_response_tokens=n,
+        max_response_tokens=cfg.rollout.max_response_tokens,
         packing=model.packing(hf_config, topo, cfg.precision, max_tokens=cfg.batch.max_tokens_per_microbatch),
     )
     return out
 
 
-def measure(cfg: config.Config, topo: Topology, args: argparse.Namespace, phases: Phases) -> GlobalBatch:
+def run(cfg: config.Config, topo: Topology, args: argparse.Namespace, phases: Phases) -> GlobalBatch:
     """Fills `phases` with the steps that count; returns the batch that they were over."""
     policy = Policy(
         cfg.model,
@@ -275,7 +236,7 @@ def attempt(cfg: config.Config, topo: Topology, args: argparse.Namespace, baseli
     """The case's figures, or why there are none."""
     try:
         phases = Phases(topo, baseline_bytes)
-        return {"status": "ok", **figures(phases, measure(cfg, topo, args, phases), cfg)}
+        return {"status": "ok", **figures(phases, run(cfg, topo, args, phases), cfg)}
     except Exception as e:
         if topo.world_size > 1:
             raise
@@ -291,12 +252,8 @@ def attempt(cfg: config.Config, topo: Topology, args: argparse.Namespace, baseli
 
 def options() -> argparse.Namespace:
     """Those of the command line, with the defaults of the device. Raises InputError."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model",
-        help=f"folder with a config.json, or one of "
-        f"{', '.join(sorted(f.parent.name for f in MODELS.glob('*/config.json')))}",
-    )
+    parser = measure.parser(__doc__, overrides="of parallel.*, precision.fp8_*, num_threads and device")
+    measure.model_option(parser)
     parser.add_argument("--precision", help=f"of {','.join(PRECISIONS)}")
     parser.add_argument("--sequence-tokens", help="lengths of a sequence, prompt and response, such as 8192,16384")
     parser.add_argument("--prompt-tokens", type=int, default=128, help="of each sequence (128)")
@@ -304,10 +261,6 @@ def options() -> argparse.Namespace:
     parser.add_argument("--max-tokens-per-microbatch", type=int, help="on one rank (those of one sequence, aligned)")
     parser.add_argument("--steps", type=int, help="steps that count (CPU 2, CUDA 3)")
     parser.add_argument("--warmup", type=int, default=1, help="steps before them (1)")
-    parser.add_argument("--out", type=Path, help="(benchmarks/results/train_step.json, on CUDA train_step_cuda.json)")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key.sub=value", help="of parallel.*, precision.fp8_*, num_threads and device"
-    )
     args = parser.parse_intermixed_args()
     for override in args.overrides:
         if not override.startswith(("parallel.", "precision.fp8_", "num_threads=", "device=")):
@@ -318,12 +271,8 @@ def options() -> argparse.Namespace:
                 "set the rest by the options of --help",
             )
     threads = max(len(os.sched_getaffinity(0)) // topology.world_size(), 1)
-    args.base = config_file.load(MODELS / "train_step.yaml", [f"num_threads={threads}", *args.overrides])
-    args.device = topology.pick_device(args.base.device)
-    for name, value in DEFAULTS[args.device.type].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    args.model = str(MODELS / args.model) if (MODELS / args.model / "config.json").is_file() else args.model
+    args.base = config_file.load(measure.MODELS / "train_step.yaml", [f"num_threads={threads}", *args.overrides])
+    measure.settle(args, topology.pick_device(args.base.device), DEFAULTS, "train_step")
     if args.steps < 1 or args.warmup < 0 or not all(n.isdecimal() for n in args.sequence_tokens.split(",")):
         parser.error(
             "--steps must be 1 or more, --warmup 0 or more, --sequence-tokens whole numbers with commas between them"
@@ -400,12 +349,8 @@ def main() -> None:
         raise refused[wanted[0]]
     cfg = next(iter(cases.values()))
     topo = topology.connect(cfg.parallel, device=args.device, timeout_s=600, seed=cfg.seed, num_threads=cfg.num_threads)
-    about, results, measured = (
-        provenance() | {"definitions": __doc__.partition("Definitions:\n")[2].splitlines()},
-        [],
-        {},
-    )
-    about |= {
+    results, measured = [], {}
+    about = measure.about(__doc__) | {
         "model": json.loads(Path(cfg.model, "config.json").read_text()),
         "ranks": topo.world_size,
         "parallel": dataclasses.asdict(cfg.parallel),
@@ -414,7 +359,7 @@ def main() -> None:
     published = PUBLISHED_BF16_FLOPS_PER_S.get(about["hardware"].get("gpu"))
     matmul_flops_per_s(cfg.precision.params, topo)  # what libraries keep for themselves is no case's memory
     release(topo.device)
-    baseline_bytes = status_bytes("VmRSS")
+    baseline_bytes = 0 if topo.device.type == "cuda" else measure.held_bytes(topo.device)
     for precision, tokens in wanted:
         result = {"precision": precision, "sequence_tokens": tokens, "prompt_tokens": args.prompt_tokens}
         if case := cases.get((precision, tokens)):
@@ -433,12 +378,9 @@ def main() -> None:
         results.append(result)
         if topo.is_driver:
             print(f"{precision}, {tokens} tokens: {result['status']}", file=sys.stderr, flush=True)
-            args.out.parent.mkdir(parents=True, exist_ok=True)
             add_mfu(results, measured, published and published * topo.world_size)
             peaks = {dtype: round(peak) for dtype, peak in measured.items()}
-            args.out.write_text(
-                json.dumps({**about, "measured_matmul_flops_per_s": peaks, "results": results}, indent=1) + "\n"
-            )
+            measure.write(args.out, {**about, "measured_matmul_flops_per_s": peaks, "results": results})
     if topo.is_driver:
         print(f"written to {args.out}\n\n{table(results)}", flush=True)
     topology.disconnect()

@@ -1,14 +1,10 @@
 """benchmarks/kernels.py: the program at small sizes, and that its float64 truth is the oracle's. Not covered here:
 CUDA."""
 
-import json
-import subprocess
-import sys
-
 import torch
 
 from benchmarks import kernels
-from tests.dist import ROOT, environment
+from tests.benchmarks.program import report_of
 
 
 def test_its_truth_is_what_autograd_says_in_float64(monkeypatch):
@@ -30,31 +26,10 @@ def test_its_truth_is_what_autograd_says_in_float64(monkeypatch):
 
 
 def test_every_implementation_is_measured_or_says_why_not(tmp_path):
-    out = tmp_path / "out.json"
-    command = [
-        sys.executable,
-        "benchmarks/kernels.py",
-        "--rows",
-        "5",
-        "--vocabulary",
-        "300",
-        "--rounds",
-        "2",
-        "--only",
-        "naive,chunked,quack (sum of the loss only),triton",
-        "--out",
-        str(out),
-    ]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=environment(CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="0"),
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr
-    report = json.loads(out.read_text())
+    names = "naive,chunked,quack (sum of the loss only),triton"
+    size = ["--rows", 5, "--vocabulary", 300, "--rounds", 2, "--only", names]
+    no_gpu = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
+    report = report_of("kernels", *size, out=tmp_path / "out.json", timeout_s=200, **no_gpu)
     naive, chunked, quack, triton = report["results"]
     assert (
         quack["status"] == triton["status"] == "skipped"

@@ -3,29 +3,24 @@
 Not covered here: CUDA, FP8, running out of memory.
 """
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks import train_step
-from tests.dist import ROOT
+from benchmarks import measure, train_step
+from tests.benchmarks.program import report_of
 
 
 def test_forward_flops_of_a_worked_example():
-    hf_config = AutoConfig.from_pretrained(train_step.MODELS / "1.5b")
+    hf_config = AutoConfig.from_pretrained(measure.MODELS / "1.5b")
     # A layer: q and o 2 * 1536 * 1536, k and v 2 * 1536 * 256, FFN 3 * 1536 * 8960 = 46,792,704 parameters; 28 of them.
     # Head: 151936 * 1536. 2 * 28 * 46792704 * 1000 + 2 * 151936 * 1536 * 900 + 2 * 28 * 1000**2 * 1536
     assert train_step.forward_flops(hf_config, 1000, 900) == 2_620_391_424_000 + 420_072_652_800 + 86_016_000_000
 
 
 def test_forward_flops_are_those_torch_counts_but_for_the_half_of_attention_that_the_mask_hides():
-    hf_config = AutoConfig.from_pretrained(train_step.MODELS / "tiny")
+    hf_config = AutoConfig.from_pretrained(measure.MODELS / "tiny")
     hf = AutoModelForCausalLM.from_config(hf_config, attn_implementation="eager")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         hf(torch.zeros(1, 96, dtype=torch.long), use_cache=False)
@@ -35,51 +30,10 @@ def test_forward_flops_are_those_torch_counts_but_for_the_half_of_attention_that
 
 @pytest.mark.parametrize("ranks, overrides", [(1, []), pytest.param(2, ["parallel.tp=2"], marks=pytest.mark.slow)])
 def test_every_case_is_reported_and_those_that_cannot_run_say_why(tmp_path, ranks, overrides):
-    out = tmp_path / "out.json"
-    launcher = (
-        []
-        if ranks == 1
-        else [
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            str(ranks),
-            "--master-port",
-            "0",
-            "--rdzv-backend",
-            "c10d",
-            "--rdzv-endpoint",
-            "localhost:0",
-        ]
-    )
-    command = [
-        sys.executable,
-        *launcher,
-        "benchmarks/train_step.py",
-        "--model",
-        "tiny",
-        "--precision",
-        "fp32,fp8-delayed",
-        "--sequence-tokens",
-        "64,100",
-        "--prompt-tokens",
-        "80",
-        "--tokens-per-step",
-        "400",
-        "--max-tokens-per-microbatch",
-        "200",
-        "--steps",
-        "1",
-        "--out",
-        str(out),
-        "device=cpu",
-        *overrides,
-    ]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    report = json.loads(out.read_text())
+    launcher = () if ranks == 1 else ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
+    cases = ["--model", "tiny", "--precision", "fp32,fp8-delayed", "--sequence-tokens", "64,100", "--prompt-tokens", 80]
+    size = ["--tokens-per-step", 400, "--max-tokens-per-microbatch", 200, "--steps", 1, "device=cpu", *overrides]
+    report = report_of("train_step", *cases, *size, out=tmp_path / "out.json", timeout_s=120, launcher=launcher)
     status = {(r["precision"], r["sequence_tokens"]): r["status"] for r in report["results"]}
     assert status == {
         ("fp32", 64): "skipped",

@@ -2,11 +2,8 @@
 with."""
 
 import json
-import os
 import random
 import statistics
-import subprocess
-import sys
 
 import pytest
 
@@ -153,41 +150,3 @@ def test_the_benchmark_concludes_the_profile_it_was_timed_with(block_tokens, sib
     assert [s for _, s in found.iteration_s] == pytest.approx([s for _, s in true.iteration_s])
     assert (found.kv_token_s, found.prefill_token_s, found.response_s) == pytest.approx((1e-5, 2e-3, 0.003))
     assert found.kv_cache_tokens == 67108864 // (2 * 28672)  # float32
-
-
-def bench(program: str, *args: str, timeout_s: float) -> None:
-    command = [sys.executable, f"benchmarks/{program}.py", "--cfg", "configs/quickstart.yaml", *args]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout_s)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-@pytest.mark.slow
-def test_the_benchmark_of_a_real_engine(tmp_path):
-    out = tmp_path / "out.json"
-    args = ("--running", "1,8", "--load", "16", "--rounds", "1", "--out", str(out))
-    bench("rollout", *args, "engine.num_engines=1", timeout_s=240)
-    report = json.loads(out.read_text())
-    assert cluster.engine_from(out).iteration_s[1][0] == 8
-    assert report["load"]["responses"] == 16 and report["load"]["s"] > 0 and report["load"]["simulated_s"] > 0
-    assert report["prefix_cache"]["prompt_tokens"] == 8
-    assert all(s > 0 for s in report["seconds"]["8 running, 40 tokens"])
-
-
-@pytest.mark.slow
-def test_a_real_run_is_simulated_beside_it(tmp_path):
-    """Whether both agree is not asked here: that depends on what else the machine does."""
-    out = tmp_path / "out.json"
-    args = ("--running", "1,8", "--run-dir", str(tmp_path / "run"), "--out", str(out))
-    warm_start = (f"model={tmp_path}/model", "warm_start.max_steps=10", "warm_start.stop_at_pass_rate=0.01")
-    sizes = "num_steps=3 rollout.prompts_per_step=4 batch.global_batch_size=32 engine.num_engines=1"
-    bench("simulate", *args, *warm_start, *sizes.split(), timeout_s=400)
-    report = json.loads(out.read_text())
-    assert len(report["steps"]) == 2
-    assert all(s["measured_rollout_s"] > 0 and s["predicted_rollout_s"] > 0 for s in report["steps"])
-    steps = cluster.measured_steps(tmp_path / "run")
-    assert report["measured"]["step_s"]["measured"] == pytest.approx(statistics.mean(s.seconds for s in steps[1:]))
-    assert report["measured"]["train_s"]["predicted"] == pytest.approx(report["measured"]["train_s"]["measured"]), (
-        "the same lengths, of which the seconds were taken"
-    )
-    assert [len(s) for s in report["seconds"].values()] == [2] * len(report["seconds"]), "one round a step"
