@@ -310,19 +310,13 @@ def save_folder(
     *,
     shapes: dict[str, tuple[int, ...]],
     dtype: torch.dtype,
-    write: bool = True,
 ) -> None:
     """Writes a Hugging Face folder: the tensors, in files of at most MAX_FILE_BYTES, and the side files of another
     folder.
 
     `shapes` foretells the tensors, in their order, all of `dtype`: each goes to its place in its file as it comes, and
-    no two are held. Collective with `export`: ranks with write=False only take part in the gathering. The folder
-    appears whole or not at all.
+    no two are held. The folder appears whole or not at all.
     """
-    if not write:
-        for _ in tensors:
-            pass
-        return
     folder = Path(folder)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -376,19 +376,21 @@ def test_pack_keeps_its_promises_for_any_lengths():
     for seed in range(400):
         rng = random.Random(seed)
         dp, cp, multiple = rng.randint(1, 6), rng.choice([1, 1, 2, 3]), rng.choice([1, 1, 2])
+        num_sequences = dp * multiple * rng.randint(1, 12)
+        if rng.random() < 0.2:
+            multiple = num_sequences // dp  # one sequence a microbatch
         packing = Packing(
             rng.randint(24, 200),
             dp=dp,
             cp=cp,
             align_tokens=rng.choice([1, 1, 8]),
             microbatch_multiple=multiple,
-            one_sequence=rng.random() < 0.2,
             cost=Cost(0.0, rng.choice([0.0, 0.01, 1.0])),
         )
         block, whole = (2 * cp if cp > 1 else 1), math.lcm(cp * packing.align_tokens, 2 * cp if cp > 1 else 1)
         longest = cp * packing.max_tokens // whole * whole
         longest = rng.choice([longest, max(1, longest // 8)])
-        lengths = [rng.randint(1, longest) for _ in range(dp * multiple * rng.randint(1, 12))]
+        lengths = [rng.randint(1, longest) for _ in range(num_sequences)]
         costs = [packing.cost.of(n, 0) for n in lengths]
         plan = pack(lengths, costs, packing)
         case = f"seed {seed}: pack({lengths}, {packing})"
@@ -398,7 +400,6 @@ def test_pack_keeps_its_promises_for_any_lengths():
         )
         assert len(plan[0]) % multiple == 0, case
         assert all(b for bins in plan for b in bins), case
-        assert all(len(b) == 1 for bins in plan for b in bins) or not packing.one_sequence, case
         for b in (b for bins in plan for b in bins):
             padded = sum(-(-lengths[i] // block) * block for i in b)
             assert -(-padded // whole) * whole <= cp * packing.max_tokens, case
@@ -495,9 +496,9 @@ def test_the_number_of_microbatches_is_a_multiple_of_what_interleaved_stages_ask
     ]  # 30 tokens would do with 2
 
 
-def test_without_packing_every_microbatch_holds_one_sequence_and_ranks_are_balanced_still():
+def test_where_every_microbatch_holds_one_sequence_ranks_are_balanced_still():
     lengths = [1, 2, 3, 4, 5, 6]
-    plan = plan_of(lengths, Packing(100, dp=2, one_sequence=True))
+    plan = plan_of(lengths, Packing(100, dp=2, microbatch_multiple=3))
     assert [len(b) for bins in plan for b in bins] == [1] * 6
     assert [sum(lengths[i] for b in bins for i in b) for bins in plan] == [11, 10]  # 6 + 3 + 2 and 5 + 4 + 1
 
@@ -518,12 +519,6 @@ def test_without_packing_every_microbatch_holds_one_sequence_and_ranks_are_balan
         ),  # 2 * 10 tokens, but whole 16s of them
         ([1, 1, 1], Packing(10, dp=4), "3 sequences do not make equal numbers of microbatches on 4 data ranks"),
         ([1, 1, 1], Packing(10, dp=2, microbatch_multiple=2), "3 sequences .* 2 data ranks, a multiple of 2 on each"),
-        ([1, 1, 1], Packing(10, dp=2, one_sequence=True), "3 sequences, one a microbatch, do not make equal numbers"),
-        (
-            [1, 1, 1],
-            Packing(10, microbatch_multiple=2, one_sequence=True),
-            "3 sequences, one a microbatch, .* a multiple of 2",
-        ),
         (
             [6, 6, 6],
             Packing(10, microbatch_multiple=2),
@@ -562,7 +557,7 @@ def test_packed_frac_and_imbalance_of_a_worked_example(rank, max_tokens, cp, roo
         global_batch_size=2,
         aggregation="token_mean",
         max_response_tokens=3,
-        packing=Packing(max_tokens, cp=cp, one_sequence=True),
+        packing=Packing(max_tokens, cp=cp, microbatch_multiple=2),
     )
     assert b.packed_frac == 6 / room and b.imbalance == 0.0  # two microbatches on one rank
 

@@ -27,15 +27,11 @@ def chunks_of(folder, topo, precision=config.Precision(params="float32")) -> tup
 
 
 def save(out, chunks, hf_config, topo, side_files_from) -> None:
-    dtype = next(chunks[0].parameters()).dtype
-    hf_weights.save_folder(
-        out,
-        hf_weights.export(chunks, hf_config, topo),
-        side_files_from,
-        shapes=hf_weights.shapes(hf_config),
-        dtype=dtype,
-        write=topo.is_driver,
-    )
+    tensors = hf_weights.export(chunks, hf_config, topo)
+    if topo.is_driver:
+        dtype, shapes = next(chunks[0].parameters()).dtype, hf_weights.shapes(hf_config)
+        hf_weights.save_folder(out, tensors, side_files_from, shapes=shapes, dtype=dtype)
+    assert not list(tensors)  # the other ranks take part
 
 
 def round_trip(folders: dict[str, str], axes: dict[str, int], out: str) -> None:

@@ -65,7 +65,7 @@ def batch_of(
     aggregation: str = "token_mean",
     seed: int = 0,
     share: bool = False,
-    one_sequence: bool = False,
+    single: bool = False,
     precision: config.Precision = config.Precision(),
 ) -> GlobalBatch:
     drawn, advantages = groups(seed)
@@ -76,9 +76,8 @@ def batch_of(
         cp=topo.cp,
         cp_rank=topo.cp_rank,
         align_tokens=config.packed_alignment(topo.parallel, precision),
-        microbatch_multiple=topo.pp if topo.parallel.virtual_pp > 1 else 1,
+        microbatch_multiple=16 // topo.dp if single else topo.pp if topo.parallel.virtual_pp > 1 else 1,
         share_prompts=share,
-        one_sequence=one_sequence,
     )
     (out,) = assemble(
         drawn, advantages, global_batch_size=16, aggregation=aggregation, max_response_tokens=24, packing=packing
@@ -136,7 +135,7 @@ def test_packed_logprobs_equal_hugging_faces_of_each_sequence_alone(model_folder
 PACKINGS = {
     "cut": {"max_tokens": 64},
     "whole": {"max_tokens": 10_000},
-    "single": {"max_tokens": 64, "one_sequence": True},
+    "single": {"max_tokens": 64, "single": True},
     "shared": {"max_tokens": 90, "share": True},
 }
 FULL, SELECTIVE = {"recompute": "full"}, {"recompute": "selective", "recompute_modules": ("core_attn", "mlp")}
@@ -292,10 +291,12 @@ def masked_update(folder: str) -> list[dict]:
     out = []
     drawn, advantages = groups()
     masked = [Group(Prompt(9, "", "", drawn[3].prompt.token_ids, masked=True), drawn[3].responses)]
-    for some, one_sequence in ((drawn[:3], False), (drawn[:3] + masked, True)):
+    # Of the 16 responses of the second, each is a microbatch.
+    for some, num_microbatches in ((drawn[:3], 1), (drawn[:3] + masked, 16)):
         topo = connect()
         policy = make_policy(folder, topo)
-        packing = batch.Packing(max_tokens=64, dp=topo.dp, dp_rank=topo.dp_rank, one_sequence=one_sequence)
+        multiple = -(-num_microbatches // topo.dp)
+        packing = batch.Packing(max_tokens=64, dp=topo.dp, dp_rank=topo.dp_rank, microbatch_multiple=multiple)
         (b,) = assemble(
             some,
             advantages[: len(some)],
