@@ -6,6 +6,7 @@ with the RMSNorm and the packed attention below, their plain twins.
 
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -46,32 +47,27 @@ class Blocks(PackedSeqParams):
     """What PackedAttention needs to know of a packed batch."""
 
     lengths: list[int] = field(default_factory=list)  # of the blocks, on all cp ranks together
-    masks: list[torch.Tensor | None] = field(
-        default_factory=list
-    )  # bool [L, L], True where row sees column; None: plainly causal
+    # bool [L, L], True where row sees column; None: plainly causal
+    masks: list[torch.Tensor | None] = field(default_factory=list)
 
 
-def blocks_of(batch: Microbatch, cp: int) -> Blocks:
-    bounds = batch.cu_seqlens.tolist()
-    lengths = [end - start for start, end in zip(bounds, bounds[1:])]
-    masks = [None] * len(lengths)
-    cu_seqlens = batch.cu_seqlens
-    if cp == 1:
-        for k, (start, end) in enumerate(zip(bounds, bounds[1:])):
+def packed_params(batch: Microbatch, topology: Topology) -> PackedSeqParams:
+    """What attention and RoPE are told of a packed batch: Transformer Engine's the bounds of its blocks, the plain twin
+    also who sees whom."""
+    common = {"qkv_format": "thd", "max_seqlen_q": batch.max_seqlen, "max_seqlen_kv": batch.max_seqlen}
+    if topology.device.type == "cuda":
+        return PackedSeqParams(cu_seqlens_q=batch.cu_seqlens, cu_seqlens_kv=batch.cu_seqlens, **common)
+    cu_seqlens, bounds = batch.cu_seqlens, list(pairwise(batch.cu_seqlens.tolist()))
+    masks = [None] * len(bounds)
+    if topology.cp == 1:
+        for k, (start, end) in enumerate(bounds):
             branch = batch.branch_T[start:end]
             tree = (branch == 0) | (branch[:, None] == branch)  # the prompt, and one's own response
             masks[k] = tree.tril_() if branch[-1] > 1 else None
         # One sequence to the rest of Megatron, whose RoPE the backbone looks up by position.
-        cu_seqlens = torch.tensor([0, bounds[-1]], dtype=torch.int32)
-    return Blocks(
-        qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=batch.max_seqlen,
-        max_seqlen_kv=batch.max_seqlen,
-        lengths=lengths,
-        masks=masks,
-    )
+        cu_seqlens = torch.tensor([0, bounds[-1][1]], dtype=torch.int32)
+    lengths = [end - start for start, end in bounds]
+    return Blocks(cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, lengths=lengths, masks=masks, **common)
 
 
 class PackedAttention(MegatronModule):
@@ -200,20 +196,15 @@ def check_parallel(hf_config, parallel: Parallel, precision: Precision = Precisi
                 f"use one of {', '.join(map(str, fits))}, and parallel.pp, parallel.cp or data parallel for the "
                 f"other ranks",
             )
-    if layers % parallel.pp:
-        raise InputError(
-            "parallel.pp", parallel.pp, f"must divide the model's {layers} layers", f"use one of {_divisors(layers)}"
-        )
-    if layers % (parallel.pp * parallel.virtual_pp):
-        raise InputError(
-            "parallel.virtual_pp",
-            parallel.virtual_pp,
-            f"must divide the {layers // parallel.pp} layers of a stage",
-            f"use one of {_divisors(layers // parallel.pp)}",
-        )
-    if parallel.recompute == "full" and parallel.recompute_num_layers > (
-        chunk := layers // (parallel.pp * parallel.virtual_pp)
+    stage = layers // parallel.pp
+    for axis, n, size, what in (
+        ("pp", parallel.pp, layers, f"the model's {layers} layers"),
+        ("virtual_pp", parallel.virtual_pp, stage, f"the {stage} layers of a stage"),
     ):
+        if size % n:
+            raise InputError(f"parallel.{axis}", n, f"must divide {what}", f"use one of {_divisors(size)}")
+    chunk = stage // parallel.virtual_pp
+    if parallel.recompute == "full" and parallel.recompute_num_layers > chunk:
         raise InputError(
             "parallel.recompute_num_layers",
             parallel.recompute_num_layers,
@@ -223,11 +214,11 @@ def check_parallel(hf_config, parallel: Parallel, precision: Precision = Precisi
     if precision.fp8 is None:
         return
     bf16_layers = max(precision.fp8_first_layers_bf16, precision.fp8_last_layers_bf16)
-    if bf16_layers > layers // parallel.pp:
+    if bf16_layers > stage:
         raise InputError(
             "precision.fp8_first_layers_bf16 or fp8_last_layers_bf16",
             bf16_layers,
-            f"must be at most the {layers // parallel.pp} layers of a pipeline stage",
+            f"must be at most the {stage} layers of a pipeline stage",
             "lower it",
         )
     width = (heads + 2 * kv_heads) * head_dim(hf_config)
@@ -430,17 +421,7 @@ def packing(hf_config, topology: Topology, precision: Precision, *, max_tokens: 
 def hidden_states(stage: torch.nn.Module, batch: Microbatch, topology: Topology) -> torch.Tensor:
     """What one model chunk makes of `batch` (on its device): what the next one needs, or from the last chunk hidden_RD
     of the positions that predict the response tokens."""
-    packed = (
-        blocks_of(batch, topology.cp)
-        if topology.device.type == "cpu"
-        else PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=batch.cu_seqlens,
-            cu_seqlens_kv=batch.cu_seqlens,
-            max_seqlen_q=batch.max_seqlen,
-            max_seqlen_kv=batch.max_seqlen,
-        )
-    )
+    packed = packed_params(batch, topology)
     hidden_T1D = stage(batch.token_ids_T[None], batch.position_ids_T[None], None, packed_seq_params=packed)
     if not unwrapped(stage).post_process:
         return hidden_T1D
