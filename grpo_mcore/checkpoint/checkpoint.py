@@ -127,11 +127,8 @@ class Checkpoints:
         policy = self._policy
         policy.finish_param_gather()
         weights = _weights(policy)
-        state = {
-            **weights,
-            "optimizer": policy.optimizer.sharded_state_dict(weights, metadata=METADATA),
-            "rng": _generators(self._topology),
-        }
+        optimizer = policy.optimizer.sharded_state_dict(weights, metadata=METADATA)
+        state = {**weights, "optimizer": optimizer, "rng": _generators(self._topology)}
         self._writing = Writing(
             folder_of(self._run_dir, progress.step), state, weights, progress, self._topology, hf_folder=policy.folder
         )
@@ -156,10 +153,8 @@ class Checkpoints:
     def _load(self, folder: Path) -> None:
         policy = self._policy
         weights = _weights(policy)
-        state = {
-            **weights,
-            "optimizer": policy.optimizer.sharded_state_dict(weights, is_loading=True, metadata=METADATA),
-        }
+        optimizer = policy.optimizer.sharded_state_dict(weights, is_loading=True, metadata=METADATA)
+        state = {**weights, "optimizer": optimizer}
         same_layout = json.loads((folder / RUN).read_text())["layout"] == _layout(self._topology)
         if same_layout:  # another one has other generators, and keeps those it was seeded with
             state["rng"] = _generators(self._topology)
@@ -203,13 +198,8 @@ class Writing:
         self, folder: Path, state: dict, weights: dict, progress: Progress, topology: Topology, *, hf_folder: str | Path
     ):
         """`state` is all that is saved, `weights` the part of it that is attested. Raises InputError on all ranks."""
-        self._folder, self._partial, self._progress, self._topology, self._hf_folder = (
-            folder,
-            folder.with_suffix(".partial"),
-            progress,
-            topology,
-            hf_folder,
-        )
+        self._folder, self._partial, self._hf_folder = folder, folder.with_suffix(".partial"), hf_folder
+        self._progress, self._topology = progress, topology
         self._live = {part: digest(tensor.data) for part, tensor in _parts(weights)}
         self._queue = AsyncCallsQueue(persistent=False)
         problem = None
@@ -228,11 +218,8 @@ class Writing:
         problem = None
         try:
             self._queue.maybe_finalize_async_calls(blocking=False)
-        except (
-            OSError,
-            RuntimeError,
-            CheckpointException,
-        ) as e:  # the last is a BaseException; each is raised on every rank
+        # The last is a BaseException; each is raised on every rank.
+        except (OSError, RuntimeError, CheckpointException) as e:
             problem = _last_line(e)
             self._queue = AsyncCallsQueue(persistent=False)
         self._raise(problem)
@@ -257,23 +244,18 @@ class Writing:
         wrong = [part for part in live if live[part] != read[part]]
         if wrong:
             before = next(iter(published(self._folder.parent.parent)), None)
-            stale = before is not None and json.loads((before / ATTEST).read_text())["weights"] == _named(read)
-            what = (
-                f"holds the weights of {before}, although the policy has moved since"
-                if stale
-                else (
-                    f"differs from the policy in {wrong[0][0]} at {wrong[0][1]}"
-                    + (f" and {len(wrong) - 1} more parts" if len(wrong) > 1 else "")
-                )
-            )
+            if before is not None and json.loads((before / ATTEST).read_text())["weights"] == _named(read):
+                what = f"holds the weights of {before}, although the policy has moved since"
+            else:
+                more = f" and {len(wrong) - 1} more parts" if len(wrong) > 1 else ""
+                what = f"differs from the policy in {wrong[0][0]} at {wrong[0][1]}{more}"
             raise AttestationError(
                 f"checkpoint {self._folder} is not published: what was written {what}; it stays as {self._partial}"
             )
         if self._topology.is_driver:
             hf_weights.copy_side_files(self._hf_folder, self._partial / HF)
-            (self._partial / RUN).write_text(
-                json.dumps({**dataclasses.asdict(self._progress), "layout": _layout(self._topology)})
-            )
+            run = {**dataclasses.asdict(self._progress), "layout": _layout(self._topology)}
+            (self._partial / RUN).write_text(json.dumps(run))
         files = _file_digests(self._partial, self._topology)
         if self._topology.is_driver:
             (self._partial / ATTEST).write_text(json.dumps({"weights": _named(live), "files": files}, indent=1))
@@ -310,19 +292,11 @@ def _weights(policy: Policy) -> dict:
 def _generators(topology: Topology) -> ShardedObject:
     """The random generators of this rank, one place for each rank of every axis."""
     cuda = torch.cuda.get_rng_state() if topology.device.type == "cuda" else None
-    states = {
-        "python": random.getstate(),
-        "torch": torch.get_rng_state(),
-        "cuda": cuda,
-        "tensor_parallel": get_cuda_rng_tracker().get_states(),
-    }
-    replicas = topology.dp * topology.cp
-    return ShardedObject(
-        "rng",
-        states,
-        (topology.pp, topology.tp, replicas),
-        (topology.pp_rank, topology.tp_rank, topology.dp_rank * topology.cp + topology.cp_rank),
-    )
+    tensor_parallel = get_cuda_rng_tracker().get_states()
+    states = dict(python=random.getstate(), torch=torch.get_rng_state(), cuda=cuda, tensor_parallel=tensor_parallel)
+    places = (topology.pp, topology.tp, topology.dp * topology.cp)
+    place = (topology.pp_rank, topology.tp_rank, topology.dp_rank * topology.cp + topology.cp_rank)
+    return ShardedObject("rng", states, places, place)
 
 
 def _set_generators(states: dict) -> None:
@@ -353,10 +327,8 @@ def _parts(state) -> Iterator[tuple[tuple, ShardedTensor]]:
     """((key, offset, shape), tensor) of the parts that this rank, and no other, writes."""
     for tensor in _sharded_tensors(state):
         if is_main_replica(tensor.replica_id):
-            yield (
-                (tensor.key, tuple(tensor.global_offset), (*[1] * tensor.prepend_axis_num, *tensor.local_shape)),
-                tensor,
-            )
+            shape = (*[1] * tensor.prepend_axis_num, *tensor.local_shape)
+            yield (tensor.key, tuple(tensor.global_offset), shape), tensor
 
 
 def _named(digests: dict[tuple, str]) -> dict[str, str]:
@@ -375,11 +347,9 @@ def _file_digests(folder: Path, topology: Topology) -> dict[str, str]:
 def _no_room(partial: Path, state: dict) -> str | None:
     """Before anything is written, since Megatron's writer processes report a full disk late and obscurely."""
     needed, free = num_bytes(state), shutil.disk_usage(partial).free
-    return (
-        f"needs {needed / 1e6:.1f} MB, and the disk has {free / 1e6:.1f} MB free"
-        if free < 1.05 * needed + 1e6
-        else None
-    )
+    if free >= 1.05 * needed + 1e6:
+        return None
+    return f"needs {needed / 1e6:.1f} MB, and the disk has {free / 1e6:.1f} MB free"
 
 
 def num_bytes(state) -> int:

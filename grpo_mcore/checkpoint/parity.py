@@ -2,11 +2,11 @@
 computes with it what the trainer's does.
 
 1. Each part of the weights, as a rank held it when the checkpoint was saved, has the digest that attest.json keeps: of
-the same
-   part cut from the folder's tensors. This goes from the folder to the live weights, past the checkpoint's own tensors.
+   the same part cut from the folder's tensors. This goes from the folder to the live weights, past the checkpoint's own
+   tensors.
 2. Log-probs of a few fixed sequences by transformers and by the trainer's model (its log-prob pass, as in training)
-agree. Both are
-   in float32 on a CPU, one after the other: what is compared is the model, not the rounding of a precision.
+   agree. Both are in float32 on a CPU, one after the other: what is compared is the model, not the rounding of a
+   precision.
 """
 
 import ast

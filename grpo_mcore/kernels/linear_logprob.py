@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from grpo_mcore.kernels.logprob import BELOW_ALL, LOG2_E, of_row
-
+LOG2_E = 1.4426950408889634
+BELOW_ALL = tl.constexpr(-1e38)  # a logit that is not there: finite, for 0 x infinity is not 0
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 # Of the backward, above inputs, gradients and dHidden in float32: dz, and the float32 dWeight of the columns at work.
@@ -40,8 +40,8 @@ class Blocks(NamedTuple):
 
 
 # For Hopper; benchmarks/kernels.py --search finds better ones. Two programs of 4 warps share a multiprocessor, so that
-# one's softmax
-# runs during the other's products: 128 x 128 float32 sums are 128 registers a thread, and 3 stages 96 KiB of its 227.
+# one's softmax runs during the other's products: 128 x 128 float32 sums are 128 registers a thread, and 3 stages 96 KiB
+# of its 227.
 FORWARD = {torch.bfloat16: Blocks(128, 128, 64, 4, 3), torch.float32: Blocks(64, 64, 32, 4, 3)}
 BACKWARD = {torch.bfloat16: Blocks(128, 128, 64, 4, 3), torch.float32: Blocks(64, 64, 32, 4, 3)}
 
@@ -127,7 +127,8 @@ def _dz(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One block of dz. of_row [4, T]: see logprob.of_row. Descriptors begin at first_row and first_column."""
+    """One block of dz = p (constant + slope z2) + [j = target] at_target; of_row [4, T] holds logsumexp2, constant,
+    slope and at_target. Descriptors begin at first_row and first_column."""
     row, column = tl.program_id(0) * BLOCK_T, tl.program_id(1) * BLOCK_V
     z = _logits2(hidden, weight, row, column, scale, D, BLOCK_T, BLOCK_V, BLOCK_D)
     rows = first_row + row + tl.arange(0, BLOCK_T)
@@ -154,7 +155,10 @@ class LinearLogprob(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g_logsumexp, g_target, g_mean):
         hidden_TD, weight_VD, target_T, logsumexp2, mean2 = ctx.saved_tensors
-        rows = of_row(g_logsumexp, g_target, g_mean, logsumexp2, mean2, ctx.temperature)
+        # The gradient that reference.LinearLogprob derives, of logits in units of log 2 before their division.
+        constant = (g_logsumexp + g_mean * (1 - mean2 / LOG2_E)) / ctx.temperature
+        slope = g_mean / (LOG2_E * ctx.temperature)
+        rows = torch.stack([logsumexp2, constant, slope, g_target / ctx.temperature])
         d_hidden = torch.zeros_like(hidden_TD, dtype=torch.float32)
         d_weight = torch.empty_like(weight_VD) if ctx.main_grad_VD is None else None
         (T, D), V = hidden_TD.shape, weight_VD.shape[0]
@@ -190,9 +194,8 @@ def _partials2(hidden_TD, weight_VD, target_T, temperature: float):
         zero = hidden_TD.new_zeros(T, dtype=torch.float32)
         return zero - float("inf"), zero, zero
     row_blocks, column_blocks = triton.cdiv(T, blocks.T), triton.cdiv(V, blocks.V)
-    blocks_per_split = triton.cdiv(
-        column_blocks, num_splits(row_blocks, column_blocks, _programs_at_once(hidden_TD.device, blocks))
-    )
+    splits = num_splits(row_blocks, column_blocks, _programs_at_once(hidden_TD.device, blocks))
+    blocks_per_split = triton.cdiv(column_blocks, splits)
     splits = triton.cdiv(column_blocks, blocks_per_split)
     partials = hidden_TD.new_empty(3, splits, T, dtype=torch.float32)
     _forward[row_blocks, splits](
@@ -211,9 +214,8 @@ def _partials2(hidden_TD, weight_VD, target_T, temperature: float):
     )
     logsumexp2_KT, target2_KT, mean2_KT = partials
     top = logsumexp2_KT.amax(0)
-    share_KT = (
-        logsumexp2_KT - top
-    ).exp2()  # divided by their own sum below: the logsumexp's rounding would be that of a large number
+    # Divided by their own sum below: the logsumexp's rounding would be that of a large number.
+    share_KT = (logsumexp2_KT - top).exp2()
     total = share_KT.sum(0)
     return top + total.log2(), target2_KT.sum(0), (share_KT * mean2_KT).sum(0) / total
 
@@ -252,9 +254,8 @@ def _descriptor(x: torch.Tensor, *block: int) -> TensorDescriptor:
 
 
 def _programs_at_once(device: torch.device, blocks: Blocks) -> int:
-    return (torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1) * max(
-        8 // blocks.warps, 1
-    )
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return processors * max(8 // blocks.warps, 1)
 
 
 def num_splits(row_blocks: int, column_blocks: int, programs_at_once: int) -> int:

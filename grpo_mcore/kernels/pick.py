@@ -1,47 +1,47 @@
-"""Kernels, each in a plain PyTorch form and a Triton one of the same signature. Triton is imported once it is
-picked."""
+"""Which form of linear_logprob runs: the plain PyTorch one or the Triton one, of the same signature. Triton is imported
+once it is picked."""
 
 import functools
-import importlib
 import importlib.util
 import os
 from collections.abc import Callable
 
 import torch
 
-NAMES = ("linear_logprob", "logprob")
+from grpo_mcore.kernels import reference
 
 
-def pick(name: str, impl: str = "auto", device: torch.device | None = None) -> Callable:
-    """The function `name`, as `impl` has it: "reference", "triton", or "auto": Triton's on CUDA, the reference
-    elsewhere. Says so, once.
+def pick(impl: str = "auto", device: torch.device | None = None) -> Callable:
+    """linear_logprob as `impl` has it: "reference", "triton", or "auto": Triton's on CUDA, the reference elsewhere.
+    Says so, once.
 
     device: of the tensors; None: CUDA where there is one. ValueError for what cannot run there.
     """
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return _pick(name, impl, device.type)
+    return _pick(impl, device.type)
 
 
 @functools.cache
-def _pick(name: str, impl: str, device: str) -> Callable:
-    if name not in NAMES:
-        raise ValueError(f"kernel {name!r}: must be one of {', '.join(NAMES)}")
+def _pick(impl: str, device: str) -> Callable:
     if impl not in ("auto", "reference", "triton"):
-        raise ValueError(f"{name}: impl = {impl!r} must be one of auto, reference, triton")
+        raise ValueError(f"linear_logprob: impl = {impl!r} must be one of auto, reference, triton")
     missing = _what_triton_lacks(device)
     if impl == "triton" and missing:
-        raise ValueError(f"{name}: impl = 'triton' cannot run: {missing}. Remedy: impl = auto or reference")
+        raise ValueError(f"linear_logprob: impl = 'triton' cannot run: {missing}. Remedy: impl = auto or reference")
     if impl != "auto":
         chosen, why = impl, "as asked"
-    elif device != "cuda":
-        chosen, why = "reference", f"the tensors are on {device}"
+    elif device == "cuda" and missing:
+        chosen, why = "reference", missing
     else:
-        chosen, why = ("reference", missing) if missing else ("triton", "the tensors are on cuda")
+        chosen, why = "triton" if device == "cuda" else "reference", f"the tensors are on {device}"
     if os.environ.get("RANK", "0") == "0":
-        print(f"kernels: {name} is {chosen}'s ({why})", flush=True)
-    module = importlib.import_module(f"grpo_mcore.kernels.{'reference' if chosen == 'reference' else name}")
-    return getattr(module, name)
+        print(f"kernels: linear_logprob is {chosen}'s ({why})", flush=True)
+    if chosen == "reference":
+        return reference.linear_logprob
+    from grpo_mcore.kernels import linear_logprob
+
+    return linear_logprob.linear_logprob
 
 
 def _what_triton_lacks(device: str) -> str | None:

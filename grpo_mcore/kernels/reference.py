@@ -55,9 +55,8 @@ class LinearLogprob(torch.autograd.Function):
             dz.scatter_add_(1, column[:, None], torch.where(inside, g_target / ctx.temperature, 0.0)[:, None])
             dz = chunks.product(columns).copy_(dz)
             d_hidden += dz @ weight_VD[columns]
-            dz_T = (
-                dz.T.contiguous()
-            )  # a copy and a plain product take less than oneDNN's product of a transposed matrix
+            # A copy and a plain product take less than oneDNN's product of a transposed matrix.
+            dz_T = dz.T.contiguous()
             if d_weight is None:
                 ctx.main_grad_VD[columns] += dz_T @ hidden_TD
             else:
@@ -117,28 +116,3 @@ def linear_logprob(
     so param.grad_added_to_main_grad must stay False. Not for overlap_grad_reduce, whose hook insists on a param.grad.
     """
     return LinearLogprob.apply(hidden_TD, weight_VD, target_T, temperature, chunk_V, main_grad_VD)
-
-
-def linear_logprob_full(
-    hidden_TD: torch.Tensor, weight_VD: torch.Tensor, target_T: torch.Tensor, *, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """linear_logprob as one writes it first: logits [T, V] and all that autograd keeps of them. For benchmarks and
-    tests."""
-    return _of_logits((hidden_TD @ weight_VD.T).float() / temperature, target_T)
-
-
-def logprob(
-    logits_TV: torch.Tensor, target_T: torch.Tensor, *, temperature: float, in_place: bool = False
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The outputs of linear_logprob, of given logits (before their division by the temperature).
-
-    in_place has a meaning only for kernels/logprob.py: there the gradient overwrites the logits.
-    """
-    return _of_logits(logits_TV.float() / temperature, target_T)
-
-
-def _of_logits(z_TV: torch.Tensor, target_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    V = z_TV.shape[1]
-    inside = (target_T >= 0) & (target_T < V)
-    at_target = torch.where(inside, z_TV.gather(1, torch.where(inside, target_T, 0)[:, None])[:, 0], 0.0)
-    return z_TV.logsumexp(1), at_target, (z_TV.softmax(1) * z_TV).sum(1)

@@ -59,7 +59,6 @@ class Packing:
     align_tokens: int = 1  # a microbatch's tokens on one rank are a multiple of it: sequence parallelism, FP8
     microbatch_multiple: int = 1  # the number of microbatches is a multiple of it: interleaved pipeline stages
     share_prompts: bool = False  # siblings of a microbatch stand behind one copy of their prompt
-    one_sequence: bool = False  # packing off: every microbatch holds one sequence
     cost: Cost = Cost()
 
     def __post_init__(self):
@@ -223,13 +222,12 @@ def _nums_microbatches(num_sequences: int, longest: int, num_tokens: int, packin
         )
     step = packing.microbatch_multiple
     most = num_sequences // packing.dp // step * step
-    if not most or packing.one_sequence and most * packing.dp != num_sequences:
+    if not most:
         raise ValueError(
-            f"{num_sequences} sequences{', one a microbatch,' if packing.one_sequence else ''} do not make equal "
-            f"numbers of microbatches"
-            f" on {packing.dp} data ranks, a multiple of {step} on each"
+            f"{num_sequences} sequences do not make equal numbers of microbatches on {packing.dp} data ranks, "
+            f"a multiple of {step} on each"
         )
-    fewest = most if packing.one_sequence else _round_up(-(-num_tokens // (packing.dp * packing.capacity)), step)
+    fewest = _round_up(-(-num_tokens // (packing.dp * packing.capacity)), step)
     return range(fewest, most + 1, step)
 
 
@@ -267,8 +265,8 @@ def _spread(
 def _unpackable(num_sequences: int, packing: Packing) -> ValueError:
     return ValueError(
         f"no plan found for {num_sequences} sequences on {packing.dp} data ranks in microbatches of at most "
-        f"{packing.max_tokens} tokens,"
-        f" as many on each rank, a multiple of {packing.microbatch_multiple}: raise max_tokens_per_microbatch"
+        f"{packing.max_tokens} tokens, as many on each rank, a multiple of {packing.microbatch_multiple}: "
+        f"raise max_tokens_per_microbatch"
     )
 
 
@@ -303,8 +301,13 @@ def microbatch(samples: Sequence[Sample], weights: Sequence[float], packing: Pac
 
     Raises ValueError for a response without a rollout log-prob for each token.
     """
+    for s in samples:
+        if len(s.response.rollout_logprobs) != (length := len(s.response.token_ids)):
+            raise ValueError(
+                f"a response to prompt {s.prompt.id} has {length} tokens, but {len(s.response.rollout_logprobs)} "
+                f"rollout log-probs"
+            )
     token_ids, position_ids, branches, cu_seqlens, positions = [], [], [], [], []
-    targets, sequences, advantages, weight_R, rollout_logprobs = [], [], [], [], []
 
     def pad(multiple: int) -> None:
         # Padding goes on with the block's last response, without a loss: last under a causal mask, it is seen by no
@@ -330,20 +333,10 @@ def microbatch(samples: Sequence[Sample], weights: Sequence[float], packing: Pac
             branches += [branch] * len(response)
         pad(packing.block_multiple)
     pad(packing.multiple)
-    for index, (s, weight) in enumerate(zip(samples, weights, strict=True)):
-        length = len(s.response.token_ids)
-        if len(s.response.rollout_logprobs) != length:
-            raise ValueError(
-                f"a response to prompt {s.prompt.id} has {length} tokens, but {len(s.response.rollout_logprobs)} "
-                f"rollout log-probs"
-            )
-        if s.prompt.masked:
-            continue
-        targets += s.response.token_ids
-        sequences += [index] * length
-        advantages += [s.advantage] * length
-        weight_R += [weight] * length
-        rollout_logprobs += s.response.rollout_logprobs
+    learned = [(index, s.response) for index, s in enumerate(samples) if not s.prompt.masked]
+    sequence_R = torch.tensor([index for index, response in learned for _ in response.token_ids], dtype=torch.int64)
+    of_sample = torch.tensor([[s.advantage for s in samples], [*weights]], dtype=torch.float32)
+    advantage_R, weight_R = of_sample[:, sequence_R]
     whole = Microbatch(
         token_ids_T=torch.tensor(token_ids),
         position_ids_T=torch.tensor(position_ids),
@@ -352,11 +345,13 @@ def microbatch(samples: Sequence[Sample], weights: Sequence[float], packing: Pac
         max_seqlen=max(position_ids) + 1,
         num_sequences=len(samples),
         position_R=torch.tensor(positions, dtype=torch.int64),
-        target_R=torch.tensor(targets, dtype=torch.int64),
-        sequence_R=torch.tensor(sequences, dtype=torch.int64),
-        advantage_R=torch.tensor(advantages, dtype=torch.float32),
-        weight_R=torch.tensor(weight_R, dtype=torch.float32),
-        rollout_logprobs_R=torch.tensor(rollout_logprobs, dtype=torch.float32),
-        index_R=torch.arange(len(targets)),
+        target_R=torch.tensor([t for _, response in learned for t in response.token_ids], dtype=torch.int64),
+        sequence_R=sequence_R,
+        advantage_R=advantage_R,
+        weight_R=weight_R,
+        rollout_logprobs_R=torch.tensor(
+            [x for _, response in learned for x in response.rollout_logprobs], dtype=torch.float32
+        ),
+        index_R=torch.arange(len(sequence_R)),
     )
     return context.split(whole, packing.cp_rank, packing.cp)

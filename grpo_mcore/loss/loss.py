@@ -2,8 +2,7 @@
 (batch.py).
 
     policy_loss  ppo_clip  -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A)    PPO, arXiv 1707.06347, eq. 7;
-                 two bounds (clip-higher):
-                           DAPO, arXiv 2503.14476, eq. 8
+                           two bounds (clip-higher): DAPO, arXiv 2503.14476, eq. 8
                  gspo      the same with the geometric mean of a response's ratios for the ratio of each of its tokens:
                            GSPO, arXiv 2507.18071, eq. 5, with aggregation sequence_mean and clips of 3e-4 / 4e-4
                  cispo     -clip(ratio, 1 - clip_low, 1 + clip_high) A logprob, the clipped ratio without gradient:
@@ -13,12 +12,11 @@
                  written; kl_limit clamps the estimate, whose gradient is 0 beyond (both published DeepScaleR runs: 10)
     entropy_coef minus the entropy of each token's distribution, differentiated (original DeepScaleR: 0.001)
     importance_* exp(old - rollout), times the policy loss: corrects for tokens that other weights or other arithmetic
-    than the trainer's
-                 sampled. Cut at a cap: TIS, Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You
-                 Off-Policy RL Training"; set to 0 beyond it: IcePop, ringtech.notion.site/icepop (2025). Per token in
-                 both; of a whole response: Liu, Li et al. 2025, "When Speed Kills Stability: Demystifying RL Collapse
-                 from the Training-Inference Mismatch". A masked token still counts in the denominator; KL and entropy
-                 are not corrected, as in these.
+                 than the trainer's sampled. Cut at a cap: TIS, Yao et al. 2025, "Your Efficient RL Framework Secretly
+                 Brings You Off-Policy RL Training"; set to 0 beyond it: IcePop, ringtech.notion.site/icepop (2025). Per
+                 token in both; of a whole response: Liu, Li et al. 2025, "When Speed Kills Stability: Demystifying RL
+                 Collapse from the Training-Inference Mismatch". A masked token still counts in the denominator; KL and
+                 entropy are not corrected, as in these.
 
 All exponents are clamped to +-20 before exp, so that one absurd token gives a large loss and not an infinite one.
 

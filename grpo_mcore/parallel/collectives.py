@@ -46,28 +46,15 @@ def start_gather(shard: torch.Tensor, topology: Topology) -> Callable[[], list[t
     return arrival
 
 
-class _SumOverContext(torch.autograd.Function):
-    """Every context rank's loss has a part in the sum, so a rank's gradient is the sum of all ranks'."""
-
-    @staticmethod
-    def forward(ctx, tensor, group):
-        ctx.group, out = group, tensor.clone()
-        dist.all_reduce(out, group=group)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        out = grad.clone()
-        dist.all_reduce(out, group=ctx.group)
-        return out, None
-
-
 def sum_over_context(tensor: torch.Tensor, topology: Topology) -> torch.Tensor:
-    """The sum over the context ranks, which hold parts of the same sequences; with its gradient. Collective over them,
-    also in the backward."""
+    """The sum over the context ranks, which hold parts of the same sequences. Every rank's loss has a part in it, so a
+    rank's gradient is the sum of all ranks'. Collective over them, also in the backward."""
     if topology.cp == 1:
         return tensor
-    return _SumOverContext.apply(tensor.to(topology.device), topology.cp_group).to(tensor.device)
+    from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+
+    parts = gather_from_sequence_parallel_region(tensor.to(topology.device)[None], group=topology.cp_group)
+    return parts.sum(0).to(tensor.device)
 
 
 def from_stage(tensor: torch.Tensor, stage: int, topology: Topology) -> torch.Tensor:

@@ -116,9 +116,7 @@ def install() -> None:
 
     torch.Tensor.type = type_as_cuda
 
-    optimizer, sharded = (
-        importlib.import_module("megatron.core.optimizer"),
-        importlib.import_module("megatron.core.optimizer.distrib_optimizer"),
-    )
+    optimizer = importlib.import_module("megatron.core.optimizer")
+    sharded = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
     optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = Adam, False
     sharded.Adam, sharded.HAVE_APEX_OR_TE, sharded.USING_TE_OPTIMIZER = Adam, True, True

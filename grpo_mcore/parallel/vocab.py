@@ -2,8 +2,8 @@
 
 Each rank's kernel reduces its shard to three numbers a token (kernels/reference.py); here they meet. The gradient rule
 on both sides follows Megatron: downstream of the gather every tp rank computes the same loss, so the gradient of the
-gathered values is complete on each rank and its own slice is taken without a sum; upstream, each rank's
-gradient of the hidden state covers only its own shard of the vocabulary, so it is summed.
+gathered values is complete on each rank and its own slice is taken without a sum (tensor_parallel_output_grad=False);
+upstream, each rank's gradient of the hidden state covers only its own shard of the vocabulary, so it is summed.
 """
 
 import torch
@@ -23,21 +23,6 @@ class _ToShards(torch.autograd.Function):
         grad = grad.contiguous()
         dist.all_reduce(grad, group=ctx.group)
         return grad, None
-
-
-class _Gather(torch.autograd.Function):
-    """[R] on each rank to [tp, R] on every rank; own slice backward."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.rank = dist.get_rank(group)
-        out = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(out, x.contiguous(), group=group)
-        return torch.stack(out)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad[ctx.rank], None
 
 
 def rows(
@@ -71,10 +56,13 @@ def combine(
     """
     if group is None:
         return target_R - logsumexp_R, logsumexp_R - mean_logit_R
-    logsumexp_KR = _Gather.apply(logsumexp_R, group)
+    from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+
+    partials_3R = torch.stack([logsumexp_R, target_R, mean_logit_R])
+    gathered = gather_from_sequence_parallel_region(partials_3R, tensor_parallel_output_grad=False, group=group)
+    logsumexp_KR, target_KR, mean_logit_KR = gathered.view(group.size(), *partials_3R.shape).unbind(1)
     logsumexp = torch.logsumexp(logsumexp_KR, 0)
-    share_KR = logsumexp_KR.softmax(
-        0
-    )  # sums to 1, where exp(logsumexp_KR - logsumexp) has the rounding of two large numbers
-    mean_logit = (share_KR * _Gather.apply(mean_logit_R, group)).sum(0)
-    return _Gather.apply(target_R, group).sum(0) - logsumexp, logsumexp - mean_logit
+    # These sum to 1, where exp(logsumexp_KR - logsumexp) has the rounding of two large numbers.
+    share_KR = logsumexp_KR.softmax(0)
+    mean_logit = (share_KR * mean_logit_KR).sum(0)
+    return target_KR.sum(0) - logsumexp, logsumexp - mean_logit

@@ -58,11 +58,8 @@ def columns(hf, shard, hf_config, tp, rank):
 def qkv(hf, shard, hf_config, tp, rank):
     heads, groups, size = hf_config.num_attention_heads, hf_config.num_key_value_heads, head_dim(hf_config)
     by_group = [t.view(groups, -1, *t.shape[1:]).chunk(tp)[rank] for t in hf]
-    return zip(
-        by_group,
-        shard.view(groups // tp, -1, *shard.shape[1:]).split([heads // groups * size, size, size], 1),
-        strict=True,
-    )
+    parts = shard.view(groups // tp, -1, *shard.shape[1:]).split([heads // groups * size, size, size], 1)
+    return zip(by_group, parts, strict=True)
 
 
 def gate_up(hf, shard, hf_config, tp, rank):
@@ -86,11 +83,8 @@ def table(hf_config, parallel: Parallel = Parallel(), *, transformer_engine: boo
         else ("input_layernorm.weight", "pre_mlp_layernorm.weight")
     )
     d, ffn, size = hf_config.hidden_size, hf_config.intermediate_size, head_dim(hf_config)
-    heads = {
-        "q": hf_config.num_attention_heads * size,
-        "k": hf_config.num_key_value_heads * size,
-        "v": hf_config.num_key_value_heads * size,
-    }
+    kv_width = hf_config.num_key_value_heads * size
+    heads = {"q": hf_config.num_attention_heads * size, "k": kv_width, "v": kv_width}
     vocabulary = (hf_config.vocab_size, d)
 
     def layer(i: int) -> Iterator[Row]:
@@ -119,9 +113,7 @@ def table(hf_config, parallel: Parallel = Parallel(), *, transformer_engine: boo
         yield row("mlp.linear_fc1.weight", {"mlp.gate_proj.weight": (ffn, d), "mlp.up_proj.weight": (ffn, d)}, gate_up)
         yield row("mlp.linear_fc2.weight", {"mlp.down_proj.weight": (d, ffn)}, columns)
 
-    rows = []
-    for i in range(hf_config.num_hidden_layers):
-        rows += layer(i)
+    rows = [row for i in range(hf_config.num_hidden_layers) for row in layer(i)]
     rows.append(Row("embedding.word_embeddings.weight", {"model.embed_tokens.weight": vocabulary}, vocab, 0))
     rows.append(Row("decoder.final_layernorm.weight", {"model.norm.weight": (d,)}, same, parallel.pp - 1))
     if not hf_config.tie_word_embeddings:
@@ -134,14 +126,10 @@ def _rows_of(
 ) -> Iterator[tuple[Row, torch.nn.Parameter | None]]:
     """The table beside this rank's parameters (None: another stage's); a name that only one of them has is an error."""
     parameters = {chunk.global_name(name): p for chunk in chunks for name, p in chunk.named_parameters()}
-    rows = table(
-        hf_config,
-        topology.parallel,
-        transformer_engine=any(name.endswith("linear_fc1.layer_norm_weight") for name in parameters),
-    )
-    if (
-        hf_config.tie_word_embeddings and (copy := parameters.pop(HEAD, None)) is not None
-    ):  # the last of several stages has a copy
+    fused = any(name.endswith("linear_fc1.layer_norm_weight") for name in parameters)
+    rows = table(hf_config, topology.parallel, transformer_engine=fused)
+    # The last of several stages has a copy of a tied matrix.
+    if hf_config.tie_word_embeddings and (copy := parameters.pop(HEAD, None)) is not None:
         yield Row(HEAD, next(row.hf for row in rows if row.layout is vocab), vocab, topology.pp_rank), copy
     mine = {row.megatron for row in rows if row.stage == topology.pp_rank}
     if mine != set(parameters):
@@ -237,11 +225,9 @@ class Reader:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        index = self.folder / INDEX
+        index, names = self.folder / INDEX, [WEIGHTS]
         if index.is_file():
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        else:
-            names = [WEIGHTS]
         missing = [n for n in names if not (self.folder / n).is_file()]
         if missing:
             raise InputError(
@@ -285,13 +271,9 @@ class Reader:
         return kinds.pop()
 
     def check_names(self, expected: set[str], *, tied: bool) -> None:
-        have = set(self.where)
-        if (
-            tied
-            and "lm_head.weight" in have
-            and torch.equal(self.read("lm_head.weight"), self.read("model.embed_tokens.weight"))
-        ):
-            have.remove("lm_head.weight")  # some savers write the tied matrix twice
+        have, head, embedding = set(self.where), "lm_head.weight", "model.embed_tokens.weight"
+        if tied and head in have and torch.equal(self.read(head), self.read(embedding)):
+            have.remove(head)  # some savers write the tied matrix twice
         for names, word in ((expected - have, "is missing"), (have - expected, "is one too many")):
             if names:
                 shown = ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
@@ -310,19 +292,13 @@ def save_folder(
     *,
     shapes: dict[str, tuple[int, ...]],
     dtype: torch.dtype,
-    write: bool = True,
 ) -> None:
     """Writes a Hugging Face folder: the tensors, in files of at most MAX_FILE_BYTES, and the side files of another
     folder.
 
     `shapes` foretells the tensors, in their order, all of `dtype`: each goes to its place in its file as it comes, and
-    no two are held. Collective with `export`: ranks with write=False only take part in the gathering. The folder
-    appears whole or not at all.
+    no two are held. The folder appears whole or not at all.
     """
-    if not write:
-        for _ in tensors:
-            pass
-        return
     folder = Path(folder)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -333,11 +309,9 @@ def save_folder(
         if parts[-1] and sum(size[n] for n in parts[-1]) + size[name] > MAX_FILE_BYTES:
             parts.append([])
         parts[-1].append(name)
-    files = (
-        [WEIGHTS]
-        if len(parts) == 1
-        else [f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
-    )
+    files = [f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i in range(1, len(parts) + 1)]
+    if len(parts) == 1:
+        files = [WEIGHTS]
     for part, file in zip(parts, files, strict=True):
         with (partial / file).open("wb") as f:
             place = _write_header(f, {name: shapes[name] for name in part}, size, dtype)
@@ -353,9 +327,8 @@ def save_folder(
                 raise RuntimeError(f"{next(iter(place))} was foretold and did not come")
     if len(parts) > 1:
         weight_map = {name: file for part, file in zip(parts, files, strict=True) for name in part}
-        (partial / INDEX).write_text(
-            json.dumps({"metadata": {"total_size": sum(size.values())}, "weight_map": weight_map}, indent=1)
-        )
+        index = {"metadata": {"total_size": sum(size.values())}, "weight_map": weight_map}
+        (partial / INDEX).write_text(json.dumps(index, indent=1))
     copy_side_files(side_files_from, partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
@@ -364,18 +337,14 @@ def save_folder(
 def _write_header(f, shapes: dict[str, tuple[int, ...]], size: dict[str, int], dtype: torch.dtype) -> dict[str, int]:
     """The head of a safetensors file (https://huggingface.co/docs/safetensors, "Format"), and each tensor's place in
     it, sorted by name."""
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    kind, header, starts, end = SAFETENSORS_DTYPES[dtype], {"__metadata__": {"format": "pt"}}, {}, 0
     for name in sorted(shapes):
-        header[name] = {
-            "dtype": SAFETENSORS_DTYPES[dtype],
-            "shape": shapes[name],
-            "data_offsets": [offset, offset + size[name]],
-        }
-        offset += size[name]
+        starts[name], end = end, end + size[name]
+        header[name] = {"dtype": kind, "shape": shapes[name], "data_offsets": [starts[name], end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     f.write(len(text).to_bytes(8, "little") + text)
-    return {name: 8 + len(text) + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
+    return {name: 8 + len(text) + start for name, start in starts.items()}
 
 
 def copy_side_files(source: str | Path, target: str | Path) -> None:

@@ -26,6 +26,5 @@ def logprobs_and_entropy(
     """
     start = vocab.first_row(weight_VD.shape[0], tp_group)
     weight_VD = weight_VD[: max(vocab_size - start, 0)]
-    linear_logprob = pick("linear_logprob", impl, hidden_RD.device)
-    partials = linear_logprob(hidden_RD, weight_VD, target_R - start, temperature=temperature)
+    partials = pick(impl, hidden_RD.device)(hidden_RD, weight_VD, target_R - start, temperature=temperature)
     return vocab.combine(*partials, tp_group)

@@ -1,106 +1,25 @@
 """Hugging Face config -> TransformerConfig -> GPTModel whose output is the last hidden state.
 
-Families: Qwen2, Qwen3, Llama (dense). On CUDA the layers are Transformer Engine's; on a CPU they are Megatron's own
-with the RMSNorm and the packed attention below, their plain twins.
+Families: Qwen2, Qwen3, Llama (dense). On CUDA the layers are Transformer Engine's; on a CPU their plain twins
+(plain_layers.py).
 """
-
-import math
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
-from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from grpo_mcore.config.config import FP8_ALIGN, InputError, Parallel, Precision, packed_alignment
 from grpo_mcore.loss.batch import Cost, Packing
-from grpo_mcore.parallel import context, pipeline, vocab
+from grpo_mcore.parallel import pipeline, vocab
 from grpo_mcore.parallel.topology import Topology
+from grpo_mcore.policy import plain_layers
 from grpo_mcore.types import Microbatch
 
 FAMILIES = ("qwen2", "qwen3", "llama")
-
-
-class RMSNorm(torch.nn.Module):
-    def __init__(self, config, hidden_size, eps=1e-5, **kwargs):
-        super().__init__()
-        self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel  # Megatron sums its gradient over tp by this mark
-
-    def forward(self, x):
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
-
-
-@dataclass
-class Blocks(PackedSeqParams):
-    """What PackedAttention needs to know of a packed batch."""
-
-    lengths: list[int] = field(default_factory=list)  # of the blocks, on all cp ranks together
-    masks: list[torch.Tensor | None] = field(
-        default_factory=list
-    )  # bool [L, L], True where row sees column; None: plainly causal
-
-
-def blocks_of(batch: Microbatch, cp: int) -> Blocks:
-    bounds = batch.cu_seqlens.tolist()
-    lengths = [end - start for start, end in zip(bounds, bounds[1:])]
-    masks = [None] * len(lengths)
-    cu_seqlens = batch.cu_seqlens
-    if cp == 1:
-        for k, (start, end) in enumerate(zip(bounds, bounds[1:])):
-            branch = batch.branch_T[start:end]
-            tree = (branch == 0) | (branch[:, None] == branch)  # the prompt, and one's own response
-            masks[k] = tree.tril_() if branch[-1] > 1 else None
-        # One sequence to the rest of Megatron, whose RoPE the backbone looks up by position.
-        cu_seqlens = torch.tensor([0, bounds[-1]], dtype=torch.int32)
-    return Blocks(
-        qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=batch.max_seqlen,
-        max_seqlen_kv=batch.max_seqlen,
-        lengths=lengths,
-        masks=masks,
-    )
-
-
-class PackedAttention(MegatronModule):
-    """Attention within each block of a packed batch: SDPA on q, k, v of [T, heads, head_dim], block by block.
-
-    With context parallelism every rank gathers all keys and values, and answers for its own queries: the plain twin of
-    Transformer Engine's ring.
-    """
-
-    def __init__(self, config, softmax_scale=None, pg_collection=None, **kwargs):
-        super().__init__(config=config)
-        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
-        self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
-
-    def forward(self, query, key, value, attention_mask, packed_seq_params=None, **kwargs):
-        p: Blocks = packed_seq_params
-        if self.cp_group is not None:
-            return context.attention(query, key, value, p.cu_seqlens_q, self.cp_group, self.scale).flatten(1)
-        out = [
-            F.scaled_dot_product_attention(
-                *(x.transpose(0, 1)[None] for x in qkv),
-                attn_mask=mask,
-                is_causal=mask is None,
-                scale=self.scale,
-                enable_gqa=True,
-            )[0].transpose(0, 1)
-            for mask, *qkv in zip(p.masks, *(x.split(p.lengths) for x in (query, key, value)), strict=True)
-        ]
-        return torch.cat(out).flatten(1)
 
 
 class Backbone(GPTModel):
@@ -115,7 +34,7 @@ class Backbone(GPTModel):
 
     def _preprocess(self, input_ids, position_ids, *args, packed_seq_params=None, **kwargs):
         out = super()._preprocess(input_ids, position_ids, *args, packed_seq_params=packed_seq_params, **kwargs)
-        if not isinstance(packed_seq_params, Blocks) or self.config.context_parallel_size > 1:
+        if not isinstance(packed_seq_params, plain_layers.Blocks) or self.config.context_parallel_size > 1:
             return out
         # RoPE's table by each token's position in its sequence: siblings go on from the same prompt.
         return (out[0], out[1][position_ids[0]], *out[2:])
@@ -200,20 +119,15 @@ def check_parallel(hf_config, parallel: Parallel, precision: Precision = Precisi
                 f"use one of {', '.join(map(str, fits))}, and parallel.pp, parallel.cp or data parallel for the "
                 f"other ranks",
             )
-    if layers % parallel.pp:
-        raise InputError(
-            "parallel.pp", parallel.pp, f"must divide the model's {layers} layers", f"use one of {_divisors(layers)}"
-        )
-    if layers % (parallel.pp * parallel.virtual_pp):
-        raise InputError(
-            "parallel.virtual_pp",
-            parallel.virtual_pp,
-            f"must divide the {layers // parallel.pp} layers of a stage",
-            f"use one of {_divisors(layers // parallel.pp)}",
-        )
-    if parallel.recompute == "full" and parallel.recompute_num_layers > (
-        chunk := layers // (parallel.pp * parallel.virtual_pp)
+    stage = layers // parallel.pp
+    for axis, n, size, what in (
+        ("pp", parallel.pp, layers, f"the model's {layers} layers"),
+        ("virtual_pp", parallel.virtual_pp, stage, f"the {stage} layers of a stage"),
     ):
+        if size % n:
+            raise InputError(f"parallel.{axis}", n, f"must divide {what}", f"use one of {_divisors(size)}")
+    chunk = stage // parallel.virtual_pp
+    if parallel.recompute == "full" and parallel.recompute_num_layers > chunk:
         raise InputError(
             "parallel.recompute_num_layers",
             parallel.recompute_num_layers,
@@ -223,11 +137,11 @@ def check_parallel(hf_config, parallel: Parallel, precision: Precision = Precisi
     if precision.fp8 is None:
         return
     bf16_layers = max(precision.fp8_first_layers_bf16, precision.fp8_last_layers_bf16)
-    if bf16_layers > layers // parallel.pp:
+    if bf16_layers > stage:
         raise InputError(
             "precision.fp8_first_layers_bf16 or fp8_last_layers_bf16",
             bf16_layers,
-            f"must be at most the {layers // parallel.pp} layers of a pipeline stage",
+            f"must be at most the {stage} layers of a pipeline stage",
             "lower it",
         )
     width = (heads + 2 * kv_heads) * head_dim(hf_config)
@@ -372,7 +286,7 @@ def _chunk(hf_config, config: TransformerConfig, topology: Topology, index: int)
     if topology.device.type == "cuda":
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=has_qk_norm(hf_config))
     else:
-        spec = _plain_spec(config, vp_stage)
+        spec = plain_layers.layer_spec(config, vp_stage)
     chunk = Backbone(
         config,
         spec,
@@ -396,19 +310,6 @@ def stage_of(hf_config, layer: int, parallel: Parallel) -> int:
     return layer // (hf_config.num_hidden_layers // (parallel.pp * parallel.virtual_pp)) % parallel.pp
 
 
-def _plain_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
-    parts = layer.submodules
-    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
-    attention = parts.self_attention.submodules
-    attention.core_attention = PackedAttention
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=RMSNorm
-    )
-
-
 def packing(hf_config, topology: Topology, precision: Precision, *, max_tokens: int) -> Packing:
     """How batches for this model and layout are cut."""
     parallel = topology.parallel
@@ -430,17 +331,7 @@ def packing(hf_config, topology: Topology, precision: Precision, *, max_tokens: 
 def hidden_states(stage: torch.nn.Module, batch: Microbatch, topology: Topology) -> torch.Tensor:
     """What one model chunk makes of `batch` (on its device): what the next one needs, or from the last chunk hidden_RD
     of the positions that predict the response tokens."""
-    packed = (
-        blocks_of(batch, topology.cp)
-        if topology.device.type == "cpu"
-        else PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=batch.cu_seqlens,
-            cu_seqlens_kv=batch.cu_seqlens,
-            max_seqlen_q=batch.max_seqlen,
-            max_seqlen_kv=batch.max_seqlen,
-        )
-    )
+    packed = plain_layers.packed_params(batch, topology)
     hidden_T1D = stage(batch.token_ids_T[None], batch.position_ids_T[None], None, packed_seq_params=packed)
     if not unwrapped(stage).post_process:
         return hidden_T1D

@@ -34,20 +34,14 @@ class FrozenPolicy:
     ):
         """`folder` is a Hugging Face folder; log-probs are taken of logits / temperature. Without `load_weights`, of
         which a benchmark has no need, its config.json is enough, and the weights are Megatron's random ones."""
-        self.folder, self.topology, self.precision, self.temperature, self.kernels = (
-            folder,
-            topology,
-            precision,
-            temperature,
-            kernels,
-        )
+        self.folder, self.topology, self.precision = folder, topology, precision
+        self.temperature, self.kernels = temperature, kernels
         self.hf_config = model.load_hf_config(folder)
         self.chunks = model.build(self.hf_config, topology=topology, precision=precision)
         if load_weights:
             hf_weights.load(self.chunks, self.hf_config, folder, topology)
-        self.modules: list[torch.nn.Module] = [
-            chunk.requires_grad_(False) for chunk in self.chunks
-        ]  # what the schedule calls
+        # What the schedule calls.
+        self.modules: list[torch.nn.Module] = [chunk.requires_grad_(False) for chunk in self.chunks]
 
     @torch.no_grad()
     def logprobs(
@@ -198,9 +192,8 @@ class Policy(FrozenPolicy):
             self.optimizer.restore_from_cpu()
 
     def _check_gradient(self) -> None:
-        ends = [
-            x for module in self.modules for buffer in module.buffers for x in torch.aminmax(buffer.grad_data)
-        ]  # NaN is an end
+        # NaN is an end.
+        ends = [x for module in self.modules for buffer in module.buffers for x in torch.aminmax(buffer.grad_data)]
         if not collectives.on_any_rank(not torch.stack(ends).isfinite().all().item(), self.topology):
             return
         bad = [

@@ -3,7 +3,6 @@
 Not covered here: whole runs that are killed and go on (test_trainer.py, benchmarks/kill_resume.py).
 """
 
-import functools
 import json
 import os
 import random
@@ -20,19 +19,15 @@ from grpo_mcore.checkpoint import checkpoint, convert
 from grpo_mcore.checkpoint.checkpoint import AttestationError, Checkpoints, Progress
 from grpo_mcore.config import config
 from grpo_mcore.config.config import InputError
-from grpo_mcore.loss import loss
 from grpo_mcore.parallel import topology
 from tests.dist import spawn
-from tests.policy.test_policy import batch_of, connect, make_policy
+from tests.policy.test_policy import batch_of, connect, make_policy, on_policy_update
 
 
 def steps(policy, topo, seeds) -> dict[str, torch.Tensor]:
     """One update per seed; the whole weights after them, on the driver."""
     for seed in seeds:
-        b = batch_of(topo, max_tokens=100, seed=seed)
-        for m, logprobs in zip(b.microbatches, policy.logprobs(b.microbatches), strict=True):
-            m.old_logprobs_R = logprobs
-        policy.update(b, functools.partial(loss.grpo, cfg=config.Loss()), lr=1e-2)
+        on_policy_update(policy, batch_of(topo, max_tokens=100, seed=seed), lr=1e-2)
     return {name: tensor.clone() for name, tensor in policy.export()}
 
 
@@ -228,11 +223,7 @@ def test_one_flipped_bit_of_the_weights_on_their_way_to_the_disk_is_caught(polic
 
 def test_a_save_that_writes_the_weights_of_the_one_before_is_caught(policy, tmp_path, monkeypatch):
     save(policy, tmp_path, 1)
-    first = {
-        name: tensor.clone()
-        for name, tensor in policy.chunks[0].state_dict().items()
-        if tensor is not None and torch.is_tensor(tensor)
-    }
+    first = {name: p.detach().clone() for name, p in policy.chunks[0].named_parameters()}
     steps(policy, policy.topology, [2])
     checkpoints = Checkpoints(tmp_path, policy, settings())
     honest = dist_checkpointing.save
@@ -261,9 +252,8 @@ def test_a_save_that_never_ends_is_a_time_out(policy, tmp_path, monkeypatch):
     with pytest.raises(TimeoutError, match="step_000001 was still being written after 0 s"):
         checkpoints.wait()
     monkeypatch.undo()
-    checkpoints._writing.wait(
-        30
-    )  # its result would be taken for the next test's save: Megatron has one queue a process
+    # Its result would be taken for the next test's save: Megatron has one queue a process.
+    checkpoints._writing.wait(30)
 
 
 @pytest.fixture
@@ -304,6 +294,5 @@ def test_the_size_asked_of_the_disk_is_the_size_written(policy, tmp_path):
     weights = checkpoint._weights(policy)
     state = {**weights, "optimizer": policy.optimizer.sharded_state_dict(weights, metadata=checkpoint.METADATA)}
     written = sum(f.stat().st_size for f in checkpoint.published(tmp_path)[0].glob("*.distcp"))
-    assert written == pytest.approx(
-        checkpoint.num_bytes(state), rel=0.2
-    )  # 20%: the files' own headers, in a model of 0.5 MB
+    # 20%: the files' own headers, in a model of 0.5 MB.
+    assert written == pytest.approx(checkpoint.num_bytes(state), rel=0.2)

@@ -57,7 +57,8 @@ if __name__ == "__mp_main__":
     entry.die_with_parent()
 if __name__ == "__main__":
     import torch
-    from grpo_mcore import config, convert
+    from grpo_mcore.checkpoint import convert
+    from grpo_mcore.config import config
     from grpo_mcore.parallel import topology
     hf, out, direction = sys.argv[1:]
     topo = topology.connect(config.Parallel(), device=torch.device("cpu"), timeout_s=60, seed=0)

@@ -13,13 +13,13 @@ import torch
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("tests/kernels/test_interpreter.py runs this file", allow_module_level=True)
 
-from grpo_mcore.kernels import linear_logprob as kernel, reference
+from grpo_mcore.kernels import linear_logprob as kernel
 from tests.reference import logprob as oracle
+from tests.reference.logprob import EXTREMES, OUTPUTS, differentiate, naive, naive_of_logits
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 T, D, V = 21, 24, 291  # no multiple of any block, and three of dz's rectangles of columns
-OUTPUTS = ("logsumexp", "target", "mean_logit")
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 
 
@@ -51,14 +51,6 @@ def inputs(dtype=FLOAT32, rows: int = T, vocabulary: int = V, width: int = D, se
     target[: len(edges)] = edges[:rows]
     upstream = {name: torch.randn(rows, generator=g).to(DEVICE) for name in OUTPUTS}
     return hidden.to(DEVICE), weight.to(DEVICE), target.to(DEVICE), upstream
-
-
-def differentiate(function, hidden, weight, upstream):
-    """(the three outputs, gradients of hidden and weight) for sum over outputs of upstream * output."""
-    hidden, weight = hidden.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
-    outputs = dict(zip(OUTPUTS, function(hidden, weight), strict=True))
-    sum((upstream[name].to(outputs[name].dtype) * outputs[name]).sum() for name in upstream).backward()
-    return {name: x.detach() for name, x in outputs.items()}, {"hidden": hidden.grad, "weight": weight.grad}
 
 
 def ours(hidden, weight, target, upstream, temperature: float = 1.0):
@@ -103,14 +95,6 @@ def test_float32_values_and_gradients_equal_the_float64_oracles(shape, temperatu
         ), name
 
 
-def naive(hidden, weight, target, temperature: float):
-    """What one writes first: everything in the inputs' dtype."""
-    z = hidden @ weight.T / temperature
-    inside = (target >= 0) & (target < z.shape[1])
-    at_target = torch.where(inside, z.gather(1, torch.where(inside, target, 0)[:, None])[:, 0], 0)
-    return z.logsumexp(1), at_target, (z.softmax(1) * z).sum(1)
-
-
 def check_budget(mine, coarse, exact):
     """Errors no larger than those of `coarse`, the naive form in bfloat16: by element, and on average."""
     for my, other, true in zip(mine, coarse, exact, strict=True):
@@ -138,10 +122,7 @@ def test_each_output_has_its_own_gradient(output):
     only = {output: upstream[output]}
     _, mine = ours(hidden, weight, target, only, 0.7)
     _, plain = differentiate(
-        lambda h, w: reference.linear_logprob_full(h, w, target, temperature=0.7),
-        hidden.double(),
-        weight.double(),
-        only,
+        lambda h, w: oracle.partials(h, w, target.tolist(), 0.7), hidden.double(), weight.double(), only
     )
     for name in plain:
         assert (mine[name] - plain[name]).abs().max() <= noise(hidden, weight, 0.7) * plain[name].abs().max(), name
@@ -149,28 +130,18 @@ def test_each_output_has_its_own_gradient(output):
 
 def test_a_target_outside_the_shard_gives_zero_and_moves_nothing():
     hidden, weight, _, upstream = inputs()
-    outside = torch.tensor([-1, -2, -V, -(10**6), V, V + 1, V + 28, V + 29, 10 * V, 2**31 - 1] * 3)[:T].to(
-        DEVICE
-    )  # V + 28 ends the last block
+    # V + 28 ends the last block.
+    outside = torch.tensor([-1, -2, -V, -(10**6), V, V + 1, V + 28, V + 29, 10 * V, 2**31 - 1] * 3)[:T].to(DEVICE)
     values, gradients = ours(hidden, weight, outside, {"target": upstream["target"]})
     assert values["target"].tolist() == [0.0] * T
     assert not gradients["hidden"].any() and not gradients["weight"].any()
-
-
-# One row of logits each: hidden is 1 in its first column, and the other three are 0.
-EXTREMES = {
-    "one far above": [1e4, -1e4, 0.0, 3.0],
-    "far above comes last": [-1e4, 0.0, 3.0, 1e4],
-    "two tie far above": [-1e4, 1e4, 0.0, 1e4],
-    "all far below": [-1e4, -1e4, -1e4, -1e4],
-    "one far below": [0.5, -1e4, 0.25, 0.0],
-}
 
 
 @pytest.mark.parametrize("spread", [1, 40])  # neighbours, or each in a block of its own
 @pytest.mark.parametrize("name", EXTREMES)
 @pytest.mark.parametrize("temperature", [0.1, 1.0])
 def test_extreme_logits_give_finite_and_right_values_and_gradients(name, temperature, spread):
+    # Hidden is 1 in its first column, and the other three are 0: the weight's first column is each row's logits.
     hidden, weight = torch.eye(1, 4).repeat(4, 1), torch.full((4 * spread, 4), -1e4)
     weight[::spread, 0] = torch.tensor(EXTREMES[name])
     weight[:, 1:] = 0
@@ -321,12 +292,6 @@ def in_float64(hidden, weight, target, temperature: float, upstream):
         parts.append([*(x.detach() for x in outputs), dz @ weight])
     *values, d_hidden = (torch.cat(x) for x in zip(*parts, strict=True))
     return dict(zip(OUTPUTS, values, strict=True)), {"hidden": d_hidden, "weight": d_weight}
-
-
-def naive_of_logits(z, target):
-    inside = (target >= 0) & (target < z.shape[1])
-    at_target = torch.where(inside, z.gather(1, torch.where(inside, target, 0)[:, None])[:, 0], 0.0)
-    return z.logsumexp(1), at_target, (z.softmax(1) * z).sum(1)
 
 
 @pytest.mark.gpu

@@ -15,27 +15,26 @@ CPU = torch.device("cpu")
 def test_on_a_cpu_auto_is_the_reference(capsys):
     pick._pick.cache_clear()
     for _ in range(2):
-        assert pick.pick("linear_logprob", "auto", CPU) is reference.linear_logprob
-    assert pick.pick("logprob", "reference", CPU) is reference.logprob
+        assert pick.pick("auto", CPU) is reference.linear_logprob
+    assert pick.pick("reference", CPU) is reference.linear_logprob
     assert capsys.readouterr().out.splitlines() == [
         "kernels: linear_logprob is reference's (the tensors are on cpu)",
-        "kernels: logprob is reference's (as asked)",
+        "kernels: linear_logprob is reference's (as asked)",
     ]
 
 
 @pytest.mark.parametrize(
-    "name, impl, words",
+    "impl, words",
     [
-        ("linear_logprob", "triton", "the tensors are on cpu.*Remedy: impl = auto or reference"),
-        ("linear_logprob", "cuda", "must be one of auto, reference, triton"),
-        ("attention", "auto", "must be one of linear_logprob, logprob"),
+        ("triton", "the tensors are on cpu.*Remedy: impl = auto or reference"),
+        ("cuda", "must be one of auto, reference, triton"),
     ],
 )
-def test_what_cannot_run_is_refused(monkeypatch, name, impl, words):
+def test_what_cannot_run_is_refused(monkeypatch, impl, words):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     pick._pick.cache_clear()
     with pytest.raises(ValueError, match=words):
-        pick.pick(name, impl, CPU)
+        pick.pick(impl, CPU)
 
 
 def test_triton_is_imported_only_where_it_is_picked():
@@ -44,9 +43,9 @@ def test_triton_is_imported_only_where_it_is_picked():
 import sys
 from grpo_mcore.kernels.pick import pick
 import torch
-pick("linear_logprob", "auto", torch.device("cpu"))
+pick("auto", torch.device("cpu"))
 assert "triton" not in sys.modules
-picked = pick("linear_logprob", "triton", torch.device("cpu"))
+picked = pick("triton", torch.device("cpu"))
 assert "triton" in sys.modules and picked.__module__ == "grpo_mcore.kernels.linear_logprob"
 """
     done = subprocess.run(

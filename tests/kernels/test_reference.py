@@ -7,12 +7,12 @@ Not covered here: shards that meet (tests/parallel/test_vocab.py), padding rows 
 import pytest
 import torch
 
-from grpo_mcore.kernels.reference import linear_logprob, linear_logprob_full, logprob
+from grpo_mcore.kernels.reference import linear_logprob
 from tests.reference import logprob as oracle
+from tests.reference.logprob import EXTREMES, OUTPUTS, differentiate, naive
 
 R, D, V = 13, 16, 37  # odd on purpose
 ULP = 2.0**-23  # float32, relative
-OUTPUTS = ("logsumexp", "target", "mean_logit")
 
 
 def inputs(dtype: torch.dtype = torch.float32, seed: int = 0):
@@ -22,14 +22,6 @@ def inputs(dtype: torch.dtype = torch.float32, seed: int = 0):
     weight = torch.randn(V, D, generator=g) * 0.75
     targets = [0, 6, 7, 13, 35, 36, 20, 1, -1, -40, 37, 99, 36]
     return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), torch.tensor(targets)
-
-
-def differentiate(function, hidden, weight, upstream: dict[str, torch.Tensor]):
-    """(the three outputs, gradients of hidden and weight) for sum over outputs of upstream * output."""
-    hidden, weight = hidden.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
-    outputs = dict(zip(OUTPUTS, function(hidden, weight), strict=True))
-    sum((upstream[name].to(outputs[name].dtype) * outputs[name]).sum() for name in upstream).backward()
-    return {name: x.detach() for name, x in outputs.items()}, {"hidden": hidden.grad, "weight": weight.grad}
 
 
 def upstreams() -> dict[str, torch.Tensor]:
@@ -87,21 +79,11 @@ def test_gradients_equal_autograd_of_the_float64_oracle(outputs, chunk_V, temper
         ].abs().max(), name
 
 
-# One row each; hidden is 1, so these are the logits.
-EXTREMES = {
-    "one far above": [1e4, -1e4, 0.0, 3.0],
-    "far above comes last": [-1e4, 0.0, 3.0, 1e4],
-    "two tie far above": [-1e4, 1e4, 0.0, 1e4],
-    "all far below": [-1e4, -1e4, -1e4, -1e4],
-    "one far below": [0.5, -1e4, 0.25, 0.0],
-}
-
-
 @pytest.mark.parametrize("name", EXTREMES)
 @pytest.mark.parametrize("chunk_V", [1, 3, 4])
 @pytest.mark.parametrize("temperature", [0.1, 1.0])
 def test_extreme_logits_give_finite_and_right_values_and_gradients(name, chunk_V, temperature):
-    hidden, weight = torch.ones(4, 1), torch.tensor(EXTREMES[name])[:, None]
+    hidden, weight = torch.ones(4, 1), torch.tensor(EXTREMES[name])[:, None]  # so these are the logits of each row
     target = torch.arange(4)  # each of the four rows asks for another logit
     upstream = {output: torch.tensor([1.0, -0.5, 2.0, 0.25]) for output in OUTPUTS}
     values, gradients = differentiate(
@@ -118,14 +100,6 @@ def test_extreme_logits_give_finite_and_right_values_and_gradients(name, chunk_V
     # 1e4.
     assert (gradients["weight"].double() - true_gradients["weight"]).abs().max() <= 4 * 2 * ulp / temperature
     assert (gradients["hidden"].double() - true_gradients["hidden"]).abs().max() <= 4 * 2 * ulp / temperature * 1e4
-
-
-def naive(hidden, weight, target, temperature: float):
-    """What one writes first: everything in the inputs' dtype."""
-    z = hidden @ weight.T / temperature
-    inside = (target >= 0) & (target < V)
-    at_target = torch.where(inside, z.gather(1, torch.where(inside, target, 0)[:, None])[:, 0], 0)
-    return z.logsumexp(1), at_target, (z.softmax(1) * z).sum(1)
 
 
 @pytest.mark.parametrize("chunk_V", [1, 7, V])
@@ -156,28 +130,6 @@ def test_gradients_come_in_the_dtype_of_the_inputs():
     hidden, weight, target = inputs(torch.bfloat16)
     linear_logprob(hidden, weight, target, temperature=1.0)[0].sum().backward()
     assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("form", ["full", "of logits"])
-@pytest.mark.parametrize("temperature", [0.1, 1.0, 2.0])
-def test_the_forms_with_logits_equal_the_float64_oracles(form, temperature):
-    hidden, weight, target = inputs()
-
-    def function(h, w):
-        if form == "full":
-            return linear_logprob_full(h, w, target, temperature=temperature)
-        return logprob(h @ w.T, target, temperature=temperature)
-
-    values, gradients = differentiate(function, hidden, weight, upstreams())
-    true_values, true_gradients = differentiate(
-        lambda h, w: oracle.partials(h, w, target.tolist(), temperature), hidden.double(), weight.double(), upstreams()
-    )
-    for name in OUTPUTS:
-        assert (values[name].double() - true_values[name]).abs().max() <= noise(hidden, weight, temperature), name
-    for name in gradients:
-        assert (gradients[name].double() - true_gradients[name]).abs().max() <= noise(
-            hidden, weight, temperature
-        ) * true_gradients[name].abs().max(), name
 
 
 def test_no_rows_give_empty_outputs_and_zero_gradients():

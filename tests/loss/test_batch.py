@@ -26,17 +26,18 @@ def group(prompt_id: int, prompt: tuple[int, ...], *responses: tuple[int, ...]) 
     )
 
 
+def cut(groups: list[Group], packing: Packing, advantages: torch.Tensor | None = None, **kwargs) -> list[GlobalBatch]:
+    """`assemble`, unless said otherwise of one optimizer step, with token_mean and advantages of 0."""
+    if advantages is None:
+        advantages = torch.zeros(len(groups), len(groups[0].responses))
+    usual = {"global_batch_size": advantages.numel(), "aggregation": "token_mean", "max_response_tokens": 20}
+    return assemble(groups, advantages, packing=packing, **{**usual, **kwargs})
+
+
 def test_the_worked_example_of_types():
     seven, plus, five, equals = 7, 10, 5, 11
     prompt = (seven, plus, five, equals)
-    (batch,) = assemble(
-        [group(0, prompt, (1, 2, EOS), (1, 3))],
-        torch.tensor([[0.5, -0.5]]),
-        global_batch_size=2,
-        aggregation="token_mean",
-        max_response_tokens=4,
-        packing=Packing(max_tokens=13),
-    )
+    (batch,) = cut([group(0, prompt, (1, 2, EOS), (1, 3))], Packing(max_tokens=13), torch.tensor([[0.5, -0.5]]))
     (m,) = batch.microbatches
     assert m.token_ids_T.tolist() == [*prompt, 1, 2, EOS, *prompt, 1, 3]
     assert m.position_ids_T.tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4, 5]
@@ -52,32 +53,15 @@ def test_the_worked_example_of_types():
     assert m.index_R.tolist() == [0, 1, 2, 3, 4]
     assert m.old_logprobs_R is None and m.ref_logprobs_R is None
     assert (batch.num_loss_tokens, batch.num_tokens) == (5, 13)
-    dtypes = {
-        name: getattr(m, name).dtype
-        for name in (
-            "token_ids_T",
-            "position_ids_T",
-            "branch_T",
-            "position_R",
-            "target_R",
-            "sequence_R",
-            "index_R",
-            "cu_seqlens",
-        )
-    }
-    assert dtypes.pop("cu_seqlens") == torch.int32  # what flash attention demands
-    assert set(dtypes.values()) == {torch.int64}
+    int64 = (m.token_ids_T, m.position_ids_T, m.branch_T, m.position_R, m.target_R, m.sequence_R, m.index_R)
+    assert {x.dtype for x in int64} == {torch.int64}
+    assert m.cu_seqlens.dtype == torch.int32  # what flash attention demands
 
 
 def test_the_worked_example_with_a_shared_prompt():
     prompt = (7, 10, 5, 11)
-    (batch,) = assemble(
-        [group(0, prompt, (1, 2, EOS), (1, 3))],
-        torch.tensor([[0.5, -0.5]]),
-        global_batch_size=2,
-        aggregation="token_mean",
-        max_response_tokens=4,
-        packing=Packing(max_tokens=9, share_prompts=True),
+    (batch,) = cut(
+        [group(0, prompt, (1, 2, EOS), (1, 3))], Packing(max_tokens=9, share_prompts=True), torch.tensor([[0.5, -0.5]])
     )
     (m,) = batch.microbatches
     assert m.token_ids_T.tolist() == [*prompt, 1, 2, EOS, 1, 3]
@@ -95,13 +79,10 @@ def test_the_worked_example_with_a_shared_prompt():
 def test_the_worked_example_on_two_context_ranks():
     prompt = (7, 10, 5, 11)
     m0, m1 = (
-        assemble(
+        cut(
             [group(0, prompt, (1, 2, EOS), (1, 3))],
+            Packing(max_tokens=8, cp=2, cp_rank=rank),
             torch.tensor([[0.5, -0.5]]),
-            global_batch_size=2,
-            aggregation="token_mean",
-            max_response_tokens=4,
-            packing=Packing(max_tokens=8, cp=2, cp_rank=rank),
         )[0].microbatches[0]
         for rank in range(2)
     )
@@ -156,15 +137,13 @@ def test_shared_packing_keeps_every_sample_once_within_the_bound_and_order(ranks
         groups, advantages = random_groups(rng, P=8, G=4)
         seen, counts = [], set()
         for rank in range(ranks):
-            (batch,) = assemble(
+            (batch,) = cut(
                 groups,
-                advantages,
-                global_batch_size=32,
-                aggregation="token_mean",
-                max_response_tokens=20,
-                packing=Packing(
+                Packing(
                     max_tokens=60, dp=ranks, dp_rank=rank, align_tokens=8, microbatch_multiple=2, share_prompts=True
                 ),
+                advantages,
+                global_batch_size=32,
             )
             counts.add(len(batch.microbatches))
             for m in batch.microbatches:
@@ -193,9 +172,7 @@ def random_groups(rng: random.Random, P: int, G: int) -> tuple[list[Group], torc
 
 def over_ranks(groups: list[Group], advantages: torch.Tensor, packing: Packing, **kwargs) -> list[list[GlobalBatch]]:
     """[data rank][optimizer step] of one context rank"""
-    return [
-        assemble(groups, advantages, packing=replace(packing, dp_rank=rank), **kwargs) for rank in range(packing.dp)
-    ]
+    return [cut(groups, replace(packing, dp_rank=rank), advantages, **kwargs) for rank in range(packing.dp)]
 
 
 def sequences(batch: GlobalBatch) -> list[tuple[tuple[int, ...], tuple[int, ...], float]]:
@@ -223,14 +200,7 @@ def test_every_response_is_packed_once_into_its_optimizer_step_with_its_prompt_a
         for g, row in zip(groups, advantages.tolist())
         for r, a in zip(g.responses, row)
     ]
-    by_rank = over_ranks(
-        groups,
-        advantages,
-        Packing(max_tokens=60, dp=ranks),
-        global_batch_size=size,
-        aggregation="token_mean",
-        max_response_tokens=20,
-    )
+    by_rank = over_ranks(groups, advantages, Packing(max_tokens=60, dp=ranks), global_batch_size=size)
     for step in range(P * G // size):
         share = expected[step * size : (step + 1) * size]
         packed = [s for batches in by_rank for s in sequences(batches[step])]
@@ -296,13 +266,12 @@ def test_weights_of_all_ranks_and_microbatches_sum_to_the_aggregations_total(
 )
 def test_truncated_responses_that_are_skipped_weigh_nothing_and_are_not_counted(aggregation, expected):
     groups = [group(0, (7,), (1, 2, EOS), (1, 3), (EOS,))]
-    (b,) = assemble(
+    (b,) = cut(
         groups,
+        Packing(max_tokens=20),
         torch.tensor([[1.0, 2.0, 3.0]]),
-        global_batch_size=3,
         aggregation=aggregation,
         max_response_tokens=4,
-        packing=Packing(max_tokens=20),
         skip_truncated=True,
     )
     assert b.microbatches[0].weight_R.tolist() == pytest.approx(expected)
@@ -312,13 +281,11 @@ def test_truncated_responses_that_are_skipped_weigh_nothing_and_are_not_counted(
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "constant"])
 def test_a_batch_of_nothing_but_skipped_responses_weighs_nothing(aggregation):
-    (b,) = assemble(
+    (b,) = cut(
         [group(0, (7,), (1, 2), (1, 3))],
-        torch.zeros(1, 2),
-        global_batch_size=2,
+        Packing(max_tokens=20),
         aggregation=aggregation,
         max_response_tokens=4,
-        packing=Packing(max_tokens=20),
         skip_truncated=True,
     )
     assert b.microbatches[0].weight_R.tolist() == [0.0] * 4 and b.num_loss_tokens == 0
@@ -329,14 +296,7 @@ def test_averaging_the_microbatches_token_means_is_another_number():
     groups, advantages = [group(0, (5,), (1,), (2, 3, 4))], torch.tensor([[1.0, 0.0]])
     right, wrong = [], []
     for max_tokens in (6, 4):  # 2 + 4 tokens: in one microbatch, in two
-        (batch,) = assemble(
-            groups,
-            advantages,
-            global_batch_size=2,
-            aggregation="token_mean",
-            max_response_tokens=3,
-            packing=Packing(max_tokens),
-        )
+        (batch,) = cut(groups, Packing(max_tokens), advantages, global_batch_size=2)
         losses = [m.advantage_R for m in batch.microbatches]  # 1, 0, 0, 0
         right.append(sum((m.weight_R * loss).sum().item() for m, loss in zip(batch.microbatches, losses, strict=True)))
         wrong.append(sum(loss.mean().item() for loss in losses) / len(losses))
@@ -376,19 +336,21 @@ def test_pack_keeps_its_promises_for_any_lengths():
     for seed in range(400):
         rng = random.Random(seed)
         dp, cp, multiple = rng.randint(1, 6), rng.choice([1, 1, 2, 3]), rng.choice([1, 1, 2])
+        num_sequences = dp * multiple * rng.randint(1, 12)
+        if rng.random() < 0.2:
+            multiple = num_sequences // dp  # one sequence a microbatch
         packing = Packing(
             rng.randint(24, 200),
             dp=dp,
             cp=cp,
             align_tokens=rng.choice([1, 1, 8]),
             microbatch_multiple=multiple,
-            one_sequence=rng.random() < 0.2,
             cost=Cost(0.0, rng.choice([0.0, 0.01, 1.0])),
         )
         block, whole = (2 * cp if cp > 1 else 1), math.lcm(cp * packing.align_tokens, 2 * cp if cp > 1 else 1)
         longest = cp * packing.max_tokens // whole * whole
         longest = rng.choice([longest, max(1, longest // 8)])
-        lengths = [rng.randint(1, longest) for _ in range(dp * multiple * rng.randint(1, 12))]
+        lengths = [rng.randint(1, longest) for _ in range(num_sequences)]
         costs = [packing.cost.of(n, 0) for n in lengths]
         plan = pack(lengths, costs, packing)
         case = f"seed {seed}: pack({lengths}, {packing})"
@@ -398,7 +360,6 @@ def test_pack_keeps_its_promises_for_any_lengths():
         )
         assert len(plan[0]) % multiple == 0, case
         assert all(b for bins in plan for b in bins), case
-        assert all(len(b) == 1 for bins in plan for b in bins) or not packing.one_sequence, case
         for b in (b for bins in plan for b in bins):
             padded = sum(-(-lengths[i] // block) * block for i in b)
             assert -(-padded // whole) * whole <= cp * packing.max_tokens, case
@@ -412,12 +373,7 @@ def test_what_pack_bounds_is_what_microbatch_makes():
         packing = Packing(36, dp=dp, cp=cp, align_tokens=rng.choice([1, 5, 6]), cost=Cost(0.2, 0.1))
         groups, advantages = random_groups(rng, P=4, G=4)
         ranks = [replace(packing, dp_rank=i, cp_rank=j) for i in range(dp) for j in range(cp)]
-        built = [
-            assemble(
-                groups, advantages, global_batch_size=16, aggregation="token_mean", max_response_tokens=20, packing=p
-            )[0]
-            for p in ranks
-        ]
+        built = [cut(groups, p, advantages, global_batch_size=16)[0] for p in ranks]
         assert len({(len(b.microbatches), b.packed_frac, b.imbalance) for b in built}) == 1
         assert all(
             m.token_ids_T.numel() <= 36 and m.token_ids_T.numel() % packing.align_tokens == 0
@@ -488,16 +444,13 @@ def test_a_rank_whose_one_sequence_is_dear_still_fills_as_many_microbatches_as_t
 def test_the_number_of_microbatches_is_a_multiple_of_what_interleaved_stages_ask_for():
     assert [len(b) for b in plan_of([5] * 4, Packing(10, microbatch_multiple=1))[0]] == [2, 2]
     assert [len(b) for b in plan_of([5] * 4, Packing(10, microbatch_multiple=4))[0]] == [1, 1, 1, 1]
-    assert [len(b) for b in plan_of([5] * 6, Packing(25, microbatch_multiple=3))[0]] == [
-        2,
-        2,
-        2,
-    ]  # 30 tokens would do with 2
+    # 30 tokens would do with 2.
+    assert [len(b) for b in plan_of([5] * 6, Packing(25, microbatch_multiple=3))[0]] == [2, 2, 2]
 
 
-def test_without_packing_every_microbatch_holds_one_sequence_and_ranks_are_balanced_still():
+def test_where_every_microbatch_holds_one_sequence_ranks_are_balanced_still():
     lengths = [1, 2, 3, 4, 5, 6]
-    plan = plan_of(lengths, Packing(100, dp=2, one_sequence=True))
+    plan = plan_of(lengths, Packing(100, dp=2, microbatch_multiple=3))
     assert [len(b) for bins in plan for b in bins] == [1] * 6
     assert [sum(lengths[i] for b in bins for i in b) for bins in plan] == [11, 10]  # 6 + 3 + 2 and 5 + 4 + 1
 
@@ -518,12 +471,6 @@ def test_without_packing_every_microbatch_holds_one_sequence_and_ranks_are_balan
         ),  # 2 * 10 tokens, but whole 16s of them
         ([1, 1, 1], Packing(10, dp=4), "3 sequences do not make equal numbers of microbatches on 4 data ranks"),
         ([1, 1, 1], Packing(10, dp=2, microbatch_multiple=2), "3 sequences .* 2 data ranks, a multiple of 2 on each"),
-        ([1, 1, 1], Packing(10, dp=2, one_sequence=True), "3 sequences, one a microbatch, do not make equal numbers"),
-        (
-            [1, 1, 1],
-            Packing(10, microbatch_multiple=2, one_sequence=True),
-            "3 sequences, one a microbatch, .* a multiple of 2",
-        ),
         (
             [6, 6, 6],
             Packing(10, microbatch_multiple=2),
@@ -546,24 +493,13 @@ def test_shared_prompts_and_context_parallelism_exclude_each_other():
 def test_packed_frac_and_imbalance_of_a_worked_example(rank, max_tokens, cp, room):
     # 1 + 3 and 1 + 1 tokens cost 4 + 3 + 0.5 * 16 = 15 and 2 + 1 + 0.5 * 4 = 5: the dearest is 15 of a mean of 10.
     # One microbatch on each of two data ranks: 6 of 2 * 9 or of 2 * 2 * 5 tokens, however many of the rest are padding.
-    (b,) = assemble(
+    (b,) = cut(
         [group(0, (5,), (1, 2, 3), (4,))],
-        torch.zeros(1, 2),
-        global_batch_size=2,
-        aggregation="token_mean",
-        max_response_tokens=3,
-        packing=Packing(max_tokens, dp=2, dp_rank=rank, cp=cp, align_tokens=2, cost=Cost(head=1.0, quadratic=0.5)),
+        Packing(max_tokens, dp=2, dp_rank=rank, cp=cp, align_tokens=2, cost=Cost(head=1.0, quadratic=0.5)),
     )
     assert b.packed_frac == 6 / room
     assert b.imbalance == 15 / 10 - 1
-    (b,) = assemble(
-        [group(0, (5,), (1, 2, 3), (4,))],
-        torch.zeros(1, 2),
-        global_batch_size=2,
-        aggregation="token_mean",
-        max_response_tokens=3,
-        packing=Packing(max_tokens, cp=cp, one_sequence=True),
-    )
+    (b,) = cut([group(0, (5,), (1, 2, 3), (4,))], Packing(max_tokens, cp=cp, microbatch_multiple=2))
     assert b.packed_frac == 6 / room and b.imbalance == 0.0  # two microbatches on one rank
 
 
@@ -575,9 +511,7 @@ def test_shared_packing_cuts_where_cost_is_halved_and_counts_a_shared_prompt_onc
     # 12.
     groups = [group(0, (7, 10), (1, 2, 3), (4,)), group(1, (8, 11), (5,), (6,))]
     packing = Packing(8, dp=2, share_prompts=True, cost=Cost(quadratic=0.5))
-    (b0,), (b1,) = over_ranks(
-        groups, torch.zeros(2, 2), packing, global_batch_size=4, aggregation="token_mean", max_response_tokens=3
-    )
+    (b0,), (b1,) = over_ranks(groups, torch.zeros(2, 2), packing, global_batch_size=4)
     assert [m.token_ids_T.tolist() for m in b0.microbatches] == [[7, 10, 1, 2, 3]]
     assert [m.token_ids_T.tolist() for m in b1.microbatches] == [[7, 10, 4, 8, 11, 5, 6]]
     for b in (b0, b1):

@@ -4,6 +4,7 @@ Not covered here: that the model computes the same (test_policy.py); the program
 """
 
 import json
+import re
 import shutil
 
 import pytest
@@ -27,15 +28,11 @@ def chunks_of(folder, topo, precision=config.Precision(params="float32")) -> tup
 
 
 def save(out, chunks, hf_config, topo, side_files_from) -> None:
-    dtype = next(chunks[0].parameters()).dtype
-    hf_weights.save_folder(
-        out,
-        hf_weights.export(chunks, hf_config, topo),
-        side_files_from,
-        shapes=hf_weights.shapes(hf_config),
-        dtype=dtype,
-        write=topo.is_driver,
-    )
+    tensors = hf_weights.export(chunks, hf_config, topo)
+    if topo.is_driver:
+        dtype, shapes = next(chunks[0].parameters()).dtype, hf_weights.shapes(hf_config)
+        hf_weights.save_folder(out, tensors, side_files_from, shapes=shapes, dtype=dtype)
+    assert not list(tensors)  # the other ranks take part
 
 
 def round_trip(folders: dict[str, str], axes: dict[str, int], out: str) -> None:
@@ -71,56 +68,36 @@ def alone():
     topology.disconnect()
 
 
-def load_changed(folder: str, tmp_path, alone, change) -> None:
-    shutil.copytree(folder, tmp_path / "changed")
-    tensors = load_file(tmp_path / "changed/model.safetensors")
-    change(tensors)
-    save_file(tensors, tmp_path / "changed/model.safetensors", metadata={"format": "pt"})
-    chunks_of(tmp_path / "changed", alone)
+def load_changed(folder: str, changed, alone, name: str, tensor: torch.Tensor | None) -> None:
+    """Loads the folder with another tensor of that name; None: without it."""
+    shutil.copytree(folder, changed)
+    tensors = {k: x for k, x in load_file(changed / "model.safetensors").items() if k != name}
+    if tensor is not None:
+        tensors[name] = tensor
+    save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
+    chunks_of(changed, alone)
 
 
-def test_a_missing_tensor_is_named(model_folders, tmp_path, alone):
-    with pytest.raises(InputError, match=r"model\.layers\.1\.self_attn\.k_proj\.bias is missing"):
-        load_changed(
-            model_folders["qwen2_tied"], tmp_path, alone, lambda t: t.pop("model.layers.1.self_attn.k_proj.bias")
-        )
-
-
-def test_an_extra_tensor_is_named(model_folders, tmp_path, alone):
-    with pytest.raises(InputError, match=r"model\.layers\.0\.self_attn\.q_norm\.weight is one too many"):
-        load_changed(
-            model_folders["qwen2_tied"],
-            tmp_path,
-            alone,
-            lambda t: t.update({"model.layers.0.self_attn.q_norm.weight": torch.ones(16)}),
-        )
-
-
-def test_a_misshapen_tensor_is_named(model_folders, tmp_path, alone):
-    with pytest.raises(InputError, match=r"model\.layers\.0\.mlp\.down_proj\.weight"):
-        load_changed(
-            model_folders["qwen2_tied"],
-            tmp_path,
-            alone,
-            lambda t: t.update({"model.layers.0.mlp.down_proj.weight": torch.ones(64, 95)}),
-        )
+@pytest.mark.parametrize(
+    ("name", "tensor", "words"),
+    [
+        ("model.layers.1.self_attn.k_proj.bias", None, "is missing"),
+        ("model.layers.0.self_attn.q_norm.weight", torch.ones(16), "is one too many"),
+        ("model.layers.0.mlp.down_proj.weight", torch.ones(64, 95), "must have shape"),
+    ],
+    ids=["missing", "extra", "misshapen"],
+)
+def test_a_missing_extra_or_misshapen_tensor_is_named(model_folders, tmp_path, alone, name, tensor, words):
+    with pytest.raises(InputError, match=f"{re.escape(name)}.*{words}"):
+        load_changed(model_folders["qwen2_tied"], tmp_path / "changed", alone, name, tensor)
 
 
 def test_a_tied_head_that_is_written_twice_is_accepted_only_if_equal(model_folders, tmp_path, alone):
-    load_changed(
-        model_folders["qwen2_tied"],
-        tmp_path,
-        alone,
-        lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}),
-    )
-    shutil.rmtree(tmp_path / "changed")
+    folder = model_folders["qwen2_tied"]
+    embedding = load_file(f"{folder}/model.safetensors")["model.embed_tokens.weight"]
+    load_changed(folder, tmp_path / "equal", alone, "lm_head.weight", embedding.clone())
     with pytest.raises(InputError, match=r"lm_head\.weight is one too many"):
-        load_changed(
-            model_folders["qwen2_tied"],
-            tmp_path,
-            alone,
-            lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}),
-        )
+        load_changed(folder, tmp_path / "other", alone, "lm_head.weight", embedding + 1)
 
 
 def test_large_models_are_written_in_several_files_and_read_back(model_folders, tmp_path, alone, monkeypatch):

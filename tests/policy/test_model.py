@@ -3,8 +3,6 @@
 Not covered here: what the model computes (test_policy.py). Running FP8 is marked gpu.
 """
 
-import functools
-
 import pytest
 import torch
 import transformers as tf
@@ -12,11 +10,10 @@ from megatron.core.enums import Fp8Recipe
 
 from grpo_mcore.config import config
 from grpo_mcore.config.config import InputError, Parallel, Precision
-from grpo_mcore.loss import loss
 from grpo_mcore.parallel import topology
 from grpo_mcore.policy import model
 from grpo_mcore.policy.policy import Policy
-from tests.policy.test_policy import batch_of, hf_logprobs
+from tests.policy.test_policy import batch_of, hf_logprobs, on_policy_update
 
 # DeepSeek-R1-Distill-Qwen-1.5B
 DISTILL = tf.Qwen2Config(
@@ -32,9 +29,8 @@ DISTILL = tf.Qwen2Config(
 
 
 def translated(precision: Precision = Precision(), **axes):
-    return model.transformer_config(
-        DISTILL, parallel=Parallel(**axes), precision=precision, cuda=False
-    )  # of the GPU only what fuses differs
+    # Of the GPU only what fuses differs.
+    return model.transformer_config(DISTILL, parallel=Parallel(**axes), precision=precision, cuda=False)
 
 
 @pytest.mark.parametrize(
@@ -44,9 +40,8 @@ def translated(precision: Precision = Precision(), **axes):
 def test_an_fp8_recipe_is_megatrons(recipe, expected):
     config = translated(Precision(fp8=recipe, fp8_format="e4m3", fp8_amax_history=16))
     assert (config.fp8, config.fp8_recipe, config.fp8_amax_history_len, config.bf16) == ("e4m3", expected, 16, True)
-    assert (
-        not config.first_last_layers_bf16 and not config.fp8_param
-    )  # weights stay in bfloat16: what is exported and saved
+    # Weights stay in bfloat16: what is exported and saved.
+    assert not config.first_last_layers_bf16 and not config.fp8_param
 
 
 def test_layers_at_both_ends_may_stay_in_bfloat16():
@@ -61,10 +56,8 @@ def test_layers_at_both_ends_may_stay_in_bfloat16():
 
 def test_without_fp8_there_is_none():
     assert translated().fp8 is None
-    assert (
-        translated(Precision(params="float32")).params_dtype == torch.float32
-        and not translated(Precision(params="float32")).bf16
-    )
+    float32 = translated(Precision(params="float32"))
+    assert float32.params_dtype == torch.float32 and not float32.bf16
 
 
 def test_every_axis_and_recomputation_reach_megatrons_configuration():
@@ -146,11 +139,8 @@ def test_fp8_wants_dimensions_that_its_matrix_products_take():
         (Parallel(tp=2), Precision(), 1),
         (Parallel(tp=2, sequence_parallel=True), Precision(), 2),
         (Parallel(), Precision(fp8="tensorwise"), 16),
-        (
-            Parallel(tp=2, sequence_parallel=True),
-            Precision(fp8="tensorwise"),
-            32,
-        ),  # each tp rank's part is a multiple of 16
+        # each tp rank's part is a multiple of 16
+        (Parallel(tp=2, sequence_parallel=True), Precision(fp8="tensorwise"), 32),
     ],
 )
 def test_packed_tokens_are_aligned_to_what_splits_and_multiplies_them(parallel, precision, expected):
@@ -171,11 +161,8 @@ def test_costs_are_in_units_of_a_tokens_layers():
     [
         (4, Parallel(pp=2), [0, 0, 1, 1]),
         (4, Parallel(pp=2, virtual_pp=2), [0, 1, 0, 1]),
-        (
-            8,
-            Parallel(pp=2, virtual_pp=2),
-            [0, 0, 1, 1, 0, 0, 1, 1],
-        ),  # Megatron's own example, of 16 layers on 4 stages, halved
+        # Megatron's own example, of 16 layers on 4 stages, halved
+        (8, Parallel(pp=2, virtual_pp=2), [0, 0, 1, 1, 0, 0, 1, 1]),
     ],
 )
 def test_layers_go_round_the_stages_in_chunks(layers, parallel, stages):
@@ -194,8 +181,5 @@ def test_fp8_layers_score_near_bfloat16_and_learn(model_folders, recipe):
     scores = policy.logprobs(b.microbatches)
     # 3 bits of mantissa over 2 layers with logits of a few units
     assert (torch.cat(scores) - torch.cat(hf_logprobs(folder, b))).abs().mean() < 0.5
-    for m, logprobs in zip(b.microbatches, scores, strict=True):
-        m.old_logprobs_R = logprobs
-    stats = policy.update(b, functools.partial(loss.grpo, cfg=config.Loss()), lr=1e-3)
-    assert 0 < stats["update/grad_norm"].value < float("inf")
+    assert 0 < on_policy_update(policy, b)["update/grad_norm"].value < float("inf")
     topology.disconnect()

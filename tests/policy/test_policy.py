@@ -65,7 +65,7 @@ def batch_of(
     aggregation: str = "token_mean",
     seed: int = 0,
     share: bool = False,
-    one_sequence: bool = False,
+    single: bool = False,
     precision: config.Precision = config.Precision(),
 ) -> GlobalBatch:
     drawn, advantages = groups(seed)
@@ -76,14 +76,20 @@ def batch_of(
         cp=topo.cp,
         cp_rank=topo.cp_rank,
         align_tokens=config.packed_alignment(topo.parallel, precision),
-        microbatch_multiple=topo.pp if topo.parallel.virtual_pp > 1 else 1,
+        microbatch_multiple=16 // topo.dp if single else topo.pp if topo.parallel.virtual_pp > 1 else 1,
         share_prompts=share,
-        one_sequence=one_sequence,
     )
     (out,) = assemble(
         drawn, advantages, global_batch_size=16, aggregation=aggregation, max_response_tokens=24, packing=packing
     )
     return out
+
+
+def on_policy_update(policy: Policy, b: GlobalBatch, *, lr: float = 1e-3, **loss_kwargs) -> dict:
+    """Scores, then an optimizer step; its metrics."""
+    for m, logprobs in zip(b.microbatches, policy.logprobs(b.microbatches), strict=True):
+        m.old_logprobs_R = m.ref_logprobs_R = logprobs
+    return policy.update(b, functools.partial(loss.grpo, cfg=config.Loss(**loss_kwargs)), lr=lr)
 
 
 def hf_logprobs(folder: str, b: GlobalBatch) -> list[torch.Tensor]:
@@ -95,10 +101,8 @@ def hf_logprobs(folder: str, b: GlobalBatch) -> list[torch.Tensor]:
         for i, j in zip(bounds, bounds[1:]):
             tokens, branch = m.token_ids_T[i:j], m.branch_T[i:j]
             for k in range(1, int(branch.max()) + 1):
-                prompt, response = (
-                    tokens[branch == 0],
-                    tokens[branch == k][: num_tokens[len(logprobs)]],
-                )  # without padding
+                # Without padding.
+                prompt, response = tokens[branch == 0], tokens[branch == k][: num_tokens[len(logprobs)]]
                 with torch.no_grad():
                     logits = hf(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
                 logprobs.append((logits / TEMPERATURE).log_softmax(-1).gather(1, response[:, None])[:, 0])
@@ -136,7 +140,7 @@ def test_packed_logprobs_equal_hugging_faces_of_each_sequence_alone(model_folder
 PACKINGS = {
     "cut": {"max_tokens": 64},
     "whole": {"max_tokens": 10_000},
-    "single": {"max_tokens": 64, "one_sequence": True},
+    "single": {"max_tokens": 64, "single": True},
     "shared": {"max_tokens": 90, "share": True},
 }
 FULL, SELECTIVE = {"recompute": "full"}, {"recompute": "selective", "recompute_modules": ("core_attn", "mlp")}
@@ -200,12 +204,10 @@ def one_update(folder: str, topo, packing: str, cfg: config.Loss, wrong: str = "
     over_ranks, capped = functools.partial(collectives.sum_over_context, topology=topo), []
     for m, logprobs in zip(b.microbatches, policy.logprobs(b.microbatches), strict=True):
         if logprobs is not None:
-            m.old_logprobs_R = logprobs + 0.3 * torch.sin(
-                m.target_R.float()
-            )  # off-policy, so that some tokens are clipped
-            m.rollout_logprobs_R = m.old_logprobs_R + 0.4 * torch.cos(
-                3 * m.target_R.float()
-            )  # and some responses' importance weights are capped
+            # Off-policy, so that some tokens are clipped, and some responses' importance weights are capped.
+            target_R = m.target_R.float()
+            m.old_logprobs_R = logprobs + 0.3 * torch.sin(target_R)
+            m.rollout_logprobs_R = m.old_logprobs_R + 0.4 * torch.cos(3 * target_R)
             m.importance_R, beyond_R = loss.importance(m, cfg, over_ranks)
             capped += beyond_R.tolist()
         if wrong == "mean of microbatches":
@@ -292,10 +294,12 @@ def masked_update(folder: str) -> list[dict]:
     out = []
     drawn, advantages = groups()
     masked = [Group(Prompt(9, "", "", drawn[3].prompt.token_ids, masked=True), drawn[3].responses)]
-    for some, one_sequence in ((drawn[:3], False), (drawn[:3] + masked, True)):
+    # Of the 16 responses of the second, each is a microbatch.
+    for some, num_microbatches in ((drawn[:3], 1), (drawn[:3] + masked, 16)):
         topo = connect()
         policy = make_policy(folder, topo)
-        packing = batch.Packing(max_tokens=64, dp=topo.dp, dp_rank=topo.dp_rank, one_sequence=one_sequence)
+        multiple = -(-num_microbatches // topo.dp)
+        packing = batch.Packing(max_tokens=64, dp=topo.dp, dp_rank=topo.dp_rank, microbatch_multiple=multiple)
         (b,) = assemble(
             some,
             advantages[: len(some)],
@@ -304,17 +308,9 @@ def masked_update(folder: str) -> list[dict]:
             max_response_tokens=24,
             packing=packing,
         )
-        for m, logprobs in zip(b.microbatches, policy.logprobs(b.microbatches), strict=True):
-            m.old_logprobs_R = logprobs
-        stats = metrics.merge(
-            collectives.gather(policy.update(b, functools.partial(loss.grpo, cfg=config.Loss()), lr=1e-3), topo)
-        )
-        out.append(
-            {
-                "empty": sum(m.target_R.numel() == 0 for m in b.microbatches),
-                **{name: metric.value for name, metric in stats.items()},
-            }
-        )
+        stats = metrics.merge(collectives.gather(on_policy_update(policy, b), topo))
+        empty = sum(m.target_R.numel() == 0 for m in b.microbatches)
+        out.append({"empty": empty, **{name: metric.value for name, metric in stats.items()}})
         topology.disconnect(leave=False)
     return out
 
@@ -336,10 +332,7 @@ def alone():
 
 def test_on_policy_the_ratio_is_one_and_nothing_is_clipped_and_kl_is_zero(model_folders, alone):
     policy = make_policy(model_folders["qwen2_tied"], alone)
-    b = batch_of(alone, max_tokens=60)
-    for m, logprobs in zip(b.microbatches, policy.logprobs(b.microbatches), strict=True):
-        m.old_logprobs_R = m.ref_logprobs_R = logprobs
-    stats = policy.update(b, functools.partial(loss.grpo, cfg=config.Loss(kl_coef=0.1)), lr=1e-3)
+    stats = on_policy_update(policy, batch_of(alone, max_tokens=60), kl_coef=0.1)
     # Exactly: one code path computes old, ref and current.
     assert stats["update/ratio"].value == 1.0
     assert stats["update/clip_frac"].value == 0.0
@@ -364,11 +357,12 @@ def test_scoring_fills_in_what_the_loss_needs_before_the_first_update(model_fold
         log_weight = m.old_logprobs_R + 1
         if level == "sequence":
             log_weight = torch.stack([log_weight[m.sequence_R == s].sum() for s in m.sequence_R])
-        assert (
-            level == "none"
-            and m.importance_R is None
-            or torch.allclose(m.importance_R, log_weight.clamp(min=-20).exp().clamp(max=2), rtol=1e-5)
-        )
+        if level == "none":
+            assert m.importance_R is None
+        else:
+            torch.testing.assert_close(
+                m.importance_R, log_weight.clamp(min=-20).exp().clamp(max=2), rtol=1e-5, atol=1e-8
+            )
     assert ("importance/weight_mean" in row) == (level != "none")
 
 
@@ -390,20 +384,16 @@ def test_bfloat16_stays_within_its_error_of_float32(model_folders, alone):
     coarse = make_policy(model_folders["qwen2_tied"], alone, dtype="bfloat16")
     # 8 bits of mantissa over 2 layers with logits of a few units
     assert (torch.cat(coarse.logprobs(b.microbatches)) - exact).abs().mean() < 0.1
-    for m, logprobs in zip(b.microbatches, coarse.logprobs(b.microbatches), strict=True):
-        m.old_logprobs_R = logprobs
-    assert coarse.update(b, functools.partial(loss.grpo, cfg=config.Loss()), lr=1e-3)["update/ratio"].value == 1.0
+    assert on_policy_update(coarse, b)["update/ratio"].value == 1.0
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(model_folders, alone):
     policy = make_policy(model_folders["qwen2_tied"], alone)
     b = batch_of(alone, max_tokens=60)
-    for m, logprobs in zip(b.microbatches, policy.logprobs(b.microbatches), strict=True):
-        m.old_logprobs_R = logprobs
     b.microbatches[0].advantage_R[0] = float("nan")
     before = [p.clone() for p in policy.chunks[0].parameters()]
     with pytest.raises(FloatingPointError, match="not finite"):
-        policy.update(b, functools.partial(loss.grpo, cfg=config.Loss()), lr=1e-3)
+        on_policy_update(policy, b)
     assert all(torch.equal(p, q) for p, q in zip(policy.chunks[0].parameters(), before, strict=True))
 
 
@@ -412,22 +402,12 @@ def test_what_leaves_the_gpu_between_steps_comes_back_as_it_was(model_folders):
 
     def weights(parts: list[str]) -> list[torch.Tensor]:
         topo = connect()
-        policy = Policy(
-            model_folders["qwen2_tied"],
-            topo,
-            precision=config.Precision(params="bfloat16"),
-            temperature=1.0,
-            optimizer=config.Optimizer(lr=1e-2),
-        )
+        policy = make_policy(model_folders["qwen2_tied"], topo, dtype="bfloat16")
         for seed in range(2):
-            b = batch_of(topo, max_tokens=100, seed=seed)
-            for m, logprobs in zip(b.microbatches, policy.logprobs(b.microbatches), strict=True):
-                m.old_logprobs_R = logprobs
-            policy.update(b, functools.partial(loss.grpo, cfg=config.Loss()), lr=1e-2)
+            on_policy_update(policy, batch_of(topo, max_tokens=100, seed=seed), lr=1e-2)
             policy.offload(parts)
-            assert all(
-                buffer.grad_data.untyped_storage().size() == 0 for m in policy.modules for buffer in m.buffers
-            ) == ("gradients" in parts)
+            sizes = [buffer.grad_data.untyped_storage().size() for m in policy.modules for buffer in m.buffers]
+            assert all(size == 0 for size in sizes) == ("gradients" in parts)
             policy.onload(parts)
         out = [p.detach().clone() for p in policy.chunks[0].parameters()]
         topology.disconnect()
