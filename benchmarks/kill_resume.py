@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 
 from grpo_mcore.checkpoint import checkpoint, convert
-from grpo_mcore.report import metrics
+from grpo_mcore.report import run_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 OVERRIDES = [
@@ -85,7 +85,7 @@ class Run:
             )
 
     def steps(self) -> int:
-        return max((row["step"] for row in metrics.read(self.folder)), default=0)
+        return max((row["step"] for row in run_folder.read_metrics(self.folder)), default=0)
 
     def killed(self, rng: random.Random) -> dict:
         """Starts it, and kills it at a random moment. What it had reached."""
@@ -116,7 +116,9 @@ class Run:
             return hashlib.sha256(Path(f"{scratch}/hf/model.safetensors").read_bytes()).hexdigest()
 
     def rows(self) -> list[dict]:
-        return [{k: v for k, v in row.items() if not k.startswith(CLOCKS)} for row in metrics.read(self.folder)]
+        return [
+            {k: v for k, v in row.items() if not k.startswith(CLOCKS)} for row in run_folder.read_metrics(self.folder)
+        ]
 
 
 def kill(process: subprocess.Popen) -> None:

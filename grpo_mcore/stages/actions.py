@@ -22,7 +22,7 @@ from grpo_mcore.checkpoint.parity import folder_digest
 from grpo_mcore.config.config import InputError
 from grpo_mcore.evaluate import evaluate, scores
 from grpo_mcore.policy.hf_weights import local_folder
-from grpo_mcore.report import metrics
+from grpo_mcore.report import run_folder
 from grpo_mcore.run import stop_reason
 from grpo_mcore.stages import stages
 from grpo_mcore.stages.lineage import FILE, Lineage, check_unchanged, next_action, plain
@@ -210,7 +210,7 @@ def train(plan: Plan, launcher: Launcher, number: int, record: dict, taken: list
     if number == 0:  # a warm start has made it by now
         record["carry_over"]["model_digest"] = folder_digest(local_folder(config.model))
     last = checkpoint.progress_of(found[0])
-    why = stop_reason(config.stop, metrics.read(config.run_dir), last.step)
+    why = stop_reason(config.stop, run_folder.read_metrics(config.run_dir), last.step)
     return {
         "command": shlex.join(command),
         "run_dir": config.run_dir,
