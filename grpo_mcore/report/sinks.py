@@ -48,7 +48,7 @@ class Writer:
         kept = [
             row
             for row in run_folder.read_metrics(run_dir)
-            if row["step"] < start or (row["step"] == start and not _is_eval(row))
+            if row["step"] < start or (row["step"] == start and not run_folder.is_evaluation(row))
         ]
         self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self._board = SummaryWriter(str(Path(run_dir) / "tensorboard"), purge_step=start + 1)
@@ -94,7 +94,3 @@ class Writer:
 
     def close(self) -> None:
         self._board.close()
-
-
-def _is_eval(row: dict) -> bool:
-    return any(name.startswith("eval/") for name in row)
