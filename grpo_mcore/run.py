@@ -12,7 +12,7 @@ from pathlib import Path
 from grpo_mcore import entry
 from grpo_mcore.checkpoint import checkpoint
 from grpo_mcore.config import config, file as config_file, rules
-from grpo_mcore.data import prompts
+from grpo_mcore.data import prompts, sources
 from grpo_mcore.loss.loss import OverRanks
 from grpo_mcore.parallel import collectives, topology
 from grpo_mcore.parallel.topology import Topology
@@ -194,7 +194,7 @@ def make_model(cfg: config.Config) -> None:
         return
     for name, source in (("data.train", cfg.data.train), ("eval.data", cfg.eval.data)):
         if source:
-            prompts.read_rows(source, cfg.data, name)  # what is wrong with them should not wait for the warm start
+            sources.read_rows(source, cfg.data, name)  # what is wrong with them should not wait for the warm start
     warm_start.ensure(cfg)
 
 
