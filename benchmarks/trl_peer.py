@@ -10,7 +10,6 @@ default. Writes DIR/metrics.jsonl with the names of grpo_mcore.report.metrics; w
 `update`.
 """
 
-import dataclasses
 import json
 import time
 from pathlib import Path
@@ -130,7 +129,7 @@ def main() -> None:
         return {"prompt": prompt, "answer": p.answer, "num_prompt_tokens": len(p.token_ids)}
 
     Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
-    with Grader(**dataclasses.asdict(cfg.reward)) as grader:
+    with Grader(cfg.reward) as grader:
         recorder = Recorder(cfg, tokenizer, grader)
         GRPOTrainer(
             model=folder,

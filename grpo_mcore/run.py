@@ -1,7 +1,6 @@
 """Makes the parts of a run, closes them again whatever happens, and says where the run ends."""
 
 import contextlib
-import dataclasses
 import functools
 import json
 import time
@@ -110,7 +109,7 @@ def open_run(cfg: config.Config) -> Iterator[Run]:
             engines = Engines(cfg, local, cuda=device.type == "cuda", stop_token_ids=tokenizer.stop_token_ids)
             stack.callback(engines.stop)
             entry.stop_on_sigterm()
-            grader = stack.enter_context(Grader(**dataclasses.asdict(cfg.reward)))
+            grader = stack.enter_context(Grader(cfg.reward))
         topo = topology.connect(
             cfg.parallel,
             device=device,
