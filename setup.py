@@ -23,6 +23,7 @@ setup(
         "math-verify[antlr4_13_2]>=0.9,<0.10",
         "tensorboard",
         "matplotlib",
+        "psutil",
         "pyyaml",
     ],
     extras_require={

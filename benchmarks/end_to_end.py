@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where only the p
 
 from benchmarks import measure
 from grpo_mcore.config import file as config_file
-from grpo_mcore.report import metrics
+from grpo_mcore.report import run_folder
 
 COLUMNS = {
     "step_s": "step",
@@ -105,7 +105,7 @@ def watch(command: list[str], run_dir: Path, *, env: dict[str, str], timeout_s: 
         while process.poll() is None and time.monotonic() < deadline:
             if rows.is_file() and rows.stat().st_size != size:
                 clock_s, cpu_s, size = time.perf_counter(), sum(tree.cpu_s_of().values()), rows.stat().st_size
-                steps += [Step(row, clock_s, cpu_s) for row in metrics.read(run_dir)[len(steps) :]]
+                steps += [Step(row, clock_s, cpu_s) for row in run_folder.read_metrics(run_dir)[len(steps) :]]
             time.sleep(POLL_S)
     finally:
         ended = process.poll() is not None

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where only the p
 
 from benchmarks import measure
 from grpo_mcore.checkpoint import checkpoint, convert
-from grpo_mcore.report import metrics
+from grpo_mcore.report import run_folder
 
 OVERRIDES = [
     "eval.data=null",
@@ -84,7 +84,7 @@ class Run:
             )
 
     def steps(self) -> int:
-        return max((row["step"] for row in metrics.read(self.folder)), default=0)
+        return max((row["step"] for row in run_folder.read_metrics(self.folder)), default=0)
 
     def killed(self, rng: random.Random) -> dict:
         """Starts it, and kills it at a random moment. What it had reached."""
@@ -115,7 +115,9 @@ class Run:
             return hashlib.sha256(Path(f"{scratch}/hf/model.safetensors").read_bytes()).hexdigest()
 
     def rows(self) -> list[dict]:
-        return [{k: v for k, v in row.items() if not k.startswith(CLOCKS)} for row in metrics.read(self.folder)]
+        return [
+            {k: v for k, v in row.items() if not k.startswith(CLOCKS)} for row in run_folder.read_metrics(self.folder)
+        ]
 
 
 def kill(process: subprocess.Popen) -> None:

@@ -8,7 +8,6 @@ patches. Writes DIR/metrics.jsonl.
 
 from grpo_mcore import entry  # noqa: I001  first: it says how threads wait before torch starts them
 
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -28,7 +27,7 @@ def main() -> None:
     folder = hf_weights.local_folder(cfg.model)
     tokenizer = Tokenizer(folder)
     prompts = trl_recipe.drawn(cfg, tokenizer)
-    with Grader(**dataclasses.asdict(cfg.reward)) as grader:
+    with Grader(cfg.reward) as grader:
         recorder = trl_recipe.Recorder(cfg, tokenizer, grader)
         GRPOTrainer(
             model=folder,

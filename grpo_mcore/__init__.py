@@ -36,7 +36,7 @@ Pure modules, and all that they import beside the standard library and their own
     reward.boxed_answer     sympy latex2sympy2_extended
     reward.verifiers
     reward.grading_process
-    reward.grader
+    reward.grader           config
     loss.advantage          torch config types
     loss.loss               torch config types
     evaluate.scores

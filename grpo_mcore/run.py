@@ -1,7 +1,6 @@
 """Makes the parts of a run, closes them again whatever happens, and says where the run ends."""
 
 import contextlib
-import dataclasses
 import functools
 import json
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 from grpo_mcore import entry
 from grpo_mcore.checkpoint import checkpoint
 from grpo_mcore.config import config, file as config_file, rules
-from grpo_mcore.data import prompts
+from grpo_mcore.data import prompts, sources
 from grpo_mcore.loss.loss import OverRanks
 from grpo_mcore.parallel import collectives, topology
 from grpo_mcore.parallel.topology import Topology
@@ -20,7 +19,7 @@ from grpo_mcore.policy import model, warm_start
 from grpo_mcore.policy.hf_weights import local_folder
 from grpo_mcore.policy.policy import FrozenPolicy, Policy
 from grpo_mcore.refit.refit import Refit
-from grpo_mcore.report import curves, metrics
+from grpo_mcore.report import curves, run_folder, sinks
 from grpo_mcore.report.provenance import provenance
 from grpo_mcore.reward.grader import Grader
 from grpo_mcore.rollout.engines import Engines
@@ -36,7 +35,7 @@ class Driver:
     engines: Engines
     rollout: Rollout
     grader: Grader
-    writer: metrics.Writer
+    writer: sinks.Writer
     eval_prompts: list
     evaluated: int = -1  # the step whose policy was evaluated last
 
@@ -54,7 +53,7 @@ class Run:
     checkpoints: checkpoint.Checkpoints
     progress: checkpoint.Progress
     preemption: entry.Preemption
-    timer: metrics.Timer
+    timer: sinks.Timer
     driver: Driver | None
     seconds_before: float  # wall clock of the run's earlier processes
     last_step: int  # num_steps, or where the stop rule ends the run
@@ -110,7 +109,7 @@ def open_run(cfg: config.Config) -> Iterator[Run]:
             engines = Engines(cfg, local, cuda=device.type == "cuda", stop_token_ids=tokenizer.stop_token_ids)
             stack.callback(engines.stop)
             entry.stop_on_sigterm()
-            grader = stack.enter_context(Grader(**dataclasses.asdict(cfg.reward)))
+            grader = stack.enter_context(Grader(cfg.reward))
         topo = topology.connect(
             cfg.parallel,
             device=device,
@@ -124,13 +123,13 @@ def open_run(cfg: config.Config) -> Iterator[Run]:
         reference = FrozenPolicy(local, topo, **scores) if cfg.loss.kl_coef > 0 else None
         checkpoints = checkpoint.Checkpoints(cfg.run_dir, policy, cfg.checkpoint)
         progress = checkpoints.restore()
-        timer = metrics.Timer()
+        timer = sinks.Timer()
         if engines is not None:
             if progress.step:
                 print(f"going on from step {progress.step}", flush=True)
-            writer = metrics.Writer(cfg.run_dir, start=progress.step, num_steps=cfg.num_steps)
+            writer = sinks.Writer(cfg.run_dir, start=progress.step, num_steps=cfg.num_steps)
             stack.callback(writer.close)
-            timer = metrics.Timer(writer.phase)
+            timer = sinks.Timer(writer.phase)
             engines.wait_until_ready()
             shuffle_seed = cfg.seed if cfg.data.shuffle_seed is None else cfg.data.shuffle_seed
             stream = prompts.Stream(train_prompts, shuffle_seed, skip=cfg.data.skip_prompts)
@@ -194,7 +193,7 @@ def make_model(cfg: config.Config) -> None:
         return
     for name, source in (("data.train", cfg.data.train), ("eval.data", cfg.eval.data)):
         if source:
-            prompts.read_rows(source, cfg.data, name)  # what is wrong with them should not wait for the warm start
+            sources.read_rows(source, cfg.data, name)  # what is wrong with them should not wait for the warm start
     warm_start.ensure(cfg)
 
 
@@ -206,7 +205,7 @@ def is_finished(cfg: config.Config) -> bool:
     done = checkpoint.published(cfg.run_dir)
     summary = Path(cfg.run_dir) / "summary.json"
     step = checkpoint.progress_of(done[0]).step if done else 0
-    why = stop_reason(cfg.stop, metrics.read(cfg.run_dir), step)
+    why = stop_reason(cfg.stop, run_folder.read_metrics(cfg.run_dir), step)
     if not (done and summary.is_file() and (step >= cfg.num_steps or why)):
         return False
     if topology.rank() == 0:
@@ -222,7 +221,7 @@ def last_step(cfg: config.Config, step: int, topology: Topology) -> int:
     """Where the run ends, as its metrics tell after `step` steps. Collective."""
     if cfg.stop == config.Stop():
         return cfg.num_steps
-    why = stop_reason(cfg.stop, metrics.read(cfg.run_dir), step) if topology.is_driver and step else None
+    why = stop_reason(cfg.stop, run_folder.read_metrics(cfg.run_dir), step) if topology.is_driver and step else None
     if why:
         print(f"the stop rule ends the run after {step} steps: {why}", flush=True)
     return collectives.broadcast(step if why else cfg.num_steps, topology)
@@ -272,7 +271,7 @@ def _truncated(rule: config.Stop, rows: Sequence[dict]) -> str | None:
 
 def summarize(run: Run) -> None:
     """RUN/curves.png, RUN/summary.json, and three lines of it on the console."""
-    evals = [row for row in metrics.read(run.cfg.run_dir) if "eval/standard_error" in row]
+    evals = [row for row in run_folder.read_metrics(run.cfg.run_dir) if "eval/standard_error" in row]
     key = f"eval/mean@{run.cfg.eval.samples_per_prompt}"
     summary = {
         "eval_before": evals[0][key] if evals else None,

@@ -15,7 +15,7 @@ import pytest
 
 from grpo_mcore.checkpoint import checkpoint
 from grpo_mcore.data import arithmetic
-from grpo_mcore.report import metrics, run_folder
+from grpo_mcore.report import run_folder
 from tests.conftest import CONFIG
 from tests.dist import ROOT, environment, program
 
@@ -72,7 +72,7 @@ def torchrun(cfg: Path, *overrides: str, ranks: int, code: int = 0) -> str:
 
 
 def rows(run_dir: Path) -> list[dict]:
-    return [{k: v for k, v in row.items() if not k.startswith(CLOCKS)} for row in metrics.read(run_dir)]
+    return [{k: v for k, v in row.items() if not k.startswith(CLOCKS)} for row in run_folder.read_metrics(run_dir)]
 
 
 def processes_with(marker: str) -> list[str]:
@@ -122,7 +122,7 @@ def start_and_stop(cfg: Path, marker: str, when, how: int, *overrides: str, rank
 
 
 def steps_done(run_dir: Path) -> int:
-    return max((r["step"] for r in metrics.read(run_dir)), default=0)
+    return max((r["step"] for r in run_folder.read_metrics(run_dir)), default=0)
 
 
 @pytest.mark.slow

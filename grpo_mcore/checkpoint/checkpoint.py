@@ -31,7 +31,7 @@ from grpo_mcore.parallel import collectives
 from grpo_mcore.parallel.topology import Topology
 from grpo_mcore.policy import hf_weights
 from grpo_mcore.policy.policy import Policy
-from grpo_mcore.report import metrics
+from grpo_mcore.report import run_folder
 
 HF, RUN, ATTEST = "hf", "run.json", "attest.json"
 # The optimizer's state in the shape of the parameters, which any tp, pp and dp can load, gathered in the host memory of
@@ -71,7 +71,7 @@ def progress_of(folder: Path) -> Progress:
 
 def ranked(run_dir: str | Path, metric: str) -> list[tuple[Path, float]]:
     """The checkpoints of whose step the metric is known, and its value: highest first, of equals the newest."""
-    value = {row["step"]: row[metric] for row in metrics.read(run_dir) if metric in row}
+    value = {row["step"]: row[metric] for row in run_folder.read_metrics(run_dir) if metric in row}
     found = [(folder, value[step]) for folder in published(run_dir) if (step := progress_of(folder).step) in value]
     return sorted(found, key=lambda one: one[1], reverse=True)
 

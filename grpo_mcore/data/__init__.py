@@ -1,5 +1,5 @@
 """Problems and answers become prompts: token ids, and an endless seeded stream of them.
 
-Doors: prompts arithmetic
+Doors: sources prompts arithmetic
 Uses: config reward types
 """

@@ -1,4 +1,4 @@
-"""Data set -> prompt text -> token ids -> Prompt; a seeded stream of them whose whole state is one number."""
+"""Problem -> prompt text -> token ids -> Prompt; a seeded stream of them whose whole state is one number."""
 
 import json
 import random
@@ -9,12 +9,8 @@ from transformers import AutoTokenizer
 
 from grpo_mcore.config import config
 from grpo_mcore.config.config import InputError
-from grpo_mcore.data import arithmetic
-from grpo_mcore.reward.grader import MAX_GOLD_CHARS
+from grpo_mcore.data.sources import read_rows
 from grpo_mcore.types import Prompt
-
-# Short name -> hub data set and its split, with columns problem and answer.
-PUBLISHED = {"aime24": ("HuggingFaceH4/aime_2024", "train"), "math500": ("HuggingFaceH4/MATH-500", "test")}
 
 
 class Tokenizer:
@@ -52,65 +48,6 @@ class Tokenizer:
         """Text with the thinking tags and without end-of-text tokens."""
         stop = set(self.stop_token_ids)
         return self._tokenizer.decode([t for t in token_ids if t not in stop], skip_special_tokens=False)
-
-
-def read_rows(source: str, data: config.Data, name: str) -> list[tuple[str, str]]:
-    """(problem, answer) of every row of `source`, a file, a hub data set or a short name of PUBLISHED. `name` is the
-    configuration's field, for errors. Raises InputError."""
-    if source.startswith("arithmetic:"):
-        return arithmetic.rows(source.removeprefix("arithmetic:"))
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
-
-    hub_name, split = PUBLISHED.get(source, (source, "train"))
-    suffix = Path(source).suffix
-    if suffix in (".jsonl", ".json", ".parquet") and not Path(source).is_file():
-        raise InputError(name, source, "there is no such file", "check the path")
-    if suffix in (".jsonl", ".json"):
-        # Not splitlines: it also cuts at U+2028, which JSON leaves bare within strings.
-        lines = enumerate(Path(source).read_text().split("\n"), 1)
-        return [
-            _row(_parse(line, name, f"{source}, line {i}"), data, name, f"{source}, line {i}")
-            for i, line in lines
-            if line.strip()
-        ]
-    try:
-        table = (
-            load_dataset("parquet", data_files=source, split="train")
-            if suffix == ".parquet"
-            else load_dataset(hub_name, split=split)
-        )
-    except (DatasetNotFoundError, ConnectionError, OSError) as e:
-        raise InputError(
-            name,
-            source,
-            "is neither a .jsonl or .parquet file nor a data set that can be reached",
-            "check the path, or download it first",
-        ) from e
-    return [_row(row, data, name, f"{source}, row {i}") for i, row in enumerate(table)]
-
-
-def _parse(line: str, name: str, where: str):
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as e:
-        raise InputError(f"{name}: {where}", line[:80], f"is not valid JSON ({e})", "mend the line") from e
-
-
-def _row(row: dict, data: config.Data, name: str, where: str) -> tuple[str, str]:
-    for key, field in ((data.problem_key, "data.problem_key"), (data.answer_key, "data.answer_key")):
-        if not isinstance(row, dict) or key not in row:
-            raise InputError(f"{name}: {where}", row, f"has no column {key!r}", f"set {field}, or mend the row")
-        if str(row[key] if row[key] is not None else "").strip() == "":
-            raise InputError(f"{name}: {where}", row, f"its {key!r} is empty", "mend or remove the row")
-    if len(str(row[data.answer_key])) > MAX_GOLD_CHARS:
-        raise InputError(
-            f"{name}: {where}",
-            str(row[data.answer_key])[:80],
-            f"its {data.answer_key!r} has more than {MAX_GOLD_CHARS} characters",
-            "check data.answer_key, or remove the row",
-        )
-    return str(row[data.problem_key]), str(row[data.answer_key])
 
 
 def load(

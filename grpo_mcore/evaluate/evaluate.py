@@ -6,7 +6,6 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from grpo_mcore.checkpoint import checkpoint, convert
@@ -25,52 +24,21 @@ from grpo_mcore.rollout.rollout import grade, sample
 from grpo_mcore.types import Prompt
 
 
-@dataclass(frozen=True)
-class Result:
-    """Scores of P problems with k samples each."""
-
-    problems: tuple[scores.Problem, ...]
-
-    @classmethod
-    def of(cls, graded: Sequence[Graded], verifier: str) -> "Result":
-        normalise = VERIFIERS[verifier].normalise
-        return cls(
-            tuple(
-                scores.Problem(
-                    g.group.prompt.id,
-                    g.group.prompt.answer,
-                    tuple(g.rewards),
-                    tuple(v.answer and normalise(v.answer) for v in g.verdicts),
-                    tuple(len(r.token_ids) for r in g.group.responses),
-                    tuple(r.truncated for r in g.group.responses),
-                )
-                for g in graded
+def result_of(graded: Sequence[Graded], verifier: str) -> scores.Result:
+    spelling = VERIFIERS[verifier].normalise
+    return scores.Result(
+        tuple(
+            scores.Problem(
+                g.group.prompt.id,
+                g.group.prompt.answer,
+                tuple(g.rewards),
+                tuple(v.answer and spelling(v.answer) for v in g.verdicts),
+                tuple(len(r.token_ids) for r in g.group.responses),
+                tuple(r.truncated for r in g.group.responses),
             )
+            for g in graded
         )
-
-    @property
-    def k(self) -> int:
-        return len(self.problems[0].rewards)
-
-    @property
-    def truncated_frac(self) -> float:
-        return sum(sum(p.truncated) for p in self.problems) / (len(self.problems) * self.k)
-
-    def metrics(self) -> dict[str, float]:
-        seen = scores.estimates(self.problems)
-        return {
-            **{f"eval/{name}": seen[name].value for name in (f"mean@{self.k}", f"pass@{self.k}", f"maj@{self.k}")},
-            "eval/standard_error": seen[f"mean@{self.k}"].standard_error,
-            "eval/truncated_frac": self.truncated_frac,
-        }
-
-    def __str__(self) -> str:
-        seen = scores.estimates(self.problems)
-        return (
-            f"mean@{self.k} {seen[f'mean@{self.k}']}, pass@{self.k} {seen[f'pass@{self.k}'].value:.3f}, "
-            f"maj@{self.k} {seen[f'maj@{self.k}'].value:.3f} "
-            f"({len(self.problems)} problems, {self.truncated_frac:.1%} truncated)"
-        )
+    )
 
 
 def evaluate(
@@ -81,7 +49,7 @@ def evaluate(
     cfg: config.Config,
     *,
     version: int,
-) -> Result:
+) -> scores.Result:
     """k samples of every prompt with the weights the engines hold. The same samples for the same weights and seed."""
     groups = sample(
         engines,
@@ -94,7 +62,7 @@ def evaluate(
         version=version,
         timeout_s=cfg.rollout.timeout_s,
     )
-    return Result.of(grade(groups, range(len(groups)), tokenizer, grader), cfg.reward.verifier)
+    return result_of(grade(groups, range(len(groups)), tokenizer, grader), cfg.reward.verifier)
 
 
 def protocol(
@@ -145,7 +113,7 @@ def check_paired(eval_prompts: Sequence[Prompt], problems: Sequence[scores.Probl
         )
 
 
-def compare(result: Result, card: dict, problems: Sequence[scores.Problem], other: dict) -> dict:
+def compare(result: scores.Result, card: dict, problems: Sequence[scores.Problem], other: dict) -> dict:
     """The paired comparison with an earlier evaluation, and in which of its terms the protocols (`card`, `other`)
     differ."""
     paired = scores.compare(result.problems, problems)
@@ -184,7 +152,7 @@ def evaluate_model(cfg: config.Config, source: str | None, *, compare_with: str 
         engines = Engines(cfg, folder, cuda=cuda, stop_token_ids=tokenizer.stop_token_ids, load_weights=True)
         try:
             engines.wait_until_ready()
-            with Grader(**dataclasses.asdict(cfg.reward)) as grader:
+            with Grader(cfg.reward) as grader:
                 result = evaluate(engines, eval_prompts, tokenizer, grader, cfg, version=LOADED)
         finally:
             engines.stop()
@@ -193,7 +161,7 @@ def evaluate_model(cfg: config.Config, source: str | None, *, compare_with: str 
         "model": source,
         **result.metrics(),
         "num_problems": len(result.problems),
-        "estimates": {name: dataclasses.asdict(e) for name, e in scores.estimates(result.problems).items()},
+        "estimates": {name: dataclasses.asdict(e) for name, e in result.estimates.items()},
         "protocol": card,
     }
     if earlier:

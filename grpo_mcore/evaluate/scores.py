@@ -15,6 +15,7 @@ maj@k      share of problems whose most frequent answer is right: self-consisten
            solved) it has no width, which says too much.
 """
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -76,14 +77,42 @@ class Estimate:
         return f"{self.value:.3f} ± {self.standard_error:.3f} (95%: {self.low:.3f} to {self.high:.3f})"
 
 
-def estimates(problems: Sequence[Problem]) -> dict[str, Estimate]:
-    """mean@k, maj@k and pass@1 to pass@k of problems with k samples each."""
-    k = len(problems[0].rewards)
-    return {
-        f"mean@{k}": Estimate.of([p.mean for p in problems]),
-        f"maj@{k}": Estimate.of([p.majority for p in problems]),
-        **{f"pass@{j}": Estimate.of([p.pass_at(j) for p in problems]) for j in range(1, k + 1)},
-    }
+@dataclass(frozen=True)
+class Result:
+    """Scores of P problems with k samples each."""
+
+    problems: tuple[Problem, ...]
+
+    @property
+    def k(self) -> int:
+        return len(self.problems[0].rewards)
+
+    @property
+    def truncated_frac(self) -> float:
+        return sum(sum(p.truncated) for p in self.problems) / (len(self.problems) * self.k)
+
+    @functools.cached_property
+    def estimates(self) -> dict[str, Estimate]:
+        """mean@k, maj@k and pass@1 to pass@k."""
+        return {
+            f"mean@{self.k}": Estimate.of([p.mean for p in self.problems]),
+            f"maj@{self.k}": Estimate.of([p.majority for p in self.problems]),
+            **{f"pass@{j}": Estimate.of([p.pass_at(j) for p in self.problems]) for j in range(1, self.k + 1)},
+        }
+
+    def metrics(self) -> dict[str, float]:
+        return {
+            **{f"eval/{name}@{self.k}": self.estimates[f"{name}@{self.k}"].value for name in ("mean", "pass", "maj")},
+            "eval/standard_error": self.estimates[f"mean@{self.k}"].standard_error,
+            "eval/truncated_frac": self.truncated_frac,
+        }
+
+    def __str__(self) -> str:
+        mean, passed, majority = (self.estimates[f"{name}@{self.k}"] for name in ("mean", "pass", "maj"))
+        return (
+            f"mean@{self.k} {mean}, pass@{self.k} {passed.value:.3f}, maj@{self.k} {majority.value:.3f} "
+            f"({len(self.problems)} problems, {self.truncated_frac:.1%} truncated)"
+        )
 
 
 @dataclass(frozen=True)

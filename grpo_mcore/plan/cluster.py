@@ -18,7 +18,7 @@ from grpo_mcore.config.config import InputError
 from grpo_mcore.plan import memory, time as plan_time
 from grpo_mcore.plan.memory import Case
 from grpo_mcore.plan.time import Assumptions
-from grpo_mcore.report import metrics
+from grpo_mcore.report import run_folder
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ class MeasuredStep:
 def measured_steps(run_dir: str | Path) -> list[MeasuredStep]:
     """From RUN/metrics.jsonl and RUN/rollouts. Raises InputError."""
     out = []
-    for row in metrics.read(run_dir):
+    for row in run_folder.read_metrics(run_dir):
         path = Path(run_dir) / "rollouts" / f"step_{row['step']:06d}.jsonl"
         if "time/rollout_s" not in row or not path.is_file():
             continue

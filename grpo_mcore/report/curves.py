@@ -1,8 +1,9 @@
-"""Curves of metrics over steps: as PNG files, and as SVG that a page can colour.
+"""Curves of metrics over steps: which ones a run has (SECTIONS), as PNG files, and as SVG that a page can colour.
 
 A chart is data (Chart); matplotlib draws it, the same way in both formats.
 """
 
+import fnmatch
 import io
 import math
 import re
@@ -30,6 +31,7 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
+STATUSES = ("correct", "wrong", "no_answer", "truncated", "timed_out")  # reward's Status
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,134 @@ class Chart:
     ylim: tuple[float, float | None] | None = None
     log: bool = False  # the y axis, if all finite values are positive and differ much
     boundaries: tuple[tuple[int, str], ...] = ()  # (first step, name) of each stage, if there are several
+
+
+@dataclass(frozen=True)
+class Plot:
+    """What a chart shows of metrics.jsonl."""
+
+    title: str
+    ylabel: str
+    metrics: tuple[str, ...]  # names or patterns
+    note: str = ""
+    stacked: bool = False
+    log: bool = False
+    ylim: tuple[float, float | None] | None = None
+
+    def shows(self, name: str) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.metrics)
+
+
+SHARE = (-0.02, 1.08)
+REWARD = Plot(
+    "Training reward", "share of right answers", ("reward/mean",), "Mean reward of a step's responses.", ylim=SHARE
+)
+EVALUATION = Plot(
+    "Evaluation",
+    "share of right answers",
+    ("eval/mean@*",),
+    "Mean over the problems; the bars are one standard error from problem to problem.",
+    ylim=SHARE,
+)
+SECTIONS = {  # of the report's page
+    "Curves": (
+        REWARD,
+        EVALUATION,
+        Plot("Evaluation: pass@k and maj@k", "share of problems", ("eval/pass@*", "eval/maj@*"), ylim=SHARE),
+        Plot(
+            "Groups that teach",
+            "share of groups",
+            ("reward/mixed_groups_frac",),
+            "Groups whose rewards differ: only they have advantages.",
+            ylim=SHARE,
+        ),
+        Plot("Entropy", "nats a token", ("update/entropy",)),
+        Plot("KL to the reference", "nats a token", ("update/kl_to_ref",)),
+        Plot("Clip fraction", "share of tokens", ("update/clip_frac", "update/clip_dual_frac")),
+        Plot("Gradient norm", "norm before the clip", ("update/grad_norm",)),
+        Plot("Loss", "loss", ("update/loss",)),
+        Plot("Learning rate", "learning rate", ("update/lr",)),
+    ),
+    "Length and truncation": (
+        Plot("Response length", "tokens", ("rollout/response_tokens_mean", "rollout/response_tokens_max")),
+        Plot(
+            "Truncated responses",
+            "share of responses",
+            ("rollout/truncated_frac", "eval/truncated_frac"),
+            "Those that hit the length limit.",
+            ylim=(0, None),
+        ),
+    ),
+    "Mismatch": (
+        Plot(
+            "|old - rollout| log-prob",
+            "nats",
+            ("mismatch/logprob_abs_mean", "mismatch/logprob_abs_max"),
+            "What the engines sampled with against what the trainer scores.",
+            log=True,
+        ),
+        Plot(
+            "By position in the sequence",
+            "nats",
+            ("mismatch/logprob_abs_mean_from_*",),
+            "Means over tokens from each position to the next. A rise with length points to the engines' precision.",
+            log=True,
+        ),
+        Plot("Tokens beyond the cap", "share of tokens", ("mismatch/beyond_cap_frac", "importance/beyond_cap_frac")),
+        Plot("k3 of KL(rollout || old)", "nats a token", ("mismatch/k3",), log=True),
+        Plot("Importance weights", "", ("importance/weight_mean", "importance/effective_frac")),
+        Plot(
+            "Staleness",
+            "steps",
+            ("rollout/staleness_mean", "rollout/staleness_max"),
+            "How many versions behind the policy a token was sampled.",
+        ),
+        Plot(
+            "Engines against the trainer after a refit",
+            "nats",
+            ("refit/canary_abs_mean",),
+            "Mean |log-prob difference| of fixed tokens.",
+            log=True,
+        ),
+    ),
+    "Time and throughput": (
+        Plot("Time by phase", "seconds a step", ("time/*_s",), "As the driver waits for them.", stacked=True),
+        Plot(
+            "Throughput",
+            "tokens/s",
+            ("tokens_per_s",),
+            "Prompt and response tokens over the step's seconds, without evaluation and checkpoint.",
+        ),
+        Plot("Packing and balance", "", ("update/packed_frac", "update/imbalance")),
+        Plot("Refit", "GB/s", ("refit/gb_per_s",)),
+    ),
+    "Grading": (
+        Plot(
+            "Statuses",
+            "responses",
+            tuple(f"reward/{status}" for status in STATUSES),
+            "Why each response got its reward.",
+            stacked=True,
+        ),
+        Plot("Verifiers disagree", "responses", ("reward/disagree",)),
+        Plot("Grading time", "seconds", ("reward/seconds",)),
+    ),
+    "Failures": (
+        Plot("Engines that failed", "since the process began", ("rollout/engine_failures",)),
+        Plot(
+            "Groups not trained on as drawn",
+            "groups",
+            ("rollout/groups_passed_over", "rollout/groups_without_variance", "rollout/groups_dropped"),
+        ),
+        Plot(
+            "Comparisons stopped",
+            "responses",
+            ("reward/timed_out",),
+            "Wrong answers only because the grader ran out of time.",
+        ),
+        Plot("Masked prompts", "share of groups", ("rollout/masked_prompts_frac",)),
+    ),
+}
 
 
 def png(chart: Chart, path: Path) -> Path:

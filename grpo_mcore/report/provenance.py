@@ -8,6 +8,8 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = (
     "torch",
@@ -54,17 +56,11 @@ def command() -> str:
     """As one types it in the repository's root."""
     program = Path(sys.argv[0]).resolve()
     name = str(program.relative_to(ROOT)) if program.is_relative_to(ROOT) else sys.argv[0]
-    nodes = int(os.environ.get("WORLD_SIZE", "1")) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    launcher = (
-        [
-            "torchrun",
-            *(["--nnodes", str(nodes)] if nodes > 1 else []),
-            "--nproc-per-node",
-            os.environ["LOCAL_WORLD_SIZE"],
-        ]
-        if "LOCAL_WORLD_SIZE" in os.environ
-        else ["python"]
-    )
+    launcher = ["python"]
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        local = os.environ["LOCAL_WORLD_SIZE"]
+        nodes = int(os.environ.get("WORLD_SIZE", "1")) // int(local)
+        launcher = ["torchrun", *(["--nnodes", str(nodes)] if nodes > 1 else []), "--nproc-per-node", local]
     return shlex.join([*launcher, name, *sys.argv[1:]])
 
 
@@ -72,12 +68,8 @@ def hardware() -> dict:
     """Of this machine."""
     import torch
 
-    def first(file: str, key: str) -> str:
-        return next(
-            (line.partition(":")[2].strip() for line in Path(file).read_text().splitlines() if line.startswith(key)),
-            "unknown",
-        )
-
+    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.partition(":")[2].strip() for line in cpuinfo if line.startswith("model name")]
     gpu = (
         {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count(), "cuda": torch.version.cuda}
         if torch.cuda.is_available()
@@ -85,9 +77,9 @@ def hardware() -> dict:
     )
     return {
         **gpu,
-        "cpu": first("/proc/cpuinfo", "model name"),
+        "cpu": models[0] if models else "unknown",
         "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(int(first("/proc/meminfo", "MemTotal").split()[0]) / 2**20, 1),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
     }
 
 

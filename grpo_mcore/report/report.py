@@ -25,7 +25,6 @@ import yaml
 from grpo_mcore.config.config import InputError
 from grpo_mcore.report import curves, run_folder
 
-STATUSES = ("correct", "wrong", "no_answer", "truncated", "timed_out")  # reward.Status
 UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]"
 )
@@ -50,8 +49,8 @@ class Bounds:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A run. Its step s is step offset + s of the page."""
+class ReportedRun:
+    """A run as its folder tells. Its step s is step offset + s of the page."""
 
     name: str
     folder: Path
@@ -74,200 +73,56 @@ class Stage:
         return node
 
 
-@dataclass(frozen=True)
-class Plot:
-    title: str
-    ylabel: str
-    metrics: tuple[str, ...]  # names or patterns
-    note: str = ""
-    stacked: bool = False
-    log: bool = False
-    ylim: tuple[float, float | None] | None = None
-
-
-SHARE = (-0.02, 1.08)
-SECTIONS: tuple[tuple[str, tuple[Plot, ...]], ...] = (
-    (
-        "Curves",
-        (
-            Plot(
-                "Training reward",
-                "share of right answers",
-                ("reward/mean",),
-                "Mean reward of a step's responses.",
-                ylim=SHARE,
-            ),
-            Plot(
-                "Evaluation",
-                "share of right answers",
-                ("eval/mean@*",),
-                "Mean over the problems; the bars are one standard error from problem to problem.",
-                ylim=SHARE,
-            ),
-            Plot("Evaluation: pass@k and maj@k", "share of problems", ("eval/pass@*", "eval/maj@*"), ylim=SHARE),
-            Plot(
-                "Groups that teach",
-                "share of groups",
-                ("reward/mixed_groups_frac",),
-                "Groups whose rewards differ: only they have advantages.",
-                ylim=SHARE,
-            ),
-            Plot("Entropy", "nats a token", ("update/entropy",)),
-            Plot("KL to the reference", "nats a token", ("update/kl_to_ref",)),
-            Plot("Clip fraction", "share of tokens", ("update/clip_frac", "update/clip_dual_frac")),
-            Plot("Gradient norm", "norm before the clip", ("update/grad_norm",)),
-            Plot("Loss", "loss", ("update/loss",)),
-            Plot("Learning rate", "learning rate", ("update/lr",)),
-        ),
-    ),
-    (
-        "Length and truncation",
-        (
-            Plot("Response length", "tokens", ("rollout/response_tokens_mean", "rollout/response_tokens_max")),
-            Plot(
-                "Truncated responses",
-                "share of responses",
-                ("rollout/truncated_frac", "eval/truncated_frac"),
-                "Those that hit the length limit.",
-                ylim=(0, None),
-            ),
-        ),
-    ),
-    (
-        "Mismatch",
-        (
-            Plot(
-                "|old - rollout| log-prob",
-                "nats",
-                ("mismatch/logprob_abs_mean", "mismatch/logprob_abs_max"),
-                "What the engines sampled with against what the trainer scores.",
-                log=True,
-            ),
-            Plot(
-                "By position in the sequence",
-                "nats",
-                ("mismatch/logprob_abs_mean_from_*",),
-                "Means over tokens from each position to the next. A rise with length points to the engines' "
-                "precision.",
-                log=True,
-            ),
-            Plot(
-                "Tokens beyond the cap", "share of tokens", ("mismatch/beyond_cap_frac", "importance/beyond_cap_frac")
-            ),
-            Plot("k3 of KL(rollout || old)", "nats a token", ("mismatch/k3",), log=True),
-            Plot("Importance weights", "", ("importance/weight_mean", "importance/effective_frac")),
-            Plot(
-                "Staleness",
-                "steps",
-                ("rollout/staleness_mean", "rollout/staleness_max"),
-                "How many versions behind the policy a token was sampled.",
-            ),
-            Plot(
-                "Engines against the trainer after a refit",
-                "nats",
-                ("refit/canary_abs_mean",),
-                "Mean |log-prob difference| of fixed tokens.",
-                log=True,
-            ),
-        ),
-    ),
-    (
-        "Time and throughput",
-        (
-            Plot("Time by phase", "seconds a step", ("time/*_s",), "As the driver waits for them.", stacked=True),
-            Plot(
-                "Throughput",
-                "tokens/s",
-                ("tokens_per_s",),
-                "Prompt and response tokens over the step's seconds, without evaluation and checkpoint.",
-            ),
-            Plot("Packing and balance", "", ("update/packed_frac", "update/imbalance")),
-            Plot("Refit", "GB/s", ("refit/gb_per_s",)),
-        ),
-    ),
-    (
-        "Grading",
-        (
-            Plot(
-                "Statuses",
-                "responses",
-                tuple(f"reward/{status}" for status in STATUSES),
-                "Why each response got its reward.",
-                stacked=True,
-            ),
-            Plot("Verifiers disagree", "responses", ("reward/disagree",)),
-            Plot("Grading time", "seconds", ("reward/seconds",)),
-        ),
-    ),
-    (
-        "Failures",
-        (
-            Plot("Engines that failed", "since the process began", ("rollout/engine_failures",)),
-            Plot(
-                "Groups not trained on as drawn",
-                "groups",
-                ("rollout/groups_passed_over", "rollout/groups_without_variance", "rollout/groups_dropped"),
-            ),
-            Plot(
-                "Comparisons stopped",
-                "responses",
-                ("reward/timed_out",),
-                "Wrong answers only because the grader ran out of time.",
-            ),
-            Plot("Masked prompts", "share of groups", ("rollout/masked_prompts_frac",)),
-        ),
-    ),
-)
-
-FACTS = (
-    ("model", "model"),
-    ("recipe", "recipe"),
-    ("declared deviations", "recipe_deviations"),
-    ("training data", "data.train"),
-    ("evaluation data", "eval.data"),
-    ("prompts per step", "rollout.prompts_per_step"),
-    ("responses per prompt", "rollout.group_size"),
-    ("responses per optimizer step", "batch.global_batch_size"),
-    ("longest response, tokens", "rollout.max_response_tokens"),
-    ("longest sequence, tokens", "rollout.max_total_tokens"),
-    ("temperature", "rollout.temperature"),
-    ("staleness allowed, steps", "rollout.max_staleness"),
-    ("policy loss", "loss.policy_loss"),
-    ("aggregation", "loss.aggregation"),
-    ("KL coefficient", "loss.kl_coef"),
-    ("importance correction", "loss.importance_level"),
-    ("learning rate", "optimizer.lr"),
-    ("trainer's weights", "precision.params"),
-    ("FP8", "precision.fp8"),
-    ("engines", "engine.num_engines"),
-    ("engines' dtype", "engine.dtype"),
-    ("engines' quantization", "engine.quantization"),
-    ("device", "device"),
-    ("seed", "seed"),
-)
+# Label -> key of the configuration.
+FACTS = {
+    "model": "model",
+    "recipe": "recipe",
+    "declared deviations": "recipe_deviations",
+    "training data": "data.train",
+    "evaluation data": "eval.data",
+    "prompts per step": "rollout.prompts_per_step",
+    "responses per prompt": "rollout.group_size",
+    "responses per optimizer step": "batch.global_batch_size",
+    "longest response, tokens": "rollout.max_response_tokens",
+    "longest sequence, tokens": "rollout.max_total_tokens",
+    "temperature": "rollout.temperature",
+    "staleness allowed, steps": "rollout.max_staleness",
+    "policy loss": "loss.policy_loss",
+    "aggregation": "loss.aggregation",
+    "KL coefficient": "loss.kl_coef",
+    "importance correction": "loss.importance_level",
+    "learning rate": "optimizer.lr",
+    "trainer's weights": "precision.params",
+    "FP8": "precision.fp8",
+    "engines": "engine.num_engines",
+    "engines' dtype": "engine.dtype",
+    "engines' quantization": "engine.quantization",
+    "device": "device",
+    "seed": "seed",
+}
 
 
 def write(run_dirs: Sequence[str | Path], out: str | Path | None = None, bounds: Bounds = Bounds()) -> Path:
     """The page about runs in the order of their stages, in `out` (None: report/ in the last run's folder). Returns its
     path. Raises InputError."""
-    stages = load(run_dirs)
-    out = Path(out) if out else stages[-1].folder / "report"
-    rows = [{**row, "step": stage.offset + row["step"]} for stage in stages for row in stage.rows]
-    boundaries = tuple((stage.offset, stage.name) for stage in stages) if len(stages) > 1 else ()
-    data_names = {Path(str(stage.key("eval.data") or "")).stem for stage in stages}
+    runs = load(run_dirs)
+    out = Path(out) if out else runs[-1].folder / "report"
+    rows = [{**row, "step": run.offset + row["step"]} for run in runs for row in run.rows]
+    boundaries = tuple((run.offset, run.name) for run in runs) if len(runs) > 1 else ()
+    data_names = {Path(str(run.key("eval.data") or "")).stem for run in runs}
     data_name = data_names.pop() if len(data_names) == 1 else ""
-    sections, drawn = [], {}
-    for heading, plots in SECTIONS:
-        charts = [(plot, chart) for plot in plots if (chart := _chart(plot, rows, boundaries, data_name)).series]
-        sections.append(
-            _section(heading, charts, rows, drawn) + (_time_table(rows) if heading.startswith("Time") else "")
-        )
-    rollouts, left_out = collect_rollouts(stages, bounds)
+    charts = {plot: _chart(plot, rows, boundaries, data_name) for plots in curves.SECTIONS.values() for plot in plots}
+    drawn: dict[str, list] = {}
+    sections = []
+    for heading, plots in curves.SECTIONS.items():
+        sections.append(_section(heading, {plot: charts[plot] for plot in plots if charts[plot].series}, rows, drawn))
+        sections[-1] += _time_table(rows) if heading.startswith("Time") else ""
+    rollouts, left_out = collect_rollouts(runs, bounds)
     page = Path(__file__).with_name("page.html").read_text()
     script = re.search(r"<script>(.*?)</script>", page, re.DOTALL)[1]
     text = Template(page).substitute(
-        title=_escape(" → ".join(stage.name for stage in stages)),
-        header=_header(stages),
+        title=_escape(" → ".join(run.name for run in runs)),
+        header=_header(runs),
         sections="\n".join(sections),
         metrics=_metrics_table(rows),
         left_out=_escape(left_out),
@@ -277,10 +132,9 @@ def write(run_dirs: Sequence[str | Path], out: str | Path | None = None, bounds:
     )
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name, plot in (("reward.png", SECTIONS[0][1][0]), ("eval.png", SECTIONS[0][1][1])):
-            chart = _chart(plot, rows, boundaries, data_name)
-            if chart.series:
-                curves.png(chart, out / name)
+        for name, plot in (("reward.png", curves.REWARD), ("eval.png", curves.EVALUATION)):
+            if charts[plot].series:
+                curves.png(charts[plot], out / name)
             else:
                 (out / name).unlink(missing_ok=True)
         (out / "index.html").write_text(text, encoding="utf-8", newline="\n")
@@ -289,11 +143,11 @@ def write(run_dirs: Sequence[str | Path], out: str | Path | None = None, bounds:
     return out / "index.html"
 
 
-def load(run_dirs: Sequence[str | Path]) -> list[Stage]:
+def load(run_dirs: Sequence[str | Path]) -> list[ReportedRun]:
     """Raises InputError for what is no run's folder, or is named twice."""
     folders = [Path(run_dir) for run_dir in run_dirs]
     whole = [folder.resolve() for folder in folders]
-    stages: list[Stage] = []
+    runs: list[ReportedRun] = []
     for i, folder in enumerate(folders):
         if not (folder / "metrics.jsonl").is_file() and not (folder / "config.yaml").is_file():
             raise InputError(
@@ -305,8 +159,8 @@ def load(run_dirs: Sequence[str | Path]) -> list[Stage]:
         if whole[i] in whole[:i]:
             raise InputError("RUN", str(folder), "is named twice", "name each stage once, in their order")
         name = whole[i].name if [w.name for w in whole].count(whole[i].name) == 1 else "/".join(whole[i].parts[-2:])
-        stages.append(
-            Stage(
+        runs.append(
+            ReportedRun(
                 visible(name),
                 folder,
                 run_folder.read_metrics(folder),
@@ -314,10 +168,10 @@ def load(run_dirs: Sequence[str | Path]) -> list[Stage]:
                 run_folder.read_summary(folder),
                 run_folder.read_layout(folder),
                 run_folder.read_provenance(folder),
-                offset=stages[-1].offset + stages[-1].steps if stages else 0,
+                offset=runs[-1].offset + runs[-1].steps if runs else 0,
             )
         )
-    return stages
+    return runs
 
 
 def visible(text: str) -> str:
@@ -325,54 +179,39 @@ def visible(text: str) -> str:
     return UNSEEN.sub(lambda m: f"⟨U+{ord(m[0]):04X}⟩", text)
 
 
-def _chart(plot: Plot, rows: Sequence[dict], boundaries: tuple, data_name: str) -> curves.Chart:
+def _chart(plot: curves.Plot, rows: Sequence[dict], boundaries: tuple, data_name: str) -> curves.Chart:
     """Of the metrics that some row has; a step without one is a gap."""
-    names = [name for pattern in plot.metrics for name in _names(rows) if fnmatch.fnmatchcase(name, pattern)]
-    names.sort(key=lambda name: int(re.search(r"\d*$", name)[0] or 0))  # mismatch by position: 256 before 1024
-    title = plot.title
-    if plot.metrics == ("eval/mean@*",):
+    if plot is curves.EVALUATION:
+        title = f"Accuracy on {visible(data_name)}" if data_name else plot.title
         series = curves.evaluations(rows)
-        title = f"Accuracy on {visible(data_name)}" if data_name else title
     else:
-        series = []
+        title, series = plot.title, []
+        names = [name for pattern in plot.metrics for name in fnmatch.filter(_names(rows), pattern)]
+        names.sort(key=lambda name: int(re.search(r"\d*$", name)[0] or 0))  # mismatch by position: 256 before 1024
         for name in names:
-            mine = [row for row in rows if _is_eval(row) == name.startswith("eval/")]
-            series.append(
-                curves.Series(visible(name), [row["step"] for row in mine], [row.get(name, math.nan) for row in mine])
-            )
+            mine = [row for row in rows if run_folder.is_evaluation(row) == name.startswith("eval/")]
+            steps, values = [row["step"] for row in mine], [row.get(name, math.nan) for row in mine]
+            series.append(curves.Series(visible(name), steps, values))
     return curves.Chart(title, plot.ylabel, tuple(series), plot.stacked, plot.ylim, plot.log, boundaries)
-
-
-def _of(plot: Plot, name: str) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in plot.metrics)
-
-
-def _is_eval(row: dict) -> bool:
-    return any(name.startswith("eval/") for name in row)
 
 
 def _names(rows: Sequence[dict]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row if name != "step"))
 
 
-def _section(heading: str, charts: list[tuple[Plot, curves.Chart]], rows: Sequence[dict], drawn: dict) -> str:
+def _section(heading: str, charts: dict[curves.Plot, curves.Chart], rows: Sequence[dict], drawn: dict) -> str:
     """A section's figures; `drawn` gets what the page needs to tell the values under the pointer. What is 0 throughout
     is only named."""
     figures, zero = [], []
-    for plot, chart in charts:
-        broken = sum(not math.isfinite(v) for row in rows for metric, v in row.items() if _of(plot, metric))
+    for plot, chart in charts.items():
+        broken = sum(not math.isfinite(v) for row in rows for name, v in row.items() if plot.shows(name))
         if not broken and not any(v for s in chart.series for v in s.finite):
             zero += [s.label for s in chart.series]
             continue
         name = f"chart{len(drawn)}"
         svg = curves.svg(chart, f"{name}-")
-        drawn[name] = [
-            svg.left,
-            svg.right,
-            svg.first,
-            svg.last,
-            [[s.label, list(s.steps), [_number(v) for v in s.values]] for s in chart.series],
-        ]
+        series = [[s.label, list(s.steps), [_number(v) for v in s.values]] for s in chart.series]
+        drawn[name] = [svg.left, svg.right, svg.first, svg.last, series]
         said = "; ".join(
             f"{s.label}: {len(s.finite)} values from {s.finite[0]:.6g} to {s.finite[-1]:.6g}, lowest "
             f"{min(s.finite):.6g}, highest {max(s.finite):.6g}"
@@ -390,60 +229,53 @@ def _section(heading: str, charts: list[tuple[Plot, curves.Chart]], rows: Sequen
     return f"<section><h2>{heading}</h2>{body or '<p>No step has metrics of this kind.</p>'}</section>"
 
 
-def _header(stages: Sequence[Stage]) -> str:
-    facts = [("folder", [str(stage.folder) for stage in stages]), ("state", [_state(stage) for stage in stages])]
-    facts += [(label, [_fact(stage.key(dotted)) for stage in stages]) for label, dotted in FACTS]
-    facts.insert(2, ("training reward, first and last", [_first_and_last(stage, "reward/mean") for stage in stages]))
-    facts.insert(3, ("evaluation, first and last", [_first_and_last(stage, "eval/mean@*") for stage in stages]))
-    facts.insert(4, ("wall clock, seconds", [_fact(stage.summary.get("seconds")) for stage in stages]))
-    facts.insert(5, ("ranks by axis", [_layout(stage) for stage in stages]))
-    facts = [(label, *cells) for label, cells in facts if any(c != "–" for c in cells)]
-    pairs = "".join(f"<div><dt>{_escape(label)}</dt><dd>{_escape(cells[0])}</dd></div>" for label, *cells in facts)
-    table = (
-        f'<dl class="facts">{pairs}</dl>'
-        if len(stages) == 1
-        else _table("", ["", *(stage.name for stage in stages)], facts)
-    )
-    details = [(f"Configuration of {stage.name}", stage.config) for stage in stages if stage.config]
-    details += [
-        (f"Code, software and hardware of {stage.name}, of each start", stage.starts)
-        for stage in stages
-        if stage.starts
+def _header(runs: Sequence[ReportedRun]) -> str:
+    facts = [
+        ("folder", *(str(run.folder) for run in runs)),
+        ("state", *map(_state, runs)),
+        ("training reward, first and last", *(_first_and_last(run, "reward/mean") for run in runs)),
+        ("evaluation, first and last", *(_first_and_last(run, "eval/mean@*") for run in runs)),
+        ("wall clock, seconds", *(_fact(run.summary.get("seconds")) for run in runs)),
+        ("ranks by axis", *map(_layout, runs)),
+        *((label, *(_fact(run.key(dotted)) for run in runs)) for label, dotted in FACTS.items()),
     ]
+    facts = [(label, *cells) for label, *cells in facts if any(c != "–" for c in cells)]
+    if len(runs) == 1:
+        pairs = "".join(f"<div><dt>{_escape(label)}</dt><dd>{_escape(cell)}</dd></div>" for label, cell in facts)
+        table = f'<dl class="facts">{pairs}</dl>'
+    else:
+        table = _table("", ["", *(run.name for run in runs)], facts)
+    details = [(f"Configuration of {run.name}", run.config) for run in runs]
+    details += [(f"Code, software and hardware of {run.name}, of each start", run.starts) for run in runs]
     return table + "".join(
         f"<details><summary>{_escape(summary)}</summary>"
         f"<pre>{_escape(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))}</pre></details>"
         for summary, content in details
+        if content
     )
 
 
-def _state(stage: Stage) -> str:
-    of = stage.key("num_steps")
-    if not stage.steps:
+def _state(run: ReportedRun) -> str:
+    of = run.key("num_steps")
+    if not run.steps:
         return "no step is complete yet"
-    return f"finished: {stage.steps} steps" if stage.steps == of else f"unfinished: {stage.steps} of {_fact(of)} steps"
+    return f"finished: {run.steps} steps" if run.steps == of else f"unfinished: {run.steps} of {_fact(of)} steps"
 
 
-def _layout(stage: Stage) -> str:
+def _layout(run: ReportedRun) -> str:
     """As the newest checkpoint says; without one, as far as the configuration does."""
-    layout = stage.layout or {
-        axis: size for axis in ("tp", "cp", "pp") if (size := stage.key(f"parallel.{axis}")) is not None
-    }
+    configured = {axis: run.key(f"parallel.{axis}") for axis in ("tp", "cp", "pp")}
+    layout = run.layout or {axis: size for axis, size in configured.items() if size is not None}
     return " x ".join(f"{axis} {size}" for axis, size in layout.items()) or "–"
 
 
-def _first_and_last(stage: Stage, pattern: str) -> str:
+def _first_and_last(run: ReportedRun, pattern: str) -> str:
     seen = [
-        (name.partition("/")[2], row["step"], value)
-        for row in stage.rows
-        for name, value in row.items()
-        if fnmatch.fnmatchcase(name, pattern)
+        f"{name.partition('/')[2]} {row[name]:.4g} (step {row['step']})"
+        for row in run.rows
+        for name in fnmatch.filter(row, pattern)
     ]
-    return (
-        "; ".join(f"{name} {value:.4g} (step {step})" for name, step, value in dict.fromkeys((seen[0], seen[-1])))
-        if seen
-        else "–"
-    )
+    return "; ".join(dict.fromkeys((seen[0], seen[-1]))) if seen else "–"
 
 
 def _fact(value: object) -> str:
@@ -455,94 +287,80 @@ def _fact(value: object) -> str:
 def _time_table(rows: Sequence[dict]) -> str:
     totals = {
         name: math.fsum(v for row in rows if math.isfinite(v := row.get(name, 0.0)))
-        for name in _names(rows)
-        if name.startswith("time/")
+        for name in fnmatch.filter(_names(rows), "time/*")
     }
     whole = math.fsum(totals.values())
-    cells = (
-        [[name, f"{s:.1f}", f"{s / whole:.1%}"] for name, s in sorted(totals.items(), key=lambda item: -item[1])]
-        if whole
-        else []
-    )
-    return _table("Seconds of all steps", ["phase", "seconds", "share"], cells) if cells else ""
+    if not whole:
+        return ""
+    longest_first = sorted(totals.items(), key=lambda item: -item[1])
+    cells = [[name, f"{seconds:.1f}", f"{seconds / whole:.1%}"] for name, seconds in longest_first]
+    return _table("Seconds of all steps", ["phase", "seconds", "share"], cells)
 
 
 def _metrics_table(rows: Sequence[dict]) -> str:
     cells = []
     for name in sorted(_names(rows)):
         values = [row[name] for row in rows if name in row]
-        finite = [v for v in values if math.isfinite(v)] or [math.nan]
-        cells.append(
-            [
-                name,
-                *(f"{v:.6g}" for v in (values[0], values[-1], min(finite), max(finite))),
-                str(len(values)),
-                str(len(values) - len([v for v in values if math.isfinite(v)])),
-            ]
-        )
-    return _table(
-        "Every metric of metrics.jsonl", ["metric", "first", "last", "lowest", "highest", "rows", "not finite"], cells
-    )
+        finite = [v for v in values if math.isfinite(v)]
+        shown = values[0], values[-1], min(finite, default=math.nan), max(finite, default=math.nan)
+        cells.append([name, *(f"{v:.6g}" for v in shown), str(len(values)), str(len(values) - len(finite))])
+    head = ["metric", "first", "last", "lowest", "highest", "rows", "not finite"]
+    return _table("Every metric of metrics.jsonl", head, cells)
 
 
 def _table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     cap = f"<caption>{_escape(caption)}</caption>" if caption else ""
     top = "".join(f'<th scope="col">{_escape(cell)}</th>' for cell in head)
     body = "".join(
-        f'<tr><th scope="row">{_escape(row[0])}</th>'
-        + "".join(f"<td>{_escape(cell)}</td>" for cell in row[1:])
-        + "</tr>"
-        for row in rows
+        f'<tr><th scope="row">{_escape(first)}</th>{"".join(f"<td>{_escape(cell)}</td>" for cell in others)}</tr>'
+        for first, *others in rows
     )
     return f'<div class="wide"><table>{cap}<thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def collect_rollouts(stages: Sequence[Stage], bounds: Bounds) -> tuple[list, str]:
-    """([[step of the page, stage, step, groups], ...], what was left out). A group: [position, prompt, problem, gold,
+def collect_rollouts(runs: Sequence[ReportedRun], bounds: Bounds) -> tuple[list, str]:
+    """([[step of the page, run, step, groups], ...], what was left out). A group: [position, prompt, problem, gold,
     responses]; a response: [sample, tokens, truncated, versions, reward, status, answer, rule, other verifier's, text];
     a text: [beginning, characters left out, end]."""
-    files = [(stage, step, path) for stage in stages for step, path in run_folder.rollout_files(stage.folder).items()]
+    files = [(run, step, path) for run in runs for step, path in run_folder.rollout_files(run.folder).items()]
+    if not files:
+        return [], "This run has kept no rollouts."
     chosen = [files[i] for i in evenly(len(files), bounds.steps)]
-    total = int(bounds.mib * 2**20 / max(len(chosen), 1))
     out, cut, cut_chars, texts_out, rows_out = [], 0, 0, 0, 0
-    for stage, step, path in chosen:
+    for run, step, path in chosen:
         groups: dict[tuple, list] = {}
-        left = total
+        left = int(bounds.mib * 2**20 / len(chosen))
         for row in run_folder.read_rollouts(path):
             key = (_field(row.get("position")), _field(row.get("prompt_id")))
             text, problem = _text(row.get("response"), bounds.chars), _text(row.get("problem"), bounds.chars)
             response = [*_response(row), text]
-            group = groups.get(key) or [*key, problem, _field(row.get("gold")), []]
-            size = len(_json(response).encode()) + (len(_json(group).encode()) if key not in groups else 0)
+            added = [response]
+            if key not in groups:
+                added.append([*key, problem, _field(row.get("gold")), []])
+            size = _num_bytes(added)
             if size > left and text:
-                response[-1] = None
-                group[2] = group[2] if key in groups else None
-                size, texts_out, text = (
-                    len(_json(response).encode()) + (len(_json(group).encode()) if key not in groups else 0),
-                    texts_out + 1,
-                    None,
-                )
+                response[-1] = text = None
+                if key not in groups:
+                    added[-1][2] = None
+                size, texts_out = _num_bytes(added), texts_out + 1
             if size > left:
                 rows_out += 1
                 continue
             left -= size
-            groups.setdefault(key, group)[4].append(response)
+            groups.setdefault(key, added[-1])[4].append(response)
             if text and text[1]:
                 cut, cut_chars = cut + 1, cut_chars + text[1]
-        out.append([stage.offset + step, stage.name, step, list(groups.values())])
+        out.append([run.offset + step, run.name, step, list(groups.values())])
     said = [f"{len(chosen)} of {len(files)} steps that have rollouts are shown"]
-    said += [f"{cut} responses are cut to {bounds.chars} characters ({cut_chars} characters left out)"] if cut else []
-    said += (
-        [f"{texts_out} texts and {rows_out} responses are left out beyond {bounds.mib:g} MiB"]
-        if texts_out or rows_out
-        else []
-    )
-    return (
-        out,
-        "; ".join(said) + ". Of each step, the run keeps the texts of the first rollout.keep_texts groups."
-        if files
-        else "This run has kept no rollouts.",
-    )
+    if cut:
+        said.append(f"{cut} responses are cut to {bounds.chars} characters ({cut_chars} characters left out)")
+    if texts_out or rows_out:
+        said.append(f"{texts_out} texts and {rows_out} responses are left out beyond {bounds.mib:g} MiB")
+    return out, "; ".join(said) + ". Of each step, the run keeps the texts of the first rollout.keep_texts groups."
+
+
+def _num_bytes(parts: Sequence[list]) -> int:
+    return sum(len(_json(part).encode()) for part in parts)
 
 
 def evenly(n: int, most: int) -> list[int]:
@@ -563,19 +381,13 @@ def _response(row: dict) -> list:
         _number(row.get("response_tokens")),
         bool(row.get("truncated")),
         _field(said),
-        _number(row.get("reward")),
-        _field(row.get("status")),
-        _field(row.get("answer")),
-        _field(row.get("detail")),
-        [
-            _number(other.get("reward")),
-            _field(other.get("status")),
-            _field(other.get("answer")),
-            _field(other.get("detail")),
-        ]
-        if isinstance(other, dict)
-        else None,
+        *_verdict(row),
+        _verdict(other) if isinstance(other, dict) else None,
     ]
+
+
+def _verdict(row: dict) -> list:
+    return [_number(row.get("reward")), *(_field(row.get(name)) for name in ("status", "answer", "detail"))]
 
 
 def _text(value: object, most: int) -> list | None:
@@ -591,12 +403,9 @@ def _text(value: object, most: int) -> list | None:
 def _field(value: object) -> str | None:
     if value is None:
         return None
-    text = value if isinstance(value, str) else str(value)
-    return (
-        visible(text)
-        if len(text) <= MAX_FIELD_CHARS
-        else f"{visible(text[:MAX_FIELD_CHARS])} … ({len(text) - MAX_FIELD_CHARS} characters left out)"
-    )
+    text = str(value)
+    more = len(text) - MAX_FIELD_CHARS
+    return visible(text[:MAX_FIELD_CHARS]) + (f" … ({more} characters left out)" if more > 0 else "")
 
 
 def _number(value: object) -> float | str | None:

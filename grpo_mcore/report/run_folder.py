@@ -29,6 +29,11 @@ def read_metrics(run_dir: str | Path) -> list[dict]:
     return rows
 
 
+def is_evaluation(row: dict) -> bool:
+    """Whether a row of metrics.jsonl is an evaluation's, and not a step's."""
+    return any(name.startswith("eval/") for name in row)
+
+
 def read_rollouts(path: Path) -> list[dict]:
     """One of each response of a step: see samples.rollout_rows."""
     return _read_lines(path)

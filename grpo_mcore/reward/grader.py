@@ -10,10 +10,11 @@ import math
 import select
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from grpo_mcore.config import config
 from grpo_mcore.reward.grading_process import GradingProcess, Question, Reply
 from grpo_mcore.reward.math_answer import MAX_BOX_CHARS
 from grpo_mcore.reward.verifiers import VERIFIERS
@@ -56,39 +57,25 @@ class Verdict:
 class Grader:
     """Grades responses; a context manager. Threads that need its processes take turns.
 
-    num_processes: processes that compare, started as far as there are questions for them.
-    cpu_s, wall_s: processor and clock seconds for one comparison; start-up does not count. wall_s >= cpu_s.
-    memory_bytes: address space of each process. Importing sympy takes about 64 MiB of it.
-    verifier: whose verdict gives the reward. compare_verifiers: the other one's stands beside it in Verdict.other.
-    require_think: a response without </think> has no answer. The opening tag is not asked for: chat templates put it
-    into the prompt.
+    Of its section, cpu_s and wall_s are of one comparison; start-up does not count. memory_bytes is each process's
+    address space, of which importing sympy takes about 64 MiB. With compare_verifiers the other verifier's verdict
+    stands in Verdict.other. require_think does not ask for the opening tag: chat templates put it into the prompt.
     """
 
-    def __init__(
-        self,
-        num_processes: int,
-        cpu_s: float,
-        wall_s: float,
-        memory_bytes: int,
-        *,
-        verifier: str = "math_verify",
-        require_think: bool = False,
-        compare_verifiers: bool = False,
-    ):
-        if verifier not in VERIFIERS:
-            raise ValueError(f"verifier = {verifier!r}: must be one of {', '.join(VERIFIERS)}")
-        if num_processes < 1:
-            raise ValueError(f"num_processes = {num_processes}: must be at least 1")
-        if not 0 < cpu_s <= wall_s < math.inf:
+    def __init__(self, cfg: config.Reward):
+        if cfg.verifier not in VERIFIERS:
+            raise ValueError(f"verifier = {cfg.verifier!r}: must be one of {', '.join(VERIFIERS)}")
+        if cfg.num_processes < 1:
+            raise ValueError(f"num_processes = {cfg.num_processes}: must be at least 1")
+        if not 0 < cfg.cpu_s <= cfg.wall_s < math.inf:
             raise ValueError(
-                f"cpu_s = {cpu_s}, wall_s = {wall_s}: must be positive, finite, and cpu_s <= wall_s, since a "
+                f"cpu_s = {cfg.cpu_s}, wall_s = {cfg.wall_s}: must be positive, finite, and cpu_s <= wall_s, since a "
                 "process never has more processor time than clock time. Remedy: raise wall_s"
             )
-        if memory_bytes < 1:
-            raise ValueError(f"memory_bytes = {memory_bytes}: must be positive")
-        self._num_processes, self._cpu_s, self._wall_s, self._memory_bytes = num_processes, cpu_s, wall_s, memory_bytes
-        self._verifiers = [verifier] + [name for name in VERIFIERS if name != verifier and compare_verifiers]
-        self._require_think = require_think
+        if cfg.memory_bytes < 1:
+            raise ValueError(f"memory_bytes = {cfg.memory_bytes}: must be positive")
+        self._cfg = cfg
+        self._verifiers = [cfg.verifier, *(n for n in VERIFIERS if n != cfg.verifier and cfg.compare_verifiers)]
         self._processes: list[GradingProcess] = []
         self._asking = threading.Lock()  # evaluation comes between steps that are being sampled
         self._is_closed = False
@@ -121,13 +108,12 @@ class Grader:
     def _read(self, name: str, text: str, gold: str, truncated: bool) -> Verdict | Question:
         """The verdict or, if it takes algebra, the question."""
         none = Status.TRUNCATED if truncated else Status.NO_ANSWER
-        if self._require_think and "</think>" not in text:
+        if self._cfg.require_think and "</think>" not in text:
             return Verdict(0.0, none, None, "no </think>")
         answer = VERIFIERS[name].extract(text)
         if answer is None:
-            return Verdict(
-                0.0, none, None, rf"no \boxed{{}} of 1 to {MAX_BOX_CHARS} characters after the first </think>"
-            )
+            detail = rf"no \boxed{{}} of 1 to {MAX_BOX_CHARS} characters after the first </think>"
+            return Verdict(0.0, none, None, detail)
         question, (equal, rule) = Question(name, answer, gold), VERIFIERS[name].compare_text(answer, gold)
         return question if equal is None else _verdict(question, Reply(equal, rule))
 
@@ -147,10 +133,10 @@ class Grader:
         try:
             while len(reply_to) < len(questions):
                 unanswered = len(questions) - len(reply_to)
-                while len(self._processes) < min(self._num_processes, unanswered):
-                    self._processes.append(GradingProcess(self._cpu_s, self._memory_bytes))
+                while len(self._processes) < min(self._cfg.num_processes, unanswered):
+                    self._processes.append(GradingProcess(self._cfg.cpu_s, self._cfg.memory_bytes))
                 for process in self._processes:
-                    if process.is_idle and waiting and process.ask(waiting[0], self._wall_s):
+                    if process.is_idle and waiting and process.ask(waiting[0], self._cfg.wall_s):
                         waiting.popleft()
                 for process in self._next_events():
                     question, reply = process.question, process.read_reply()
@@ -183,10 +169,8 @@ class Grader:
 
 def counts(verdicts: Sequence[Verdict]) -> dict[str, int]:
     """How many verdicts have each status; every status is a key: {"correct": 3, "wrong": 1, "no_answer": 0, ...}."""
-    number = {status.value: 0 for status in Status}
-    for verdict in verdicts:
-        number[verdict.status.value] += 1
-    return number
+    number = Counter(verdict.status for verdict in verdicts)
+    return {status.value: number[status] for status in Status}
 
 
 def _verdict(question: Question, reply: Reply) -> Verdict:

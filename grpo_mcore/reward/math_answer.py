@@ -5,8 +5,8 @@ What decides is math-verify, with two departures from its defaults, both because
 * It never reads a response. It sees the content of one box, cut out by `extract_boxed`: in a whole response it would
   collect "\boxed{1} then \boxed{99}" as the set {1, 99}, count boxes inside the thinking, and spend quadratic time.
 * It does not strip units: its own list takes single letters for units, so that 2 passes for 2s and 3m for 3g.
-`normalise`
-  does that part, and with it mends what math-verify gets wrong (7=5 for 5, 12431_8 for 12431_7, "1 000", 12.5%, ...).
+  `normalise` does that part, and with it mends what math-verify gets wrong (7=5 for 5, 12431_8 for 12431_7, "1 000",
+  12.5%, ...).
 
 math-verify can run for ever on a hostile answer (9^{9^{9^9}}). Its own time-out is an alarm signal, which costs seconds
 of clock, cancels the caller's alarm and fails off the main thread, so it is off: call `is_equal` in a process that can

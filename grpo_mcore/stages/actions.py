@@ -14,19 +14,17 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import yaml
-
 from grpo_mcore import entry
 from grpo_mcore.checkpoint import checkpoint
 from grpo_mcore.checkpoint.parity import folder_digest
-from grpo_mcore.config.config import InputError
+from grpo_mcore.config.config import Config, InputError
 from grpo_mcore.evaluate import evaluate, scores
 from grpo_mcore.policy.hf_weights import local_folder
-from grpo_mcore.report import metrics
+from grpo_mcore.report import run_folder
 from grpo_mcore.run import stop_reason
 from grpo_mcore.stages import stages
 from grpo_mcore.stages.lineage import FILE, Lineage, check_unchanged, next_action, plain
-from grpo_mcore.stages.stages import Plan
+from grpo_mcore.stages.stages import Plan, Stage
 
 CONVERT_TIMEOUT_S = 6 * 3600  # of an export and of its proof, which wait for nobody but the disk
 STOPPED_TIMEOUT_S = 3600  # of a command that was told to save and leave
@@ -67,6 +65,35 @@ class Launcher:
         ]
 
 
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A stage at work; its configuration is read once."""
+
+    plan: Plan
+    launcher: Launcher
+    number: int
+    before: dict | None  # the record of the stage before
+    taken: list[str]  # overrides: what it takes over from that one
+    config: Config  # of its training
+    record: dict
+
+    @property
+    def stage(self) -> Stage:
+        return self.plan.file.stages[self.number]
+
+    @property
+    def cfg(self) -> str:
+        return str(self.plan.config_path(self.number))
+
+    def overrides(self, *, evaluation: bool = False) -> list[str]:
+        return self.plan.overrides(self.number, self.taken, evaluation=evaluation)
+
+    def execute(self, command: list[str], what: str, timeout_s: float | None = None) -> str:
+        """See `execute`. Returns the command as one types it."""
+        execute(command, f"stage {self.stage.name}: {what}", timeout_s)
+        return shlex.join(command)
+
+
 def run(plan: Plan, launcher: Launcher, redo_from: int | None = None) -> None:
     """Every action that is not finished, stage by stage. Raises InputError, ActionFailed, entry.Preempted."""
     with alone(plan.dir):
@@ -99,16 +126,18 @@ def alone(folder: Path) -> Iterator[None]:
 
 def go_on(plan: Plan, launcher: Launcher, lineage: Lineage) -> None:
     for number, stage in enumerate(plan.file.stages):
+        before = lineage.stages[number - 1] if number else None
         taken = overrides_of(plan, lineage, number)
+        config = plan.config(number, taken)
         record = lineage.stages[number] if number < len(lineage.stages) else None
         if record is None or "train" not in record:
-            config = plan.config(number, taken)
             check_run_dir(config)
-            record = lineage.begin(stage.name, plain(stage), config, taken_over(plan, lineage, number, taken))
+            record = lineage.begin(stage.name, plain(stage), config, taken_over(stage, config, before, taken))
+        work = Work(plan, launcher, number, before, taken, config, record)
         while (action := next_action(record)) is not None:
             print(f"stage {stage.name}: {action}", flush=True)
             began = time.monotonic()
-            result = DO[action](plan, launcher, number, record, taken, lineage)
+            result = DO[action](work)
             lineage.finish(record, action, {**result, "seconds": round(time.monotonic() - began, 1)})
 
 
@@ -157,12 +186,11 @@ def next_stage_needs(plan: Plan, lineage: Lineage, number: int) -> bool:
     )
 
 
-def check_run_dir(config) -> None:
+def check_run_dir(config: Config) -> None:
     """Raises InputError if the run that the folder holds began otherwise than this one."""
-    saved = Path(config.run_dir) / "config.yaml"
-    if not saved.is_file() or not checkpoint.published(config.run_dir):
+    began = run_folder.read_config(config.run_dir)
+    if not began or not checkpoint.published(config.run_dir):
         return
-    began = yaml.safe_load(saved.read_text())
     for name, before, now in (
         ("model", began["model"], config.model),
         ("data.skip_prompts", began["data"]["skip_prompts"], config.data.skip_prompts),
@@ -185,13 +213,12 @@ def overrides_of(plan: Plan, lineage: Lineage, number: int) -> list[str]:
     )
 
 
-def taken_over(plan: Plan, lineage: Lineage, number: int, taken: list[str]) -> dict:
+def taken_over(stage: Stage, config: Config, before: dict | None, taken: list[str]) -> dict:
     """What the record says of how the stage begins."""
-    config, stage = plan.config(number, taken), plan.file.stages[number]
     return {
         "overrides": taken,
         "model": config.model,
-        "model_digest": lineage.stages[number - 1]["export"]["digest"] if number else None,
+        "model_digest": before["export"]["digest"] if before else None,
         "reference_policy": stages.reference(config),
         "optimizer": "fresh" if stage.optimizer == "fresh" else f"of {config.checkpoint.start_from}",
         "step": 0,
@@ -200,19 +227,20 @@ def taken_over(plan: Plan, lineage: Lineage, number: int, taken: list[str]) -> d
     }
 
 
-def train(plan: Plan, launcher: Launcher, number: int, record: dict, taken: list[str], lineage: Lineage) -> dict:
-    command = launcher.train("--cfg", str(plan.config_path(number)), *plan.overrides(number, taken))
-    execute(command, f"stage {record['name']}: training")
-    config = plan.config(number, taken)
+def train(work: Work) -> dict:
+    config = work.config
+    command = work.execute(work.launcher.train("--cfg", work.cfg, *work.overrides()), "training")
     found = checkpoint.published(config.run_dir)
     if not found:
-        raise ActionFailed(f"stage {record['name']}: training ended well and left no checkpoint in {config.run_dir}", 1)
-    if number == 0:  # a warm start has made it by now
-        record["carry_over"]["model_digest"] = folder_digest(local_folder(config.model))
+        raise ActionFailed(
+            f"stage {work.stage.name}: training ended well and left no checkpoint in {config.run_dir}", 1
+        )
+    if work.number == 0:  # a warm start has made it by now
+        work.record["carry_over"]["model_digest"] = folder_digest(local_folder(config.model))
     last = checkpoint.progress_of(found[0])
-    why = stop_reason(config.stop, metrics.read(config.run_dir), last.step)
+    why = stop_reason(config.stop, run_folder.read_metrics(config.run_dir), last.step)
     return {
-        "command": shlex.join(command),
+        "command": command,
         "run_dir": config.run_dir,
         "steps": last.step,
         "ended_by": why or f"num_steps = {config.num_steps}",
@@ -220,9 +248,9 @@ def train(plan: Plan, launcher: Launcher, number: int, record: dict, taken: list
     }
 
 
-def choose(plan: Plan, launcher: Launcher, number: int, record: dict, taken: list[str], lineage: Lineage) -> dict:
-    config = plan.config(number, taken)
-    if plan.file.stages[number].choose == "last":
+def choose(work: Work) -> dict:
+    config = work.config
+    if work.stage.choose == "last":
         folder, why = checkpoint.published(config.run_dir)[0], "the last"
     else:
         name = config.checkpoint.best_metric
@@ -244,57 +272,37 @@ def choose(plan: Plan, launcher: Launcher, number: int, record: dict, taken: lis
     }
 
 
-def export(plan: Plan, launcher: Launcher, number: int, record: dict, taken: list[str], lineage: Lineage) -> dict:
-    folder = plan.export_of(number)
+def export(work: Work) -> dict:
+    folder, chosen = str(work.plan.export_of(work.number)), work.record["choose"]["checkpoint"]
     shutil.rmtree(folder, ignore_errors=True)  # of an export whose end was not recorded
-    command = launcher.program(
-        "convert.py", "to-hf", "--checkpoint", record["choose"]["checkpoint"], "--out", str(folder)
-    )
-    execute(command, f"stage {record['name']}: the export", CONVERT_TIMEOUT_S)
-    return {"command": shlex.join(command), "folder": str(folder), "digest": folder_digest(folder)}
+    command = work.launcher.program("convert.py", "to-hf", "--checkpoint", chosen, "--out", folder)
+    command = work.execute(command, "the export", CONVERT_TIMEOUT_S)
+    return {"command": command, "folder": folder, "digest": folder_digest(folder)}
 
 
-def prove(plan: Plan, launcher: Launcher, number: int, record: dict, taken: list[str], lineage: Lineage) -> dict:
-    out = plan.dir / f"{record['name']}_parity.json"
-    command = launcher.program(
-        "convert.py",
-        "prove",
-        "--checkpoint",
-        record["choose"]["checkpoint"],
-        "--hf",
-        record["export"]["folder"],
-        "--out",
-        str(out),
-    )
-    execute(command, f"stage {record['name']}: the proof of its export", CONVERT_TIMEOUT_S)
-    return {"command": shlex.join(command), **json.loads(out.read_text())}
+def prove(work: Work) -> dict:
+    out = work.plan.dir / f"{work.stage.name}_parity.json"
+    chosen, folder = work.record["choose"]["checkpoint"], work.record["export"]["folder"]
+    command = work.launcher.program("convert.py", "prove", "--checkpoint", chosen, "--hf", folder, "--out", str(out))
+    command = work.execute(command, "the proof of its export", CONVERT_TIMEOUT_S)
+    return {"command": command, **json.loads(out.read_text())}
 
 
-def evaluate_export(
-    plan: Plan, launcher: Launcher, number: int, record: dict, taken: list[str], lineage: Lineage
-) -> dict:
-    if plan.config(number, taken, evaluation=True).eval.data is None:
+def evaluate_export(work: Work) -> dict:
+    if work.plan.config(work.number, work.taken, evaluation=True).eval.data is None:
         return {"skipped": "eval.data names nothing"}
-    out = plan.dir / f"{record['name']}_eval.json"
-    command = launcher.program(
-        "evaluate.py",
-        "--cfg",
-        str(plan.config_path(number)),
-        "--model",
-        record["export"]["folder"],
-        "--out",
-        str(out),
-        *plan.overrides(number, taken, evaluation=True),
-    )
-    execute(command, f"stage {record['name']}: the evaluation")
-    seen = json.loads(out.read_text())
+    out = str(work.plan.dir / f"{work.stage.name}_eval.json")
+    options = ("--cfg", work.cfg, "--model", work.record["export"]["folder"], "--out", out)
+    command = work.launcher.program("evaluate.py", *options, *work.overrides(evaluation=True))
+    command = work.execute(command, "the evaluation")
+    seen = json.loads(Path(out).read_text())
     result = {
-        "command": shlex.join(command),
-        "file": str(out),
+        "command": command,
+        "file": out,
         **{k: v for k, v in seen.items() if k.startswith("eval/") or k == "num_problems"},
     }
-    if number and "file" in (before := lineage.stages[number - 1]["evaluate"]):
-        mine, other = (evaluate.read_problems(path)[0] for path in (str(out), before["file"]))
+    if work.before and "file" in work.before["evaluate"]:
+        mine, other = (evaluate.read_problems(path)[0] for path in (out, work.before["evaluate"]["file"]))
         if {(p.id, p.answer) for p in mine} == {(p.id, p.answer) for p in other}:
             result["minus_stage_before"] = str(scores.compare(mine, other))
     return result

@@ -59,11 +59,10 @@ class Lineage:
         record["status"] = next_action(record) or "finished"
         self.write()
 
-    def cut(self, number: int) -> list[dict]:
-        """Forgets the stages from `number` on; returns what was forgotten."""
-        gone, self.stages = self.stages[number:], self.stages[:number]
+    def cut(self, number: int) -> None:
+        """Forgets the stages from `number` on."""
+        self.stages = self.stages[:number]
         self.write()
-        return gone
 
     def write(self) -> None:
         """Atomically."""

@@ -24,13 +24,9 @@ from grpo_mcore.policy import model
 from grpo_mcore.policy.hf_weights import local_folder
 from grpo_mcore.run import check_lengths
 
-# What the order of prompts depends on.
+# What the order of prompts depends on, besides the seed; and where over-long prompts are left out.
 ORDER = ("data.train", "data.problem_key", "data.answer_key", "data.overlong_prompts")
-FILTER = (
-    "data.max_prompt_tokens",
-    "data.prompt_template",
-    "data.chat_template",
-)  # besides, where over-long prompts are left out
+FILTER = ("data.max_prompt_tokens", "data.prompt_template", "data.chat_template")
 
 
 @dataclass(frozen=True)
@@ -170,24 +166,22 @@ def _check_pair(stage: Stage, before: Sequence[Config], config: Config) -> None:
             raise InputError("run_dir", config.run_dir, "is another stage's too", "give each stage one of its own")
     if stage.prompts == "own":
         return
-    last = before[-1]
-    seeds = [c.seed if c.data.shuffle_seed is None else c.data.shuffle_seed for c in (last, config)]
-    if seeds[0] != seeds[1]:
-        raise InputError(
-            "data.shuffle_seed",
-            seeds[1],
-            f"makes another order of prompts than the stage before's {seeds[0]}, so that prompts would come again",
-            "give both the same, or set prompts: own",
-        )
-    for dotted in (*ORDER, *(FILTER if config.data.overlong_prompts == "filter" else ())):
-        a, b = (recipe.key(dotted)(c) for c in (last, config))
-        if a != b:
+    keys = (*ORDER, *(FILTER if config.data.overlong_prompts == "filter" else ()))
+    was, now = (_order(c, keys) for c in (before[-1], config))
+    for dotted in now:
+        if was[dotted] != now[dotted]:
             raise InputError(
                 dotted,
-                b,
-                f"makes another order of prompts than the stage before's {a!r}, so that prompts would come again",
+                now[dotted],
+                f"makes another order of prompts than the stage before's {was[dotted]!r}, so that prompts would come "
+                "again",
                 "give both the same, or set prompts: own",
             )
+
+
+def _order(config: Config, keys: Sequence[str]) -> dict[str, object]:
+    seed = config.seed if config.data.shuffle_seed is None else config.data.shuffle_seed
+    return {"data.shuffle_seed": seed, **{dotted: recipe.key(dotted)(config) for dotted in keys}}
 
 
 def check_model(plan: Plan) -> None:
@@ -204,12 +198,45 @@ def check_model(plan: Plan) -> None:
 
 def describe(plan: Plan) -> str:
     """The plan of all stages, quantity by quantity, a column each."""
-    rows = [("", *(s.name for s in plan.file.stages))]
-    for name, of in QUANTITIES.items():
-        rows.append((name, *(str(of(plan, number)) for number in range(len(plan.configs)))))
+    columns = [_quantities(plan, number) for number in range(len(plan.configs))]
+    rows = [(name, *(str(column[name]) for column in columns)) for name in columns[0]]
     widths = [max(map(len, column)) for column in zip(*rows)]
     table = "\n".join("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows)
     return f"{table}\nlineage: {plan.dir / 'lineage.json'}"
+
+
+def _quantities(plan: Plan, number: int) -> dict[str, object]:
+    """Of a stage, by name."""
+    stage, c, evaluated = plan.file.stages[number], plan.configs[number], plan.config(number, evaluation=True)
+    p, e, samples = c.parallel, evaluated.eval, evaluated.eval.samples_per_prompt
+    if_done = " if all steps before are done" if number and stage.prompts == "continue" else ""
+    return {
+        "": stage.name,
+        "configuration": plan.config_path(number),
+        "run_dir": c.run_dir,
+        "model": c.model,
+        "follows": c.recipe or "no recipe",
+        "ends after": stop_rule(c),
+        "a step": f"{c.rollout.prompts_per_step} prompts x {c.rollout.group_size} responses",
+        "optimizer steps": recipe.optimizer_steps(c),
+        "longest sequence": f"{c.longest_train_tokens} tokens",
+        "longest response": f"{c.response_tokens(0)} tokens",
+        "learning rate": f"{c.optimizer.lr:g} {c.optimizer.lr_schedule}, warm-up {recipe.warm_up(c)}",
+        "optimizer": stage.optimizer,
+        "reference policy": reference(c),
+        "KL coefficient": f"{c.loss.kl_coef:g}",
+        "ratio clip": f"{c.loss.clip_low:g} / {c.loss.clip_high:g}",
+        "prompts skipped": f"{c.data.skip_prompts}{if_done}",
+        "ranks by axis": f"tp {p.tp} x cp {p.cp} x pp {p.pp} x dp {plan.ranks // p.ranks_per_replica}; "
+        f"{c.engine.num_engines} engines",
+        "goes on with": "last" if stage.choose == "last" else f"best by {c.checkpoint.best_metric}",
+        "export": plan.export_of(number),
+        "evaluated on": e.data or "nothing",
+        "evaluation": f"{samples} x {evaluated.response_tokens(0, evaluation=True)} tokens at T={e.temperature:g}, "
+        f"top_p={e.top_p:g}"
+        if e.data
+        else "none",
+    }
 
 
 def stop_rule(config: Config) -> str:
@@ -223,62 +250,3 @@ def stop_rule(config: Config) -> str:
 
 def reference(config: Config) -> str:
     return "the stage's initial weights" if config.loss.kl_coef > 0 else "none (loss.kl_coef = 0)"
-
-
-def _ranks(plan: Plan, number: int) -> str:
-    p = plan.configs[number].parallel
-    return (
-        f"tp {p.tp} x cp {p.cp} x pp {p.pp} x dp {plan.ranks // p.ranks_per_replica}; "
-        f"{plan.configs[number].engine.num_engines} engines"
-    )
-
-
-def _chosen(plan: Plan, number: int) -> str:
-    return (
-        "last"
-        if plan.file.stages[number].choose == "last"
-        else f"best by {plan.configs[number].checkpoint.best_metric}"
-    )
-
-
-def _evaluation(plan: Plan, number: int) -> str:
-    c = plan.config(number, evaluation=True)
-    return (
-        f"{c.eval.samples_per_prompt} x {c.response_tokens(0, evaluation=True)} tokens at "
-        f"T={c.eval.temperature:g}, top_p={c.eval.top_p:g}"
-        if c.eval.data
-        else "none"
-    )
-
-
-# Quantity -> its value of a plan's stage.
-QUANTITIES = {
-    "configuration": lambda plan, n: plan.config_path(n),
-    "run_dir": lambda plan, n: plan.configs[n].run_dir,
-    "model": lambda plan, n: plan.configs[n].model,
-    "follows": lambda plan, n: plan.configs[n].recipe or "no recipe",
-    "ends after": lambda plan, n: stop_rule(plan.configs[n]),
-    "a step": lambda plan, n: (
-        f"{plan.configs[n].rollout.prompts_per_step} prompts x {plan.configs[n].rollout.group_size} responses"
-    ),
-    "optimizer steps": lambda plan, n: recipe.optimizer_steps(plan.configs[n]),
-    "longest sequence": lambda plan, n: f"{plan.configs[n].longest_train_tokens} tokens",
-    "longest response": lambda plan, n: f"{plan.configs[n].response_tokens(0)} tokens",
-    "learning rate": lambda plan, n: (
-        f"{plan.configs[n].optimizer.lr:g} {plan.configs[n].optimizer.lr_schedule}, warm-up "
-        f"{recipe.warm_up(plan.configs[n])}"
-    ),
-    "optimizer": lambda plan, n: plan.file.stages[n].optimizer,
-    "reference policy": lambda plan, n: reference(plan.configs[n]),
-    "KL coefficient": lambda plan, n: f"{plan.configs[n].loss.kl_coef:g}",
-    "ratio clip": lambda plan, n: f"{plan.configs[n].loss.clip_low:g} / {plan.configs[n].loss.clip_high:g}",
-    "prompts skipped": lambda plan, n: (
-        f"{plan.configs[n].data.skip_prompts}"
-        + (" if all steps before are done" if n and plan.file.stages[n].prompts == "continue" else "")
-    ),
-    "ranks by axis": _ranks,
-    "goes on with": _chosen,
-    "export": lambda plan, n: plan.export_of(n),
-    "evaluated on": lambda plan, n: plan.config(n, evaluation=True).eval.data or "nothing",
-    "evaluation": _evaluation,
-}

@@ -1,6 +1,6 @@
-"""Rows of a file, the tokenizer around them, and the seeded stream of prompts.
+"""Problems as token ids, and the seeded stream of prompts.
 
-Not covered here: data sets of the hub (no network in tests), the arithmetic tasks (test_arithmetic.py).
+Not covered here: where problems come from (test_sources.py).
 """
 
 import json
@@ -12,6 +12,7 @@ from grpo_mcore.config import config
 from grpo_mcore.config.config import InputError
 from grpo_mcore.data import arithmetic, prompts
 from grpo_mcore.types import Prompt
+from tests.data.test_sources import jsonl
 
 PLAIN = config.Data(train="", chat_template=False)
 
@@ -26,93 +27,6 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def tokenizer(folder) -> prompts.Tokenizer:
     return prompts.Tokenizer(str(folder))
-
-
-def jsonl(path: Path, *rows: dict | str) -> str:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return str(path)
-
-
-GOOD = {"problem": "1+2", "answer": "3"}
-
-
-def test_rows_come_in_the_order_of_the_file_and_as_text(tmp_path):
-    source = jsonl(tmp_path / "d.jsonl", GOOD, "", {"problem": "1-1", "answer": 0, "level": 5})
-    # A blank line is no row; the number 0 is an answer and not an empty one.
-    assert prompts.read_rows(source, PLAIN, "data.train") == [("1+2", "3"), ("1-1", "0")]
-
-
-def test_columns_are_read_by_the_configured_names(tmp_path):
-    source = jsonl(tmp_path / "d.jsonl", {"question": "1+2", "gold": "3", "answer": "no"})
-    data = config.Data(train="", problem_key="question", answer_key="gold")
-    assert prompts.read_rows(source, data, "data.train") == [("1+2", "3")]
-
-
-@pytest.mark.parametrize(
-    "row, message",
-    [
-        ({"problem": "1+2"}, "has no column 'answer'. Remedy: set data.answer_key"),
-        ({"question": "1+2", "answer": "3"}, "has no column 'problem'. Remedy: set data.problem_key"),
-        ([1, 2], "has no column 'problem'"),
-        ({"problem": "1+2", "answer": " "}, "its 'answer' is empty. Remedy: mend or remove the row"),
-        ({"problem": "1+2", "answer": None}, "its 'answer' is empty"),
-        ({"problem": "", "answer": "3"}, "its 'problem' is empty"),
-    ],
-)
-def test_a_bad_row_is_named_by_field_file_and_line(tmp_path, row, message):
-    source = jsonl(tmp_path / "d.jsonl", GOOD, "", row, GOOD)
-    with pytest.raises(InputError) as e:
-        prompts.read_rows(source, PLAIN, "eval.data")
-    assert message in str(e.value)
-    assert str(e.value).startswith(f"eval.data: {source}, line 3 = ")  # counted as an editor counts them
-
-
-@pytest.mark.parametrize("name", ["gone.jsonl", "gone.json", "gone.parquet"])
-def test_a_missing_file_is_named(tmp_path, name):
-    source = str(tmp_path / name)
-    with pytest.raises(InputError) as e:
-        prompts.read_rows(source, PLAIN, "data.train")
-    assert str(e.value) == f"data.train = {source!r}: there is no such file. Remedy: check the path."
-
-
-def test_a_line_that_is_not_json_is_named_by_file_and_line(tmp_path):
-    source = jsonl(tmp_path / "d.jsonl", GOOD, '{"problem": "1+2", "answer": ')
-    with pytest.raises(InputError, match="d.jsonl, line 2"):
-        prompts.read_rows(source, PLAIN, "data.train")
-
-
-def test_a_line_separator_within_a_json_string_does_not_end_the_row(tmp_path):
-    path = tmp_path / "d.jsonl"
-    path.write_text(json.dumps({"problem": "1\u20282", "answer": "3"}, ensure_ascii=False) + "\n")
-    assert prompts.read_rows(str(path), PLAIN, "data.train") == [("1\u20282", "3")]
-
-
-def parquet(path: Path, columns: dict[str, list]) -> str:
-    import pyarrow
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(pyarrow.table(columns), path)
-    return str(path)
-
-
-@pytest.fixture
-def datasets_cache(tmp_path, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-
-
-def test_a_parquet_file_gives_the_rows_that_the_same_jsonl_gives(tmp_path, datasets_cache):
-    rows = [{"problem": f"{i}+{i}", "answer": str(2 * i)} for i in range(20)]
-    columns = {key: [row[key] for row in rows] for key in rows[0]}
-    from_parquet = prompts.read_rows(parquet(tmp_path / "d.parquet", columns), PLAIN, "data.train")
-    assert from_parquet == prompts.read_rows(jsonl(tmp_path / "d.jsonl", *rows), PLAIN, "data.train")
-
-
-def test_a_bad_row_of_a_parquet_file_is_named(tmp_path, datasets_cache):
-    source = parquet(tmp_path / "d.parquet", {"problem": ["1+1", "2+2"], "answer": ["2", None]})
-    with pytest.raises(InputError, match="d.parquet, row 1.*its 'answer' is empty"):
-        prompts.read_rows(source, PLAIN, "data.train")
 
 
 def test_over_long_prompts_are_counted_and_left_out_and_ids_stay_those_of_the_file(tmp_path, tokenizer):
@@ -138,7 +52,7 @@ def test_over_long_prompts_may_keep_their_place_cut_and_masked(tmp_path, tokeniz
 
 @pytest.mark.parametrize("overlong", ["filter", "mask"])
 def test_a_file_without_a_prompt_that_fits_is_refused(tmp_path, tokenizer, overlong):
-    source = jsonl(tmp_path / "d.jsonl", GOOD)
+    source = jsonl(tmp_path / "d.jsonl", {"problem": "1+2", "answer": "3"})
     data = config.Data(train="", chat_template=False, max_prompt_tokens=2)
     with pytest.raises(InputError, match="holds no prompt of at most 2 tokens. Remedy: raise data.max_prompt_tokens"):
         prompts.load(source, data, tokenizer, "data.train", overlong=overlong)
@@ -237,14 +151,3 @@ def test_a_later_stage_begins_where_the_former_stopped_and_repeats_no_prompt_bef
     stages = [(skip, prompts.Stream(PROMPTS, 3, skip=skip)) for skip in (0, 4, 6)]
     assert [stream.at(p).id for (skip, stream), n in zip(stages, (4, 2, 24)) for p in range(n)] == whole
     assert len(set(whole[:7])) == 7
-
-
-REAL = {"deepscaler": 40308, "aime_2024": 30, "math_500": 500, "amc_2023": 40}
-
-
-@pytest.mark.parametrize("name", REAL)
-def test_every_row_of_the_published_sets_is_a_problem_with_an_answer(name):
-    path = Path(__file__).parents[3] / "shared" / "data" / f"{name}.jsonl"
-    if not path.is_file():
-        pytest.skip(f"needs {path}")
-    assert len(prompts.read_rows(str(path), PLAIN, "data.train")) == REAL[name]

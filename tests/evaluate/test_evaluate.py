@@ -12,7 +12,6 @@ import transformers
 from grpo_mcore.config import config
 from grpo_mcore.data import arithmetic, prompts
 from grpo_mcore.evaluate import evaluate, scores
-from grpo_mcore.evaluate.evaluate import Result
 from grpo_mcore.reward.graded import Graded
 from grpo_mcore.reward.grader import Status, Verdict
 from grpo_mcore.types import Group, Prompt, Response
@@ -26,10 +25,10 @@ def group(id: int, *lengths: int) -> Group:
     return Group(Prompt(id, "p", "5", (1,)), tuple(Response((7,) * n, (0.0,) * n, n == 9, 0) for n in lengths))
 
 
-def result(*verdicts: Verdict) -> Result:
+def result(*verdicts: Verdict) -> scores.Result:
     """Of two problems with two responses each."""
     graded = [Graded(0, group(3, 1, 2), verdicts[:2]), Graded(1, group(8, 9, 4), verdicts[2:])]
-    return Result.of(graded, "math_verify")
+    return evaluate.result_of(graded, "math_verify")
 
 
 RESULT = result(RIGHT, WRONG, NONE, RIGHT)

@@ -10,7 +10,7 @@ from itertools import combinations
 
 import pytest
 
-from grpo_mcore.evaluate.scores import Estimate, Problem, compare, estimates
+from grpo_mcore.evaluate.scores import Estimate, Problem, Result, compare
 
 
 def problem(rewards, answers=None, *, id: int = 0) -> Problem:
@@ -69,7 +69,7 @@ def test_the_error_bar_is_over_problems_and_not_over_samples():
     # Two problems, one always solved and one never. Over problems sqrt((1/4 + 1/4) / 1 / 2) = 1/2, for any k;
     # over 2k independent samples it would be about 1 / sqrt(8k), 0.09 for k = 16.
     for k in (1, 4, 16):
-        assert estimates([problem([1] * k), problem([0] * k)])[f"mean@{k}"].standard_error == 0.5
+        assert Result((problem([1] * k), problem([0] * k))).estimates[f"mean@{k}"].standard_error == 0.5
 
 
 def test_a_single_problem_says_nothing_of_others():
@@ -89,7 +89,7 @@ def test_the_interval_covers_the_true_mean_as_often_as_it_says():
 
 
 def test_estimates_name_every_j():
-    seen = estimates([problem([1, 0, 0]), problem([1, 1, 1])])
+    seen = Result((problem([1, 0, 0]), problem([1, 1, 1]))).estimates
     assert list(seen) == ["mean@3", "maj@3", "pass@1", "pass@2", "pass@3"]
     # pass@2 of 1 in 3: 1 - 1/3. maj@3 of one right and two wrong answers, all different: 1/3.
     assert {name: e.value for name, e in seen.items()} == pytest.approx(
@@ -125,7 +125,7 @@ def test_pairing_removes_what_is_hard_for_both():
     )
     c = compare(mine, other)
     alone = math.hypot(
-        *(estimates(x)["mean@64"].standard_error for x in (mine, other))
+        *(Result(tuple(x)).estimates["mean@64"].standard_error for x in (mine, other))
     )  # as if the problems were others
     assert c.difference.standard_error < alone / 3
     assert c.difference.low <= 0.05 <= c.difference.high

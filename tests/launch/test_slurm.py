@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from grpo_mcore.checkpoint import checkpoint
-from grpo_mcore.report import metrics
+from grpo_mcore.report import run_folder
 from tests.conftest import CONFIG
 from tests.dist import ROOT, environment
 from tests.test_trainer import processes_with, steps_done, wait_until
@@ -93,7 +93,9 @@ def cfg(tmp_path, taught) -> Path:
 
 
 def check_that_no_step_is_missing(run_dir: Path) -> None:
-    assert [row["step"] for row in metrics.read(run_dir) if "reward/mean" in row] == list(range(1, NUM_STEPS + 1))
+    assert [row["step"] for row in run_folder.read_metrics(run_dir) if "reward/mean" in row] == list(
+        range(1, NUM_STEPS + 1)
+    )
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

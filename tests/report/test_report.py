@@ -232,7 +232,7 @@ def test_positions_are_in_their_order_and_statuses_in_theirs(tmp_path):
     row = {
         "step": 1,
         **{f"mismatch/logprob_abs_mean_from_{p}": 0.5 for p in (0, 1024, 256)},
-        **{f"reward/{status}": 1.0 for status in sorted(report.STATUSES)},
+        **{f"reward/{status}": 1.0 for status in sorted(curves.STATUSES)},
     }
     labels = [
         label
@@ -241,7 +241,7 @@ def test_positions_are_in_their_order_and_statuses_in_theirs(tmp_path):
     ]
     assert [int(label.rpartition("_")[2]) for label in labels if "from_" in label] == [0, 256, 1024]
     assert [label for label in labels if label.startswith("reward/")][:5] == [
-        f"reward/{status}" for status in report.STATUSES
+        f"reward/{status}" for status in curves.STATUSES
     ]
 
 
@@ -499,7 +499,7 @@ def test_the_program_writes_the_page_or_says_in_one_line_what_is_wrong(tmp_path)
 
 
 def test_the_statuses_are_the_graders():
-    assert report.STATUSES == tuple(status.value for status in Status)
+    assert curves.STATUSES == tuple(status.value for status in Status)
 
 
 CHROMIUM = shutil.which("chromium")

@@ -5,6 +5,7 @@ What is a right answer is test_math_answer.py's matter. Not covered: a compariso
 interpreter (the same path as a kill from outside, which is covered).
 """
 
+import contextlib
 import os
 import resource
 import signal
@@ -13,19 +14,19 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from dataclasses import replace
 
+import psutil
 import pytest
 
+from grpo_mcore.config.config import Reward
 from grpo_mcore.reward import grading_process
 from grpo_mcore.reward.grader import Grader, Status, Verdict, counts
 from tests.dist import ROOT
 
-LIMITS = {
-    "cpu_s": 0.5,
-    "wall_s": 30.0,
-    "memory_bytes": 1 << 30,
-}  # a wide clock: other processes may keep the cores busy
+# A wide clock: other processes may keep the cores busy.
+CFG = Reward(num_processes=1, cpu_s=0.5, wall_s=30.0, memory_bytes=1 << 30)
+TWO = replace(CFG, num_processes=2)
 HANGS = ["9^{9^{9^9}}", r"\Gamma(10^9)", "10^{10^9}", r"\binom{10^9}{10^8}", "100000!!"]
 
 
@@ -34,16 +35,13 @@ def boxed(answer: str) -> str:
 
 
 def children() -> dict[int, str]:
-    """Process id -> state of this process's grading processes; a process that was not reaped has the state Z."""
+    """Process id -> status of this process's grading processes; one that was not reaped is a zombie."""
     found = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            pid, (state, parent) = int(stat.parent.name), stat.read_text().rpartition(")")[2].split()[:2]
-            command = (stat.parent / "cmdline").read_bytes()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if int(parent) == os.getpid() and (state == "Z" or b"grpo_mcore.reward.grading_process" in command):
-            found[pid] = state
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            status = child.status()
+            if status == psutil.STATUS_ZOMBIE or "grpo_mcore.reward.grading_process" in child.cmdline():
+                found[child.pid] = status
     return found
 
 
@@ -59,8 +57,8 @@ def wait_until(condition, seconds: float) -> bool:
 def is_gone(pid: int) -> bool:
     """Ended; whoever inherits an orphan may be slow to reap it."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except (FileNotFoundError, ProcessLookupError):
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return True
 
 
@@ -78,7 +76,7 @@ def test_each_kind_of_response_gets_its_reward_and_status():
         (boxed("12") + " But wait, if", "13", True, 0.0, Status.WRONG, "12"),
         (boxed("9^{9^{9^9}}"), "12", False, 0.0, Status.TIMED_OUT, "9^{9^{9^9}}"),
     ]
-    with Grader(2, **LIMITS) as grader:
+    with Grader(TWO) as grader:
         verdicts = grader.grade([(text, gold, truncated) for text, gold, truncated, *_ in cases])
     assert [(v.reward, v.status, v.answer) for v in verdicts] == [tuple(case[3:]) for case in cases]
     assert verdicts[-1].detail == "killed after cpu_s = 0.5 s of processor time"
@@ -96,14 +94,14 @@ def test_hostile_answers_are_killed_and_the_others_keep_their_order():
             (boxed(f"{number}+x"), f"x+{number + 1}", False),
         ]
         expected += [Status.TIMED_OUT, Status.CORRECT, Status.WRONG]
-    with Grader(2, **LIMITS) as grader:
+    with Grader(TWO) as grader:
         verdicts = grader.grade(items)
         assert [v.status for v in verdicts] == expected
         assert all(text == boxed(v.answer) for v, (text, _, _) in zip(verdicts, items, strict=True))
         assert {v.detail for v in verdicts if v.status == Status.TIMED_OUT} == {
             "killed after cpu_s = 0.5 s of processor time"
         }
-        assert len(children()) <= 2 and "Z" not in children().values()
+        assert len(children()) <= 2 and psutil.STATUS_ZOMBIE not in children().values()
 
 
 def test_thousands_of_terms_and_megabytes_of_braces_do_not_stop_a_batch():
@@ -115,14 +113,14 @@ def test_thousands_of_terms_and_megabytes_of_braces_do_not_stop_a_batch():
         (boxed("+".join(["1"] * 250)), "249", False),
         (boxed(r"\sqrt{16}"), "4", False),
     ]
-    with Grader(1, **LIMITS) as grader:
+    with Grader(CFG) as grader:
         statuses = [v.status for v in grader.grade(items)]
     assert statuses == [Status.NO_ANSWER, Status.TRUNCATED, Status.NO_ANSWER, Status.WRONG, Status.CORRECT]
 
 
 def test_equal_questions_are_asked_once():
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    with Grader(2, **LIMITS) as grader:
+    with Grader(TWO) as grader:
         verdicts = grader.grade([(boxed("9^{9^{9^9}}"), "5", False)] * 16)
     assert [v.status for v in verdicts] == [Status.TIMED_OUT] * 16
     assert (
@@ -131,7 +129,7 @@ def test_equal_questions_are_asked_once():
 
 
 def test_a_process_starts_only_for_algebra_and_is_kept():
-    with Grader(2, **LIMITS) as grader:
+    with Grader(TWO) as grader:
         assert [
             v.reward for v in grader.grade([(boxed("5"), "5.", False), (boxed("5"), "6", False), ("", "5", False)])
         ] == [1, 0, 0]
@@ -148,7 +146,7 @@ def test_a_process_starts_only_for_algebra_and_is_kept():
 
 @pytest.fixture
 def warm() -> "Grader":
-    with Grader(1, **LIMITS | {"wall_s": 5.0}) as grader:
+    with Grader(replace(CFG, wall_s=5.0)) as grader:
         assert grader.grade([(boxed("1+x"), "x+1", False)])[0].status == Status.CORRECT
         yield grader
     assert children() == {}
@@ -174,7 +172,7 @@ def test_a_process_that_died_while_idle_is_replaced_and_costs_no_answer(warm):
 
 
 def test_a_process_that_is_killed_at_work_costs_one_answer():
-    with Grader(1, cpu_s=60, wall_s=60, memory_bytes=1 << 30) as grader:
+    with Grader(replace(CFG, cpu_s=60, wall_s=60)) as grader:
         grader.grade([(boxed("1+x"), "x+1", False)])
         (pid,) = children()
         killer = threading.Timer(0.5, os.kill, (pid, signal.SIGKILL))
@@ -206,13 +204,11 @@ def test_processes_ignore_ctrl_c(warm):
 
 def test_the_memory_limit_is_set(warm):
     (pid,) = children()
-    limits = [line.split() for line in Path(f"/proc/{pid}/limits").read_text().splitlines()]
-    (address_space,) = [line for line in limits if line[:3] == ["Max", "address", "space"]]
-    assert address_space[3:5] == [str(1 << 30)] * 2
+    assert psutil.Process(pid).rlimit(psutil.RLIMIT_AS) == (1 << 30, 1 << 30)
 
 
 def test_too_little_memory_to_start_is_an_error_that_says_so():
-    with Grader(1, cpu_s=1, wall_s=1, memory_bytes=16 << 20) as grader:
+    with Grader(replace(CFG, cpu_s=1, wall_s=1, memory_bytes=16 << 20)) as grader:
         with pytest.raises(RuntimeError, match="did not start.*memory_bytes = 16777216"):
             grader.grade([(boxed("1+x"), "x+1", False)])
         assert children() == {}
@@ -226,20 +222,20 @@ def slow_start(tmp_path, monkeypatch):
 
 
 def test_start_up_does_not_count(slow_start):
-    with Grader(1, cpu_s=1, wall_s=2.5, memory_bytes=1 << 30) as grader:
+    with Grader(replace(CFG, cpu_s=1, wall_s=2.5)) as grader:
         assert grader.grade([(boxed("1+x"), "x+1", False)])[0].status == Status.CORRECT
 
 
 def test_start_up_has_a_limit(slow_start, monkeypatch):
     monkeypatch.setattr(grading_process, "START_UP_S", 0.5)
-    with Grader(1, **LIMITS) as grader:
+    with Grader(CFG) as grader:
         with pytest.raises(RuntimeError, match="did not start: killed after start-up = 0.5 s"):
             grader.grade([(boxed("1+x"), "x+1", False)])
         assert children() == {}
 
 
 def test_closing_twice_is_fine_and_a_closed_grader_refuses():
-    grader = Grader(1, **LIMITS)
+    grader = Grader(CFG)
     grader.grade([(boxed("1+x"), "x+1", False)])
     grader.close()
     grader.close()
@@ -250,7 +246,7 @@ def test_closing_twice_is_fine_and_a_closed_grader_refuses():
 
 @pytest.mark.parametrize("gold", [None, "", "  ", 5, "1" * 5000])
 def test_a_gold_answer_that_is_none_is_an_error_that_names_the_item(gold):
-    with Grader(1, **LIMITS) as grader, pytest.raises(ValueError, match=r"items\[1\]: the gold answer"):
+    with Grader(CFG) as grader, pytest.raises(ValueError, match=r"items\[1\]: the gold answer"):
         grader.grade([(boxed("5"), "5", False), (boxed("5"), gold, False)])
 
 
@@ -266,7 +262,7 @@ def test_a_gold_answer_that_is_none_is_an_error_that_names_the_item(gold):
 )
 def test_senseless_limits_are_refused(arguments, named):
     with pytest.raises(ValueError, match=named):
-        Grader(**{"num_processes": 1, **LIMITS} | arguments)
+        Grader(replace(CFG, **arguments))
 
 
 def start_script(body: str) -> subprocess.Popen:
@@ -275,9 +271,10 @@ def start_script(body: str) -> subprocess.Popen:
     script = (
         "import os, signal, subprocess, sys, time\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job has it ignored
+        "from grpo_mcore.config.config import Reward\n"
         "from grpo_mcore.reward.grader import Grader\n"
         "easy, hard = (r'\\boxed{1+x}', 'x+1', False), (r'\\boxed{9^{9^{9^9}}}', '5', False)\n"
-        "grader = Grader(1, cpu_s=2.0, wall_s=60.0, memory_bytes=1 << 30)\n"
+        "grader = Grader(Reward(num_processes=1, cpu_s=2.0, wall_s=60.0, memory_bytes=1 << 30))\n"
         "grader.grade([easy])\n"
         "print(grader._processes[0]._popen.pid, flush=True)\n" + body
     )

@@ -6,15 +6,18 @@ Not covered here: the processes and their limits (test_grader.py), math_answer.p
 """
 
 import time
+from dataclasses import replace
 
 import pytest
 
+from grpo_mcore.config.config import Reward
 from grpo_mcore.reward import boxed_answer
 from grpo_mcore.reward.grader import Grader, Status, Verdict
 from grpo_mcore.reward.verifiers import VERIFIERS
 from tests.answers import HOSTILE, HOSTILE_RESPONSES, PAIRS
 
-LIMITS = {"cpu_s": 0.5, "wall_s": 30.0, "memory_bytes": 1 << 30}
+# A wide clock: other processes may keep the cores busy.
+CFG = Reward(num_processes=1, cpu_s=0.5, wall_s=30.0, memory_bytes=1 << 30)
 
 
 def boxed(answer: str) -> str:
@@ -23,7 +26,7 @@ def boxed(answer: str) -> str:
 
 def test_the_corpus_is_judged_as_expected_by_both_verifiers():
     assert len(PAIRS) + len(HOSTILE) + len(HOSTILE_RESPONSES) >= 300 and len(set(PAIRS)) == len(PAIRS)
-    with Grader(2, **{**LIMITS, "cpu_s": 10.0}, compare_verifiers=True) as grader:
+    with Grader(replace(CFG, num_processes=2, cpu_s=10.0, compare_verifiers=True)) as grader:
         verdicts = grader.grade([(boxed(answer), gold, False) for answer, gold, *_ in PAIRS])
     wrong = [
         (answer, gold, v.detail, v.other.detail)
@@ -42,7 +45,7 @@ def test_hostile_answers_end_within_their_limits_and_never_crash_the_grader(name
         (boxed(rf"\sqrt{{{n * n + 1}}}+x"), rf"x+\sqrt{{{n * n + 1}}}", False) for n in range(5)
     ]  # honest ones between killed processes
     began = time.monotonic()
-    with Grader(2, **LIMITS, verifier=name) as grader:
+    with Grader(replace(CFG, num_processes=2, verifier=name)) as grader:
         verdicts = grader.grade(items)
     for (text, _, _), v in zip(items, verdicts, strict=True):
         assert v.status in Status and v.detail, text[:80]
@@ -115,7 +118,7 @@ def test_the_second_verifier_names_the_rule_that_decided(answer, gold, equal, ru
 
 
 def test_a_verdict_explains_itself_and_carries_the_other_verifiers():
-    with Grader(1, **LIMITS, verifier="boxed", compare_verifiers=True) as grader:
+    with Grader(replace(CFG, verifier="boxed", compare_verifiers=True)) as grader:
         (v,) = grader.grade([(boxed(r"\sqrt{16}"), "4", False)])
     assert v == Verdict(
         0.0,
@@ -128,24 +131,24 @@ def test_a_verdict_explains_itself_and_carries_the_other_verifiers():
 
 
 def test_without_comparison_there_is_no_other_verdict():
-    with Grader(1, **LIMITS) as grader:
+    with Grader(CFG) as grader:
         assert [v.other for v in grader.grade([(boxed("5"), "5", False), ("", "5", False)])] == [None, None]
 
 
 @pytest.mark.parametrize("name", VERIFIERS)
 def test_thinking_may_be_required_to_end(name):
     items = [(r"\boxed{5}", "5", False), (r"so</think> \boxed{5}", "5", False), (r"\boxed{5}", "5", True)]
-    with Grader(1, **LIMITS, verifier=name, require_think=True) as grader:
+    with Grader(replace(CFG, verifier=name, require_think=True)) as grader:
         verdicts = grader.grade(items)
     assert [(v.status, v.detail) for v in verdicts] == [
         (Status.NO_ANSWER, "no </think>"),
         (Status.CORRECT, "equal by text"),
         (Status.TRUNCATED, "no </think>"),
     ]
-    with Grader(1, **LIMITS, verifier=name) as grader:
+    with Grader(replace(CFG, verifier=name)) as grader:
         assert [v.reward for v in grader.grade(items)] == [1.0] * 3
 
 
 def test_an_unknown_verifier_is_refused():
     with pytest.raises(ValueError, match="verifier = 'exact': must be one of math_verify, boxed"):
-        Grader(1, **LIMITS, verifier="exact")
+        Grader(replace(CFG, verifier="exact"))

@@ -20,7 +20,7 @@ from grpo_mcore import trainer
 from grpo_mcore.config import file as config_file
 from grpo_mcore.data.prompts import Stream, load
 from grpo_mcore.loss import advantage, loss
-from grpo_mcore.report import metrics
+from grpo_mcore.report import run_folder
 from grpo_mcore.rollout.engine import Sampling
 from grpo_mcore.rollout.rollout import grade, group_of, seed_of
 from grpo_mcore.run import open_run
@@ -128,7 +128,7 @@ def test_sampling_runs_ahead_by_one_step_and_what_was_killed_goes_on_where_train
         assert versions <= {step - 1, step} and all(
             sum(n for _, n in r["versions"]) == r["response_tokens"] for r in responses
         )
-    rows = [r for r in metrics.read(run_dir) if "reward/mean" in r]
+    rows = [r for r in run_folder.read_metrics(run_dir) if "reward/mean" in r]
     assert max(r["rollout/staleness_max"] for r in rows) == 1 and sum(r["rollout/staleness_mean"] for r in rows) > 2
 
 
@@ -156,7 +156,7 @@ def test_an_engine_that_dies_or_hangs_while_sampling_runs_ahead_loses_nothing(cf
 
 def test_groups_without_variance_are_replaced_by_other_prompts_and_counted(cfg, tmp_path):
     train(cfg, "num_steps=6", "rollout.dynamic_sampling=true", "rollout.max_draws=3", "rollout.oversampling_frac=0.5")
-    rows = [r for r in metrics.read(tmp_path / "run") if "reward/mean" in r]
+    rows = [r for r in run_folder.read_metrics(tmp_path / "run") if "reward/mean" in r]
     cursor = 0
     for row, step in zip(rows, rollouts(tmp_path / "run"), strict=True):
         positions = sorted({r["position"] for r in step})

@@ -1,0 +1,113 @@
+"""Rows of files.
+
+Not covered here: data sets of the hub (no network in tests), the arithmetic tasks (test_arithmetic.py).
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from grpo_mcore.config import config
+from grpo_mcore.config.config import InputError
+from grpo_mcore.data.sources import read_rows
+
+PLAIN = config.Data(train="", chat_template=False)
+
+
+def jsonl(path: Path, *rows: dict | str) -> str:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+GOOD = {"problem": "1+2", "answer": "3"}
+
+
+def test_rows_come_in_the_order_of_the_file_and_as_text(tmp_path):
+    source = jsonl(tmp_path / "d.jsonl", GOOD, "", {"problem": "1-1", "answer": 0, "level": 5})
+    # A blank line is no row; the number 0 is an answer and not an empty one.
+    assert read_rows(source, PLAIN, "data.train") == [("1+2", "3"), ("1-1", "0")]
+
+
+def test_columns_are_read_by_the_configured_names(tmp_path):
+    source = jsonl(tmp_path / "d.jsonl", {"question": "1+2", "gold": "3", "answer": "no"})
+    data = config.Data(train="", problem_key="question", answer_key="gold")
+    assert read_rows(source, data, "data.train") == [("1+2", "3")]
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"problem": "1+2"}, "has no column 'answer'. Remedy: set data.answer_key"),
+        ({"question": "1+2", "answer": "3"}, "has no column 'problem'. Remedy: set data.problem_key"),
+        ([1, 2], "has no column 'problem'"),
+        ({"problem": "1+2", "answer": " "}, "its 'answer' is empty. Remedy: mend or remove the row"),
+        ({"problem": "1+2", "answer": None}, "its 'answer' is empty"),
+        ({"problem": "", "answer": "3"}, "its 'problem' is empty"),
+    ],
+)
+def test_a_bad_row_is_named_by_field_file_and_line(tmp_path, row, message):
+    source = jsonl(tmp_path / "d.jsonl", GOOD, "", row, GOOD)
+    with pytest.raises(InputError) as e:
+        read_rows(source, PLAIN, "eval.data")
+    assert message in str(e.value)
+    assert str(e.value).startswith(f"eval.data: {source}, line 3 = ")  # counted as an editor counts them
+
+
+@pytest.mark.parametrize("name", ["gone.jsonl", "gone.json", "gone.parquet"])
+def test_a_missing_file_is_named(tmp_path, name):
+    source = str(tmp_path / name)
+    with pytest.raises(InputError) as e:
+        read_rows(source, PLAIN, "data.train")
+    assert str(e.value) == f"data.train = {source!r}: there is no such file. Remedy: check the path."
+
+
+def test_a_line_that_is_not_json_is_named_by_file_and_line(tmp_path):
+    source = jsonl(tmp_path / "d.jsonl", GOOD, '{"problem": "1+2", "answer": ')
+    with pytest.raises(InputError, match="d.jsonl, line 2"):
+        read_rows(source, PLAIN, "data.train")
+
+
+def test_a_line_separator_within_a_json_string_does_not_end_the_row(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps({"problem": "1\u20282", "answer": "3"}, ensure_ascii=False) + "\n")
+    assert read_rows(str(path), PLAIN, "data.train") == [("1\u20282", "3")]
+
+
+def parquet(path: Path, columns: dict[str, list]) -> str:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return str(path)
+
+
+@pytest.fixture
+def datasets_cache(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def test_a_parquet_file_gives_the_rows_that_the_same_jsonl_gives(tmp_path, datasets_cache):
+    rows = [{"problem": f"{i}+{i}", "answer": str(2 * i)} for i in range(20)]
+    columns = {key: [row[key] for row in rows] for key in rows[0]}
+    from_parquet = read_rows(parquet(tmp_path / "d.parquet", columns), PLAIN, "data.train")
+    assert from_parquet == read_rows(jsonl(tmp_path / "d.jsonl", *rows), PLAIN, "data.train")
+
+
+def test_a_bad_row_of_a_parquet_file_is_named(tmp_path, datasets_cache):
+    source = parquet(tmp_path / "d.parquet", {"problem": ["1+1", "2+2"], "answer": ["2", None]})
+    with pytest.raises(InputError, match="d.parquet, row 1.*its 'answer' is empty"):
+        read_rows(source, PLAIN, "data.train")
+
+
+REAL = {"deepscaler": 40308, "aime_2024": 30, "math_500": 500, "amc_2023": 40}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_every_row_of_the_published_sets_is_a_problem_with_an_answer(name):
+    path = Path(__file__).parents[3] / "shared" / "data" / f"{name}.jsonl"
+    if not path.is_file():
+        pytest.skip(f"needs {path}")
+    assert len(read_rows(str(path), PLAIN, "data.train")) == REAL[name]
