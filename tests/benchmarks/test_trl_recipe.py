@@ -12,7 +12,7 @@ from benchmarks import end_to_end, trl_recipe
 from benchmarks.end_to_end import Step
 from grpo_mcore.config import config, file as config_file
 from grpo_mcore.data import arithmetic, prompts
-from grpo_mcore.report import metrics
+from grpo_mcore.report import run_folder
 from grpo_mcore.reward.grader import Grader
 
 
@@ -74,7 +74,7 @@ def test_rewards_are_the_graders_and_a_row_is_written_for_each_step(cfg, tokeniz
     state = TrainerState()
     eos = tokenizer.stop_token_ids[0]
     num_tokens, response_tokens = [], []
-    with Grader(**dataclasses.asdict(cfg.reward)) as grader:
+    with Grader(cfg.reward) as grader:
         recorder = trl_recipe.Recorder(cfg, tokenizer, grader)
         recorder.on_train_begin(args, state, control)
         for step in (1, 2):
@@ -94,7 +94,7 @@ def test_rewards_are_the_graders_and_a_row_is_written_for_each_step(cfg, tokeniz
         with pytest.raises(RuntimeError, match="TRL has seen"):  # one token more than the recipe's
             state.num_input_tokens_seen += num_tokens[1] + 1
             recorder.grade(completion_ids=ids, trainer_state=state, **columns)
-    written = metrics.read(cfg.run_dir)
+    written = run_folder.read_metrics(cfg.run_dir)
     assert [r["step"] for r in written] == [1, 2] and written[0]["reward/mean"] in (0.5, 0.75)
     steps = [Step(r, clock_s, cpu_s) for r, clock_s, cpu_s in zip(written, (1.0, 3.0), (2.0, 6.0), strict=True)]
     f = end_to_end.figures(*steps, responses_per_step=4)
