@@ -1,5 +1,6 @@
 """benchmarks/measure.py on a CPU. Not covered here: CUDA."""
 
+import pytest
 import torch
 
 from benchmarks import measure
@@ -17,11 +18,13 @@ def test_the_peak_is_that_of_what_was_there_at_once_since_the_reset():
     assert 0.9 * size / 2 < measure.peak_bytes(CPU) - before < 1.5 * size / 2
 
 
-def test_the_peak_of_products_is_the_fastest_and_others_are_waited_for(monkeypatch):
-    # 12 timings, from 12 s to 1 s: a product of 2048 x 2048 matrices is 2 x 2048^3 operations.
+@pytest.mark.parametrize("capability, n", [("AVX512", 2048), ("AVX2", 512)])
+def test_the_peak_of_products_is_the_fastest_and_others_are_waited_for(monkeypatch, capability, n):
+    # 12 timings, from 12 s to 1 s: a product of n x n matrices is 2 n^3 operations.
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     timings, waited = iter(range(12, 0, -1)), []
     monkeypatch.setattr(measure, "seconds", lambda work, device: next(timings))
-    assert measure.matrix_flops_per_s(torch.float32, CPU, lambda: waited.append(1)) == 2 * 2048**3
+    assert measure.matrix_flops_per_s(torch.float32, CPU, lambda: waited.append(1)) == 2 * n**3
     assert len(waited) == 12
 
 
