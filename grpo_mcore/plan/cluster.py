@@ -232,7 +232,8 @@ def estimated(case: Case, a: Assumptions) -> Cluster:
         kv_cache_tokens=int(memory.kv_cache_tokens(case)),
     )
     # As the assumed step's, by the FLOPs of a sequence; every token a response token.
-    linear, (_, pairs) = sum(plan_time.forward_flops(case, 1, 1)), plan_time.forward_flops(case, 1, 0)
+    hf = case.hf_config
+    linear, (_, pairs) = sum(plan_time.forward_flops(hf, 1, 1)), plan_time.forward_flops(hf, 1, 0)
     linear -= pairs
     of_sequence = (seconds["logprob"] + seconds["update"]) / case.cfg.responses_per_step
     per_flop = of_sequence / (linear * a.tokens + pairs * a.tokens**2)

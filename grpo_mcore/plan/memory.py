@@ -134,9 +134,7 @@ class Case:
 
     @cached_property
     def layer_parameters(self) -> int:
-        """Of all layers' matrices, biases and norms left out."""
-        shapes = hf_weights.shapes(self.hf_config).items()
-        return sum(math.prod(s) for name, s in shapes if len(s) == 2 and name.startswith("model.layers."))
+        return layer_parameters(self.hf_config)
 
     @cached_property
     def kv_bytes_per_token(self) -> int:
@@ -144,6 +142,12 @@ class Case:
 
     def changed(self, changes: dict[str, object]) -> "Case":
         return replace(self, cfg=changed(self.cfg, changes))
+
+
+def layer_parameters(hf_config) -> int:
+    """Of all layers' matrices, biases and norms left out."""
+    shapes = hf_weights.shapes(hf_config).items()
+    return sum(math.prod(s) for name, s in shapes if len(s) == 2 and name.startswith("model.layers."))
 
 
 def _itemsize(dtype: str) -> int:

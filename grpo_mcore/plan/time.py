@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from grpo_mcore.config.config import Config
 from grpo_mcore.plan import memory
-from grpo_mcore.plan.memory import Case
+from grpo_mcore.plan.memory import Case, layer_parameters
 from grpo_mcore.policy import model
 
 PROMPT_TOKENS = 192  # mean, where nothing is known of them
@@ -77,9 +77,9 @@ def times(case: Case, a: Assumptions) -> dict[str, float]:
     }
 
 
-def forward_flops(case: Case, tokens: float, response_tokens: float) -> tuple[float, float]:
+def forward_flops(hf_config, tokens: float, response_tokens: float) -> tuple[float, float]:
     """(of the layers' matrix products, of attention and head) of one sequence."""
-    cost, unit = model.cost_of(case.hf_config), 2 * case.layer_parameters
+    cost, unit = model.cost_of(hf_config), 2 * layer_parameters(hf_config)
     return unit * tokens, unit * (cost.head * response_tokens + cost.quadratic * tokens**2)
 
 
@@ -93,7 +93,7 @@ def recomputed_frac(case: Case) -> float:
 
 def _forward_s(case: Case, a: Assumptions) -> float:
     cfg, p = case.cfg, case.cfg.parallel
-    layers, rest = forward_flops(case, a.tokens, a.response_tokens)
+    layers, rest = forward_flops(case.hf_config, a.tokens, a.response_tokens)
     bf16 = a.train_mfu * case.gpu.bf16_flops_per_s
     of_layers = a.fp8_mfu * case.gpu.fp8_flops_per_s if cfg.precision.fp8 else bf16
     # Of a replica in an optimizer step.

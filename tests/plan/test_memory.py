@@ -315,7 +315,7 @@ def test_the_arithmetic_of_the_policy_worked_by_hand():
     # 151936 x 1536 x 4000.
     layers = 28 * (2 * 1536 * 1536 + 2 * 256 * 1536 + 3 * 8960 * 1536)
     flops = 2 * layers * 4192 + 28 * 2 * 1536 * 4192**2 + 2 * 151936 * 1536 * 4000
-    assert sum(plan_time.forward_flops(none, 4192, 4000)) == pytest.approx(flops)
+    assert sum(plan_time.forward_flops(none.hf_config, 4192, 4000)) == pytest.approx(flops)
     times = plan_time.times(none, EVEN)
     forward = 1024 * flops / (8 * 0.4 * 989e12)
     assert times["logprob"] == pytest.approx(forward)
