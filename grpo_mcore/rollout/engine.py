@@ -88,8 +88,9 @@ class Engine:
             ignore_eos=sampling.never_stop,
             logprobs=0,
             detokenize=False,
+            # Any other kind drops the responses that end before the last.
             output_kind=RequestOutputKind.FINAL_ONLY,
-        )  # any other kind drops the responses that end before the last
+        )
         while True:
             await self._released.wait()  # a refit under way is waited for
             version, discards = self._version, self._discards

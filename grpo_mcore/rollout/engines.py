@@ -135,8 +135,7 @@ class Engines:
             self._dispatch.join(slot)
             self._deal()
 
-    # --- requests
-    # -------------------------------------------------------------------------------------------------------
+    # --- requests -----------------------------------------------------------------------------------------------------
 
     def submit(self, key: tuple, token_ids: Sequence[int], sampling: Sampling, phase: str) -> Future:
         """A list of Completion, some time: requests are served in the order of their keys. The future fails only when
@@ -212,9 +211,8 @@ class Engines:
 
     def _take(self, slot: Slot, key: tuple, request: _Request, answer: Future) -> None:
         with self._lock:
-            if (
-                self._requests.get(key) is not request or self._dispatch.owner(key) is not slot
-            ):  # cancelled, or taken from it, since
+            # Cancelled, or taken from it, since.
+            if self._requests.get(key) is not request or self._dispatch.owner(key) is not slot:
                 return
             error = answer.exception()
             problem = _last_line(error) if error is not None else _problem_with(answer.result(), request.sampling)
@@ -233,8 +231,7 @@ class Engines:
         for request in requests:
             request.answer.set_exception(error)
 
-    # --- health and failure
-    # ---------------------------------------------------------------------------------------------
+    # --- health and failure -------------------------------------------------------------------------------------------
 
     def _check_health(self) -> None:
         """Loses engines that do not answer, or say that they cannot go on."""
@@ -335,8 +332,7 @@ class Engines:
                 ) from e
             self._admit(slot, host, process_ids)
 
-    # --- calls to all
-    # ---------------------------------------------------------------------------------------------------
+    # --- calls to all -------------------------------------------------------------------------------------------------
 
     def call(self, slots: Sequence[Slot], method: str, args: Sequence[tuple] | tuple = ()) -> dict[Slot, ray.ObjectRef]:
         """Starts `method` on these engines, with the same arguments (a tuple) or each with its own (a list); `collect`

@@ -244,9 +244,9 @@ class Rollout:
     def _grade(self, items: list[tuple[int, Future]]) -> None:
         start = time.perf_counter()
         with self._changed:
-            # not dropped since
+            # Not dropped since.
             items = [(position, answer) for position, answer in items if self._answers.get(position) is answer]
-            # a refit may be under way
+            # A refit may be under way.
             newest, oldest = self._version + 1, self._version - self._cfg.rollout.max_staleness
         positions = [position for position, _ in items]
         groups = [
