@@ -128,8 +128,8 @@ def _find_targets(model: torch.nn.Module, infos: Sequence[TensorInfo]) -> list[_
 
     def note(parameter, tensor, *args, **kwargs):
         part = next(iter([*args, *kwargs.values()]), getattr(tensor, "shard_id", None))
-        order = ORDER.get(part, part or 0)
-        if (name := name_of.get(id(tensor))) is not None and isinstance(order, int):
+        name = name_of.get(id(tensor))
+        if name is not None and isinstance(order := ORDER.get(part, part or 0), int):
             targets[id(parameter)].parts[name] = order
             noted.add(name)
 
