@@ -38,7 +38,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 
@@ -54,7 +53,7 @@ from grpo_mcore.config.config import InputError  # noqa: E402
 from grpo_mcore.parallel import collectives, topology  # noqa: E402
 from grpo_mcore.policy.policy import Policy  # noqa: E402
 from grpo_mcore.refit import weight_transfer  # noqa: E402
-from grpo_mcore.refit.refit import Refit  # noqa: E402
+from grpo_mcore.refit.refit import Refit, Transfer  # noqa: E402
 from grpo_mcore.refit.senders import Stream  # noqa: E402
 from grpo_mcore.refit.weight_transfer import SharedMemory, num_bytes, positions  # noqa: E402
 from grpo_mcore.rollout.engines import Engines  # noqa: E402
@@ -66,20 +65,22 @@ DEFAULTS = {
 TARGETS = {"cpu": "refit / memcpy at most 3", "cuda": "refit under 0.2 s"}
 
 
-class TimedRefit(Refit):
-    """Knows how long it waited for what."""
+def time_waits(transfer: Transfer) -> dict[str, float]:
+    """Seconds that it waits for what, from now on."""
+    seconds, settle = defaultdict(float), transfer.settle
 
-    seconds: ClassVar[dict[str, float]] = defaultdict(float)
-
-    def _settle(self, refs: dict, what: str, timeout_s: float | None = None) -> dict:
+    def timed_settle(refs: dict, what: str, timeout_s: float | None = None) -> dict:
         start = time.perf_counter()
         try:
-            return super()._settle(refs, what, timeout_s)
+            return settle(refs, what, timeout_s)
         finally:
             name = what.partition(" ")[0]
-            self.seconds[{"pausing": "begin", "receiving": "loading", "ending": "end"}.get(name, name)] += (
+            seconds[{"pausing": "begin", "receiving": "loading", "ending": "end"}.get(name, name)] += (
                 time.perf_counter() - start
             )
+
+    transfer.settle = timed_settle
+    return seconds
 
 
 def summary(seconds: list[float], size: int | None = None) -> dict:
@@ -87,16 +88,16 @@ def summary(seconds: list[float], size: int | None = None) -> dict:
     return out | ({"gb_per_s_of_median": round(size / 1e9 / statistics.median(seconds), 2)} if size else {})
 
 
-def fill(refit: TimedRefit, memory: SharedMemory) -> None:
+def fill(refit: Refit, memory: SharedMemory) -> None:
     stream = Stream(refit._groups, refit._bucket_bytes, functools.partial(refit._policy.export, dtype=refit._dtype))
-    if refit._engines is None:
+    if refit.transfer is None:
         return stream.drain()
     where, _ = positions(stream.buckets, stream.bucket_bytes)
     for _ in stream.fill(lambda i: memory.bytes[where[i].offset :]):
         pass
 
 
-def load(refit: TimedRefit) -> None:
+def load(refit: Refit) -> None:
     """A refit of whatever lies in the sender's memory."""
 
     def export(into):
@@ -104,10 +105,10 @@ def load(refit: TimedRefit) -> None:
             for info in group:
                 yield info.name, into(info.name)
 
-    refit._send(Stream(refit._groups, refit._bucket_bytes, export), version=0, discard=False)
+    refit.transfer.send(Stream(refit._groups, refit._bucket_bytes, export), version=0, discard=False)
 
 
-def repack(refit: TimedRefit) -> Callable[[], None]:
+def repack(refit: Refit) -> Callable[[], None]:
     """Packs every matrix that an engine multiplies with, as vLLM does."""
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
@@ -141,13 +142,14 @@ def run(cfg: config.Config, topo: topology.Topology, args: argparse.Namespace) -
             engines.wait_until_ready()
         random.seed(1)
         canary = [[random.randrange(policy.hf_config.vocab_size) for _ in range(64)] for _ in range(4)]
-        refit = TimedRefit(policy, engines, cfg, topo, canary)
+        refit = Refit(policy, engines, cfg, topo, canary)
+        waits = time_waits(refit.transfer) if topo.is_driver else {}
         size = num_bytes([info for group in refit._groups for info in group])
         buckets = list(weight_transfer.buckets(refit._groups, refit._bucket_bytes))
         source, target = (torch.ones(size, dtype=torch.uint8, device=topo.device) for _ in range(2))
         seconds, errors = defaultdict(list), []
         for repeat in range(args.warmup + args.repeats):
-            refit.seconds.clear()
+            waits.clear()
             copy = measure.seconds(lambda: target.copy_(source), topo.device)
             collectives.on_any_rank(False, topo)
             start = time.perf_counter()
@@ -158,14 +160,14 @@ def run(cfg: config.Config, topo: topology.Topology, args: argparse.Namespace) -
                     "memcpy": copy,
                     "refit": seen["refit/seconds"].value,
                     "with_canary": total,
-                    **refit.seconds,
+                    **waits,
                 }.items():
                     seconds[name].append(s)
                 errors.append(seen["refit/canary_abs_mean"].value)
         if not cuda:
             memory = SharedMemory(positions(buckets, refit._bucket_bytes)[1])
             seconds["fill"] = [measure.seconds(lambda: fill(refit, memory), topo.device) for _ in range(args.repeats)]
-            if topo.is_driver and refit._transport == "shared_memory":
+            if topo.is_driver and refit.transfer.transport == "shared_memory":
                 seconds["load"] = [measure.seconds(lambda: load(refit), topo.device) for _ in range(args.repeats)]
             if topo.is_driver:
                 work = repack(refit)
@@ -187,7 +189,7 @@ def run(cfg: config.Config, topo: topology.Topology, args: argparse.Namespace) -
         for kind in ("median", "min")
     }
     return {
-        "transport": refit._transport,
+        "transport": refit.transfer.transport,
         "bytes": size,
         "buckets": len(buckets),
         "bucket_bytes": refit._bucket_bytes,

@@ -139,9 +139,8 @@ def run(main: Callable[[], None]) -> None:
         main()
     except config.InputError as e:
         if not driver:
-            time.sleep(
-                60
-            )  # the driver finds the same, and torchrun then ends this rank; if not, it is this rank's to say
+            # The driver finds the same, and torchrun then ends this rank; if not, it is this rank's to say.
+            time.sleep(60)
         print(f"error: {e}", file=sys.stderr, flush=True)
         code = 2
     except KeyboardInterrupt:

@@ -118,9 +118,13 @@ def open_run(cfg: config.Config) -> Iterator[Run]:
             num_threads=cfg.num_threads,
             deterministic=cfg.deterministic,
         )
-        scores = {"precision": cfg.precision, "temperature": cfg.rollout.temperature, "kernels": cfg.kernels}
-        policy = Policy(local, topo, optimizer=cfg.optimizer, **scores)
-        reference = FrozenPolicy(local, topo, **scores) if cfg.loss.kl_coef > 0 else None
+        precision, temperature, kernels = cfg.precision, cfg.rollout.temperature, cfg.kernels
+        policy = Policy(
+            local, topo, precision=precision, temperature=temperature, optimizer=cfg.optimizer, kernels=kernels
+        )
+        reference = None
+        if cfg.loss.kl_coef > 0:
+            reference = FrozenPolicy(local, topo, precision=precision, temperature=temperature, kernels=kernels)
         checkpoints = checkpoint.Checkpoints(cfg.run_dir, policy, cfg.checkpoint)
         progress = checkpoints.restore()
         timer = sinks.Timer()

@@ -48,9 +48,8 @@ class Response:
     token_ids: tuple[int, ...]  # EOS included
     rollout_logprobs: tuple[float, ...]  # one a token, natural log, at the sampling temperature
     truncated: bool  # hit the length limit before EOS
-    versions: tuple[
-        tuple[int, int], ...
-    ] = ()  # (policy_version, tokens sampled with it), in order; none: not sampled by the policy
+    # (policy_version, tokens sampled with it), in order; none: not sampled by the policy
+    versions: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)

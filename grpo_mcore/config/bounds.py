@@ -1,11 +1,21 @@
 """Bounds of values as part of their type: a `PositiveInt` is an int to whoever reads it, and config's fields say with
 it what they may be. rules.py checks it, schema.py shows it. Infinity and NaN are within no bound."""
 
+import dataclasses
 import math
 import types
 import typing
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any, ClassVar, Protocol, TypeGuard, runtime_checkable
+
+Hint = Any  # of a type, as get_type_hints has them: a class, a union, a Literal ...
+
+
+@runtime_checkable
+class Section(Protocol):
+    """A dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
 
 @dataclass(frozen=True)
@@ -43,7 +53,11 @@ class Contains:
         return self.remedy
 
 
-def without_null(hint: object) -> tuple[object, bool]:
+def is_section(hint: Hint) -> TypeGuard[type[Section]]:
+    return isinstance(hint, type) and dataclasses.is_dataclass(hint)
+
+
+def without_null(hint: Hint) -> tuple[Hint, bool]:
     """(X, True) of `X | None`, (X, False) of X."""
     if typing.get_origin(hint) not in (types.UnionType, typing.Union):
         return hint, False
@@ -51,7 +65,7 @@ def without_null(hint: object) -> tuple[object, bool]:
     return inner, True
 
 
-def bounds_of(hint: object) -> tuple[Bound | Contains, ...]:
+def bounds_of(hint: Hint) -> tuple[Bound | Contains, ...]:
     """Those of a type: of `X | None` those of X, of a tuple those of each item."""
     if isinstance(hint, (Bound, Contains)):
         return (hint,)

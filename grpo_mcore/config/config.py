@@ -317,9 +317,8 @@ class Stop:
     plateau_min_gain: NonNegativeFloat = 0.0  # a plateau: the mean has not risen by more than this
     # truncation: rollout/truncated_frac is above this in each of the last truncated_steps steps; null: not looked for
     truncated_above: Fraction | None = None
-    truncated_steps: PositiveInt = (
-        10  # steps in a row with rollout/truncated_frac above truncated_above that end the run
-    )
+    # steps in a row with rollout/truncated_frac above truncated_above that end the run
+    truncated_steps: PositiveInt = 10
 
 
 @dataclass(frozen=True)

@@ -10,20 +10,24 @@ the file's own: sections merge key by key; a value, a list or null replaces what
 import dataclasses
 import difflib
 import typing
+from collections.abc import Hashable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 
 from grpo_mcore.config import rules
-from grpo_mcore.config.bounds import without_null
+from grpo_mcore.config.bounds import Hint, Section, is_section, without_null
 from grpo_mcore.config.config import Config, InputError
+
+Tree = dict[str, Any]  # as YAML has it: nothing is known of the values
+Kind = TypeVar("Kind", bound=Section)
 
 
 class _Loader(yaml.SafeLoader):
     """A key written twice in one mapping is an error: YAML would let the last one win."""
 
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
@@ -48,12 +52,12 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     return config
 
 
-def read(cls: type, path: str | Path):
+def read(cls: type[Kind], path: str | Path) -> Kind:
     """Another kind of file, whose keys are the dataclass `cls`, read as strictly. Raises InputError."""
     return _build(cls, _read(Path(path), ()), "")
 
 
-def _read(path: Path, heirs: tuple[Path, ...]) -> dict:
+def _read(path: Path, heirs: tuple[Path, ...]) -> Tree:
     """The mapping of a YAML file over what it inherits. `heirs`: the files that led here."""
     name, seen = ("inherit", f"{path} (in {heirs[-1]})") if heirs else ("--cfg", str(path))
     if not path.is_file():
@@ -76,7 +80,7 @@ def _read(path: Path, heirs: tuple[Path, ...]) -> dict:
     return _over(_read(path.parent / parent, (*heirs, path)), tree)
 
 
-def _over(below: dict, above: dict) -> dict:
+def _over(below: Tree, above: Tree) -> Tree:
     """`above` over `below`, section by section."""
     merged = {
         key: _over(below[key], value) if isinstance(below.get(key), dict) and isinstance(value, dict) else value
@@ -85,7 +89,7 @@ def _over(below: dict, above: dict) -> dict:
     return {**below, **merged}
 
 
-def _section(tree: dict, dotted: str) -> dict:
+def _section(tree: Tree, dotted: str) -> Tree:
     """The mapping that holds the last key of `dotted`; made where it is missing."""
     node = tree
     for key in dotted.split(".")[:-1]:
@@ -99,7 +103,7 @@ def _section(tree: dict, dotted: str) -> dict:
     return node
 
 
-def _build(cls: type, tree: dict, prefix: str):
+def _build(cls: type[Kind], tree: Tree, prefix: str) -> Kind:
     """Dataclass `cls` from a mapping, recursively."""
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in tree:
@@ -117,12 +121,12 @@ def _build(cls: type, tree: dict, prefix: str):
     return cls(**values)
 
 
-def _coerce(hint, value, name: str):
+def _coerce(hint: Hint, value: object, name: str) -> object:
     """`value` as the field's type, or InputError."""
     kind, optional = without_null(hint)
     if value is None and optional:
         return None
-    if dataclasses.is_dataclass(kind):
+    if is_section(kind):
         if not isinstance(value, dict):
             raise InputError(name, value, "must be a section of keys", f"write its keys below `{name}:`")
         return _build(kind, value, name + ".")
@@ -144,9 +148,9 @@ def _coerce(hint, value, name: str):
     return value
 
 
-def _items(item, value, name: str) -> tuple:
+def _items(item: Hint, value: object, name: str) -> tuple[object, ...]:
     """`value` as a tuple of `item`, a type: of sections, names, some names or whole numbers."""
-    if dataclasses.is_dataclass(item):
+    if is_section(item):
         if not isinstance(value, list) or not all(isinstance(v, dict) for v in value):
             raise InputError(name, value, "must be a list of sections", f"write `- key: value` below `{name}:`")
         return tuple(_build(item, v, f"{name}[{i}].") for i, v in enumerate(value))

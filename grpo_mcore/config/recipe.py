@@ -202,16 +202,16 @@ def describe(config: Config) -> str:
     if config.recipe is None:
         return ""
     stage = config.recipe.partition("/")[2]
-    table = [("", "quantity", "this run", f"guide {stage}", f"original {stage}")]
+    table: list[tuple[str, ...]] = [("", "quantity", "this run", f"guide {stage}", f"original {stage}")]
     for row in ROWS:
         declared = "declared" if row.quantity in config.recipe_deviations else "DEVIATES"
         name = f"{row.quantity} ({row.unit})" if row.unit else row.quantity
         values = row.of(config), row.published(f"guide/{stage}"), row.published(f"original/{stage}")
         table.append((declared if row.quantity in found else "", name, *map(text, values)))
-    widths = [max(map(len, column)) for column in zip(*table)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     head = f"# recipe {config.recipe}; DEVIATES: from it; declared: by recipe_deviations; -: not said"
-    lines = ["# " + "  ".join(f"{cell:{width}}" for cell, width in zip(line, widths)).rstrip() for line in table]
-    return "\n".join([head, *lines])
+    lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in table]
+    return "\n".join([head, *(f"# {line}" for line in lines)])
 
 
 def summary(config: Config) -> str:

@@ -1,11 +1,10 @@
 """What must hold of a Config: the bounds that its types name, and the rules between fields. Rules that need
 the model or the data stand where those are opened."""
 
-import dataclasses
 import functools
 import typing
 
-from grpo_mcore.config.bounds import Bound, Contains, bounds_of
+from grpo_mcore.config.bounds import Bound, Contains, Section, bounds_of
 from grpo_mcore.config.config import Config, InputError, Loss, Parallel, packed_alignment
 
 
@@ -82,11 +81,11 @@ def check(config: Config) -> None:
     check_device(config, config.device)
 
 
-def _check_bounds(section, prefix: str) -> None:
+def _check_bounds(section: Section, prefix: str) -> None:
     """Of a dataclass, of those in it and of the items of tuples."""
     for name, bounds in _bounds_of_fields(type(section)).items():
         value = getattr(section, name)
-        if dataclasses.is_dataclass(value):
+        if isinstance(value, Section):
             _check_bounds(value, f"{prefix}{name}.")
             continue
         for item in value if isinstance(value, tuple) else (value,):
@@ -96,7 +95,7 @@ def _check_bounds(section, prefix: str) -> None:
 
 
 @functools.cache
-def _bounds_of_fields(cls: type) -> dict[str, tuple[Bound | Contains, ...]]:
+def _bounds_of_fields(cls: type[Section]) -> dict[str, tuple[Bound | Contains, ...]]:
     return {name: bounds_of(hint) for name, hint in typing.get_type_hints(cls, include_extras=True).items()}
 
 

@@ -20,9 +20,9 @@ import tokenize
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from grpo_mcore.config.bounds import Bound, Contains, bounds_of, without_null
+from grpo_mcore.config.bounds import Bound, Contains, Hint, Section, bounds_of, is_section, without_null
 from grpo_mcore.config.config import Config
 
 ROOT = Path(__file__).parents[2]
@@ -54,55 +54,56 @@ class Key:
     """A field of a dataclass."""
 
     name: str
-    hint: object  # its type with bounds, without null
+    hint: Hint  # its type with bounds, without null
     optional: bool  # it may be null
-    section: type | None  # the dataclass that it holds
+    section: type[Section] | None  # the dataclass that it holds
     default: object  # dataclasses.MISSING: none, or a section, whose keys have theirs
     required: bool
     what: str  # its comment, or the section's docstring
 
 
-def keys(cls: type) -> list[Key]:
+def keys(cls: type[Section]) -> list[Key]:
     """The fields of a section, in their order."""
     hints, said, found = typing.get_type_hints(cls, include_extras=True), comments(cls), []
     for f in dataclasses.fields(cls):
         hint, optional = without_null(hints[f.name])
-        section = hint if dataclasses.is_dataclass(hint) else None
-        what = " ".join(inspect.getdoc(section).split()) if section else said.get(f.name, "")
+        section = hint if is_section(hint) else None
+        what = " ".join((inspect.getdoc(section) or "").split()) if section else said.get(f.name, "")
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         found.append(Key(f.name, hint, optional, section, f.default, required, what))
     return found
 
 
 @functools.cache
-def comments(cls: type) -> dict[str, str]:
+def comments(cls: type[Section]) -> dict[str, str]:
     """Field -> its comment, of those that have one."""
     source = inspect.getsource(cls)
-    behind, alone = {}, {}  # by line
+    behind: dict[int, str] = {}  # by line
+    alone: dict[int, str] = {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             stands_alone = token.line[: token.start[1]].isspace()
             (alone if stands_alone else behind)[token.start[0]] = token.string.removeprefix("#").strip()
     found = {}
-    for node in ast.parse(source).body[0].body:
-        if not isinstance(node, ast.AnnAssign):
+    for node in ast.iter_child_nodes(ast.parse(source).body[0]):
+        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
             continue
         start = node.lineno
         while start - 1 in alone:
             start -= 1
         lines = [alone[n] for n in range(start, node.lineno)]
-        lines += [behind[n] for n in range(node.lineno, node.end_lineno + 1) if n in behind]
+        lines += [text for n, text in behind.items() if node.lineno <= n <= (node.end_lineno or node.lineno)]
         if lines:
             found[node.target.id] = " ".join(lines)
     return found
 
 
-def _plain(hint: object) -> type:
+def _plain(hint: Hint) -> Hint:
     """int of Annotated[int, ...], and of int."""
     return typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
 
 
-def _limits(hint: object) -> tuple[float, float, float]:
+def _limits(hint: Hint) -> tuple[float, float, float]:
     """(above, at_least, at_most) of a type's bounds, the narrowest of each."""
     bounds = [b for b in bounds_of(hint) if isinstance(b, Bound)]
     above = max([b.above for b in bounds], default=-math.inf)
@@ -110,7 +111,7 @@ def _limits(hint: object) -> tuple[float, float, float]:
     return above, at_least, min([b.at_most for b in bounds], default=math.inf)
 
 
-def json_schema(cls: type = Config) -> dict:
+def json_schema(cls: type[Section] = Config) -> dict[str, Any]:
     """The schema of a file of `cls`."""
     schema = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -125,7 +126,7 @@ def json_schema(cls: type = Config) -> dict:
     return schema
 
 
-def _object(cls: type) -> dict:
+def _object(cls: type[Section]) -> dict[str, Any]:
     properties = {}
     for key in keys(cls):
         schema = _object(key.section) if key.section else _value(key.hint)
@@ -139,7 +140,7 @@ def _object(cls: type) -> dict:
     return {"type": "object", "additionalProperties": False, "properties": properties}
 
 
-def _required(cls: type) -> dict:
+def _required(cls: type[Section]) -> dict[str, Any]:
     """What a file that inherits nothing must have, in it and in those of its sections that it has."""
     inner = {key.name: _required(key.section) for key in keys(cls) if key.section}
     inner = {name: schema for name, schema in inner.items() if schema}
@@ -147,14 +148,14 @@ def _required(cls: type) -> dict:
     return ({"required": names} if names else {}) | ({"properties": inner} if inner else {})
 
 
-def _value(hint: object) -> dict:
+def _value(hint: Hint) -> dict[str, Any]:
     """Of a type that is neither a section nor null."""
     if typing.get_origin(hint) is tuple:
         return {"type": "array", "items": _value(typing.get_args(hint)[0])}
     if typing.get_origin(hint) is Literal:
         return {"enum": list(typing.get_args(hint))}
     kind, (above, at_least, at_most) = _plain(hint), _limits(hint)
-    schema = {"type": {int: "integer", float: "number", bool: "boolean", str: "string"}[kind]}
+    schema: dict[str, Any] = {"type": {int: "integer", float: "number", bool: "boolean", str: "string"}[kind]}
     if kind is float:  # PyYAML reads 1e-6 as text
         sign = "[-+]?" if max(above, at_least) < 0 else "[+]?"
         schema = {"type": ["number", "string"], "pattern": rf"^{sign}([0-9]+[.]?[0-9]*|[.][0-9]+)([eE][-+]?[0-9]+)?$"}
@@ -170,7 +171,7 @@ def _value(hint: object) -> dict:
     return schema
 
 
-def page(cls: type = Config) -> str:
+def page(cls: type[Section] = Config) -> str:
     """Markdown: a table a section."""
     top = f"| `inherit` | text | | {INHERIT} |\n"
     parts = [INTRO, f"## Top of the file\n\n{inspect.getdoc(cls)}\n", _table(cls, top)]
@@ -180,7 +181,7 @@ def page(cls: type = Config) -> str:
     return "\n".join(parts)
 
 
-def _table(cls: type, first: str = "") -> str:
+def _table(cls: type[Section], first: str = "") -> str:
     rows = "".join(
         f"| `{key.name}` | {_kind(key)} | {'required' if key.required else _code(key.default)} | {_text(key.what)} |\n"
         for key in keys(cls)
@@ -195,7 +196,7 @@ def _kind(key: Key) -> str:
     return words if not key.optional else f"{words}, `null`" if words.startswith("`") else f"{words}, or `null`"
 
 
-def _words(hint: object, plural: str = "") -> str:
+def _words(hint: Hint, plural: str = "") -> str:
     """A type and its bounds."""
     if typing.get_origin(hint) is tuple:
         return f"list of {_words(typing.get_args(hint)[0], plural='s')}"

@@ -8,9 +8,10 @@ a plain one between.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
-from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     UnquantizedEmbeddingMethod,
@@ -20,7 +21,8 @@ from vllm.platforms import current_platform
 
 from grpo_mcore.refit.weight_transfer import TensorInfo
 
-ORDER = {"q": 0, "k": 1, "v": 2}  # of the parts of a fused parameter, beside those that are numbered
+LOADER = "weight_loader"  # vLLM's name for what a parameter is loaded with
+ORDER: dict[object, int] = {"q": 0, "k": 1, "v": 2}  # of the parts of a fused parameter, beside those that are numbered
 
 
 @dataclass(eq=False)
@@ -31,12 +33,18 @@ class _Target:
     owners: list[torch.nn.Module]  # several if it is tied
     parts: dict[str, int] = field(default_factory=dict)  # HF name -> order, then first row
     arrived: dict[str, torch.Tensor] = field(default_factory=dict)  # of a packed one
-    repacked: list[torch.nn.Module] = field(default_factory=list)  # that keep a packed copy besides
+    repacked: list[VocabParallelEmbedding] = field(default_factory=list)  # that keep a packed copy besides
 
     @property
     def packed(self) -> bool:
         """Whether the layer kept only its packed copy."""
         return self.parameter.numel() == 0
+
+
+class Loads(Protocol):
+    """What weights are loaded into: a model of vLLM's, or LiveWeights."""
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> object: ...
 
 
 class LiveWeights:
@@ -120,31 +128,30 @@ def _find_targets(model: torch.nn.Module, infos: Sequence[TensorInfo]) -> list[_
 
     def note(parameter, tensor, *args, **kwargs):
         part = next(iter([*args, *kwargs.values()]), getattr(tensor, "shard_id", None))
-        if (name := name_of.get(id(tensor))) is not None:
-            targets[id(parameter)].parts[name] = ORDER.get(part, part or 0)
+        name = name_of.get(id(tensor))
+        if name is not None and isinstance(order := ORDER.get(part, part or 0), int):
+            targets[id(parameter)].parts[name] = order
             noted.add(name)
 
-    loaders = {key: getattr(t.parameter, "weight_loader", None) for key, t in targets.items()}
+    loaders = {key: getattr(t.parameter, LOADER, None) for key, t in targets.items()}
     try:
         for target in targets.values():
-            target.parameter.weight_loader = note
-        model.load_weights(iter(sent.items()))
+            setattr(target.parameter, LOADER, note)
+        model.load_weights(iter(sent.items()))  # type: ignore[operator]  # every model of vLLM's has it
     finally:
         for key, target in targets.items():
             if loaders[key] is None:
-                del target.parameter.weight_loader
+                delattr(target.parameter, LOADER)
             else:
-                target.parameter.weight_loader = loaders[key]
+                setattr(target.parameter, LOADER, loaders[key])
     return list(targets.values()) if noted == set(sent) else None
 
 
 def _fits(target: _Target, shapes: dict[str, tuple[int, ...]]) -> bool:
     """Whether the parts, one below the other, are the parameter; then notes their first rows."""
     module, num_rows = target.owners[0], 0
-    for name in sorted(target.parts, key=target.parts.get):
-        order = target.parts.pop(name)  # and in again: now they stand in order
-        if not isinstance(order, int):
-            return False
+    for name in sorted(target.parts, key=target.parts.__getitem__):
+        del target.parts[name]  # and in again: now they stand in order
         target.parts[name] = num_rows
         num_rows += shapes[name][0]
     columns = {shapes[name][1:] for name in target.parts}
@@ -175,8 +182,8 @@ def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
     return first.as_strided((sum(p.shape[0] for p in parts), *first.shape[1:]), first.stride())
 
 
-def _pack(module: torch.nn.Module, weight: torch.Tensor) -> None:
-    """The packed copy of a linear layer, anew."""
+def _pack(module: LinearBase, weight: torch.Tensor) -> None:
+    """The packed copy of a layer, anew."""
     module.cpu_linear = None  # first gives the old copy's memory back
     module.weight = torch.nn.Parameter(weight, requires_grad=False)
     module.quant_method.process_weights_after_loading(module)

@@ -9,8 +9,9 @@ import base64
 import ctypes
 import pickle
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from vllm.config.weight_transfer import WeightTransferConfig
@@ -22,7 +23,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.platforms import current_platform
 
-from grpo_mcore.refit.live_weights import LiveWeights
+from grpo_mcore.refit.live_weights import LiveWeights, Loads
 from grpo_mcore.refit.weight_transfer import (
     TensorInfo,
     await_turn,
@@ -57,6 +58,7 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
     _reloading = False  # layerwise
+    _wire: "Wire"  # from init_transfer_engine to shutdown
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         if current_platform.is_cpu():
@@ -67,9 +69,9 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         if init_info.transport == "gloo":
             self._wire = Gloo(*arguments, self.parallel_config.rank)
         elif init_info.transport == "shared_memory":
-            self._wire = Shared(*arguments, reused=self._live is None)
+            self._wire = shared = Shared(*arguments, reused=self._live is None)
             if self._live:
-                self._live.lasting = self._wire.lasting
+                self._live.lasting = shared.lasting
         else:
             self._wire = Vllms(init_info.transport, init_info.info, self)
 
@@ -83,8 +85,7 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         initialize_layerwise_reload(self.model)
 
     @property
-    def target(self) -> LiveWeights | torch.nn.Module:
-        """Has load_weights."""
+    def target(self) -> Loads:
         return self._live or self.model
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
@@ -110,7 +111,8 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
                 module.quant_method.process_weights_after_loading(module)
 
     def shutdown(self) -> None:
-        self._wire = None
+        if hasattr(self, "_wire"):
+            del self._wire
 
 
 def check_complete(model: torch.nn.Module) -> None:
@@ -141,6 +143,15 @@ def keep_freed_memory() -> None:
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(mmap_max, 0)
         mallopt(trim_threshold, 2**31 - 1)
+
+
+class Wire(Protocol):
+    def receive(self, info: dict) -> Iterator[list[tuple[str, torch.Tensor]]]:
+        """The weights that arrive here, some at a time; each must be loaded before the next is asked for."""
+
+    def finish(self) -> None: ...
+
+    def abort(self) -> None: ...
 
 
 class Gloo:
@@ -234,6 +245,9 @@ class Vllms:
 
 class WorkerExtension:
     """Named in worker_extension_cls: its methods become the worker's."""
+
+    device: torch.device  # the worker's own, as the next
+    start_weight_update: Callable[[], None]
 
     def begin_weight_update(self) -> None:
         """start_weight_update, also after an update that was never finished, as when another engine failed in it."""

@@ -22,7 +22,17 @@ from grpo_mcore.parallel import collectives
 from grpo_mcore.parallel.topology import Topology
 from grpo_mcore.policy import hf_weights, model
 from grpo_mcore.policy.policy import Policy
-from grpo_mcore.refit.senders import BrokenWire, GlooSender, IpcSender, NcclSender, Place, SharedSender, Stream, choose
+from grpo_mcore.refit.senders import (
+    BrokenWire,
+    GlooSender,
+    IpcSender,
+    NcclSender,
+    Place,
+    Sender,
+    SharedSender,
+    Stream,
+    choose,
+)
 from grpo_mcore.refit.weight_transfer import TensorInfo, num_bytes, ranks, to_dict
 from grpo_mcore.report import metrics
 from grpo_mcore.rollout.engines import Engines, Slot
@@ -48,8 +58,7 @@ class Refit:
         canary: Sequence[Sequence[int]],
     ):
         """`engines` is None on all ranks but the driver; `canary` are token sequences of at least 2 tokens."""
-        self._policy, self._engines, self._cfg, self._topology = policy, engines, cfg.refit, topology
-        self._keep_cache = cfg.rollout.cache_after_refit == "keep"
+        self._policy, self._topology = policy, topology
         self._canary = [list(ids) for ids in canary]
         self._packing = model.packing(policy.hf_config, topology, cfg.precision, max_tokens=sum(map(len, canary)))
         self._dtype = getattr(torch, cfg.engine.dtype)
@@ -59,15 +68,15 @@ class Refit:
         ]
         self._bucket_bytes = cfg.refit.bucket_bytes or (256 << 20 if topology.device.type == "cuda" else 8 << 20)
         gpu = str(torch.cuda.get_device_properties(topology.device).uuid) if topology.device.type == "cuda" else ""
-        self._trainers = collectives.gather(Place(socket.gethostname(), gpu), topology)
+        trainers = collectives.gather(Place(socket.gethostname(), gpu), topology)
         exact = cfg.engine.dtype == cfg.precision.params == "float32" and cfg.engine.quantization is None
         self._tolerance = cfg.refit.canary_tolerance or (
             1e-3 if exact else 0.15 if cfg.engine.quantization is None else 0.5
         )
-        self._members: list[Slot] = []  # of the transfer
-        self._transport: str | None = None
-        self._sender = IpcSender(topology)  # the one that every rank has
-        self._problem = ""  # why the last attempt failed
+        self.transfer: Transfer | None = None  # the driver's alone
+        if engines is not None:
+            announced = Stream(self._groups, self._bucket_bytes, lambda into: iter(()))
+            self.transfer = Transfer(engines, cfg, topology, trainers, announced)
 
     def __call__(self, version: int) -> dict[str, metrics.Metric]:
         """The driver's metrics (elsewhere none).
@@ -76,21 +85,22 @@ class Refit:
         ATTEMPTS times, InputError if the engines are not where refit.transport needs them.
         """
         start = time.perf_counter()
-        with self._engines.refitting() if self._engines else contextlib.nullcontext():
+        with self.transfer.engines.refitting() if self.transfer is not None else contextlib.nullcontext():
             for attempt in range(1, ATTEMPTS + 1):
                 if not self._deliver(version, again=attempt > 1):
                     continue
                 seconds, error = time.perf_counter() - start, self._attest(version)
-                if collectives.broadcast(error, self._topology) is not None:
+                if error is not None:
                     break
             else:
-                raise RefitError(f"refit to version {version}, {ATTEMPTS} times: {self._problem}")
-        if self._engines is None:
+                problem = self.transfer.problem if self.transfer is not None else ""
+                raise RefitError(f"refit to version {version}, {ATTEMPTS} times: {problem}")
+        if self.transfer is None:
             return {}
         size = sum(map(num_bytes, self._groups))
         return {
             "refit/canary_abs_mean": metrics.Mean(error, 1),
-            "refit/engines": metrics.Mean(len(self._members), 1),
+            "refit/engines": metrics.Mean(len(self.transfer.members), 1),
             "refit/attempts": metrics.Mean(attempt, 1),
             "refit/bytes": metrics.Mean(float(size), 1),
             "refit/gb_per_s": metrics.Mean(size / 1e9 / seconds, 1),
@@ -99,92 +109,22 @@ class Refit:
 
     def _deliver(self, version: int, *, again: bool) -> bool:
         """Whether all engines that take part have the weights. Collective."""
-        transport = collectives.broadcast(self._join(version) if self._engines is not None else None, self._topology)
+        driver = self.transfer
+        transport = collectives.broadcast(driver.join(version) if driver is not None else None, self._topology)
         if transport is None:
             return False
         export = functools.partial(self._policy.export, dtype=self._dtype, everywhere=transport == "ipc")
         stream = Stream(self._groups, self._bucket_bytes, export)
         delivered = True
-        if self._engines is not None:
+        if driver is not None:
             try:
-                self._send(stream, version, discard=again)
+                driver.send(stream, version, discard=again)
             except (RuntimeError, OSError) as e:
-                delivered = self._fail(version, f"sending {stream.at}: {e}")
+                delivered = driver.fail(version, f"sending {stream.at}: {e}")
         elif transport == "ipc":
-            self._sender.send(stream, None)
+            IpcSender(self._topology).send(stream, None)
         stream.drain()  # whatever failed, the other ranks take part in what is left of it
         return collectives.broadcast(delivered, self._topology)
-
-    def _join(self, version: int) -> str | None:
-        """Connects the sender with all engines that take part, if they are others than those of the last refit. The
-        transport, or None if that failed."""
-        members = self._engines.assemble(f"refit to version {version}")
-        if members == self._members:
-            return self._transport
-        self._sender.close()
-        try:
-            self._connect(members)
-        except RuntimeError as e:
-            self._fail(version, f"joining the transfer: {e}")
-            return None
-        self._members = members
-        return self._transport
-
-    def _connect(self, members: list[Slot]) -> None:
-        of_engine = self._settle(self._engines.call(members, "places"), "asking for its place")
-        places = [[Place(*place) for place in of_engine[slot]] for slot in members]
-        self._transport = choose(self._cfg.transport, places, self._trainers)
-        first_ranks, world_size = ranks([len(engine) for engine in places])
-        address, timeout_s = self._engines.address, self._cfg.timeout_s
-        stream = Stream(self._groups, self._bucket_bytes, lambda into: iter(()))
-        self._sender = {
-            "gloo": lambda: GlooSender(stream, address, world_size, timeout_s),
-            "nccl": lambda: NcclSender(self._bucket_bytes, address, world_size),
-            "shared_memory": lambda: SharedSender(stream, world_size, timeout_s),
-            "ipc": lambda: IpcSender(self._topology),
-        }[self._transport]()
-        weights = to_dict(stream.infos)
-        refs = self._engines.call(
-            members,
-            "init_transfer",
-            [
-                ({"transport": self._transport, "weights": weights, "info": self._sender.init_info(first)},)
-                for first in first_ranks
-            ],
-        )
-        self._sender.open()
-        self._settle(refs, "joining")
-
-    def _send(self, stream: Stream, version: int, *, discard: bool) -> None:
-        """Raises RuntimeError, OSError."""
-        began = self._engines.call(self._members, "begin_refit", (discard,))
-        loading: dict = {}
-
-        def update(info: dict, what: str) -> Callable[[], object]:
-            nonlocal loading
-            self._settle(began, "pausing")
-            loading = refs = self._engines.call(self._members, "load", (info,))
-            return lambda: self._settle(refs, what)
-
-        try:
-            self._sender.send(stream, update)
-        except BrokenWire:
-            self._settle(loading, "receiving", FAILED_ENGINE_S)  # an engine that failed says why
-            raise
-        self._settle(self._engines.call(self._members, "end_refit", (version, self._keep_cache)), "ending")
-
-    def _settle(self, refs: dict, what: str, timeout_s: float | None = None) -> dict:
-        """The results by engine. Raises RuntimeError for the first that failed, with its last words."""
-        results, failed = self._engines.collect(refs, timeout_s or self._cfg.timeout_s)
-        for slot, problem in failed.items():
-            raise RuntimeError(f"{what}: engine {slot.index} failed: {problem}. {slot.last_words()}")
-        return results
-
-    def _fail(self, version: int, problem: str) -> bool:
-        self._problem, self._members = problem, []  # whoever sends next joins anew
-        self._sender.close()
-        print(f"refit to version {version}: {problem}\nit is done again", flush=True)
-        return False
 
     def _attest(self, version: int) -> float | None:
         """Mean |engine - trainer| log-prob over the canary tokens, of the worst engine that is left; None if the refit
@@ -196,35 +136,122 @@ class Refit:
             for ids in self._canary
         ]
         packed = batch.microbatch(samples, [0.0] * len(samples), self._packing)
-        scoring = self._engines.call(self._members, "score", (self._canary,)) if self._engines is not None else {}
+        driver = self.transfer
+        scoring = driver.start_scoring(self._canary) if driver is not None else {}
         ours = self._policy.logprobs_everywhere(packed, temperature=1.0)  # meanwhile
-        if self._engines is None:
+        error = driver.attest(version, scoring, ours, self._tolerance) if driver is not None else None
+        return collectives.broadcast(error, self._topology)
+
+
+class Transfer:
+    """The driver's end of a refit: the engines that take part, and the sender that they are connected with."""
+
+    def __init__(
+        self, engines: Engines, cfg: config.Config, topology: Topology, trainers: Sequence[Place], announced: Stream
+    ):
+        """`trainers`: where each rank is. `announced`: a stream like those to be sent."""
+        self.engines, self._cfg, self._topology, self._trainers = engines, cfg.refit, topology, trainers
+        self._keep_cache = cfg.rollout.cache_after_refit == "keep"
+        self._announced = announced
+        self._sender: Sender = IpcSender(topology)  # until the first join
+        self.members: list[Slot] = []
+        self.transport: str | None = None
+        self.problem = ""  # why the last attempt failed
+
+    def join(self, version: int) -> str | None:
+        """Connects the sender with all engines that take part, if they are others than those of the last refit. The
+        transport, or None if that failed."""
+        members = self.engines.assemble(f"refit to version {version}")
+        if members == self.members:
+            return self.transport
+        self._sender.close()
+        try:
+            self._connect(members)
+        except RuntimeError as e:
+            self.fail(version, f"joining the transfer: {e}")
             return None
-        answers, failed = self._engines.collect(scoring, self._cfg.timeout_s)
+        self.members = members
+        return self.transport
+
+    def _connect(self, members: list[Slot]) -> None:
+        of_engine = self.settle(self.engines.call(members, "places"), "asking for its place")
+        places = [[Place(*place) for place in of_engine[slot]] for slot in members]
+        self.transport = choose(self._cfg.transport, places, self._trainers)
+        first_ranks, world_size = ranks([len(engine) for engine in places])
+        address, timeout_s = self.engines.address, self._cfg.timeout_s
+        senders: dict[str, Callable[[], Sender]] = {
+            "gloo": lambda: GlooSender(self._announced, address, world_size, timeout_s),
+            "nccl": lambda: NcclSender(self._announced.bucket_bytes, address, world_size),
+            "shared_memory": lambda: SharedSender(self._announced, world_size, timeout_s),
+            "ipc": lambda: IpcSender(self._topology),
+        }
+        self._sender = senders[self.transport]()
+        common = {"transport": self.transport, "weights": to_dict(self._announced.infos)}
+        each = [({**common, "info": self._sender.init_info(first)},) for first in first_ranks]
+        refs = self.engines.call(members, "init_transfer", each)
+        self._sender.open()
+        self.settle(refs, "joining")
+
+    def send(self, stream: Stream, version: int, *, discard: bool) -> None:
+        """Raises RuntimeError, OSError."""
+        began = self.engines.call(self.members, "begin_refit", (discard,))
+        loading: dict = {}
+
+        def update(info: dict, what: str) -> Callable[[], object]:
+            nonlocal loading
+            self.settle(began, "pausing")
+            loading = refs = self.engines.call(self.members, "load", (info,))
+            return lambda: self.settle(refs, what)
+
+        try:
+            self._sender.send(stream, update)
+        except BrokenWire:
+            self.settle(loading, "receiving", FAILED_ENGINE_S)  # an engine that failed says why
+            raise
+        self.settle(self.engines.call(self.members, "end_refit", (version, self._keep_cache)), "ending")
+
+    def settle(self, refs: dict, what: str, timeout_s: float | None = None) -> dict:
+        """The results by engine. Raises RuntimeError for the first that failed, with its last words."""
+        results, failed = self.engines.collect(refs, timeout_s or self._cfg.timeout_s)
+        for slot, problem in failed.items():
+            raise RuntimeError(f"{what}: engine {slot.index} failed: {problem}. {slot.last_words()}")
+        return results
+
+    def fail(self, version: int, problem: str) -> bool:
+        self.problem, self.members = problem, []  # whoever sends next joins anew
+        self._sender.close()
+        print(f"refit to version {version}: {problem}\nit is done again", flush=True)
+        return False
+
+    def start_scoring(self, canary: list[list[int]]) -> dict:
+        return self.engines.call(self.members, "score", (canary,))
+
+    def attest(self, version: int, scoring: dict, ours: torch.Tensor, tolerance: float) -> float | None:
+        """The mean error of the worst engine within the tolerance, after the others were lost; None if all are
+        beyond it. `ours`: the trainer's log-probs of the canary, one behind the other."""
+        answers, failed = self.engines.collect(scoring, self._cfg.timeout_s)
         errors = {}
         for slot, answer in answers.items():
             theirs = torch.tensor([lp for sequence in answer for lp in sequence])
             difference = (theirs - ours).abs()
             error = difference.mean().item()
-            if error <= self._tolerance:
+            if error <= tolerance:
                 errors[slot] = error
                 continue
             at = int(difference.nan_to_num(float("inf")).argmax())  # NaN is wrong too
             failed[slot] = (
                 f"does not compute what the trainer computes: mean |engine - trainer| log-prob of {len(theirs)} "
-                f"canary tokens is {error:.3g}, "
-                f"tolerance {self._tolerance:g}; worst at canary token {at}: engine {theirs[at]:.4f}, trainer "
-                f"{ours[at]:.4f}. "
+                f"canary tokens is {error:.3g}, tolerance {tolerance:g}; worst at canary token {at}: engine "
+                f"{theirs[at]:.4f}, trainer {ours[at]:.4f}. "
                 "If the engines' arithmetic is coarser than the trainer's, raise refit.canary_tolerance"
             )
         if not errors:  # none is right: it is not the engines' doing
             slot, problem = next(iter(failed.items()))
-            self._problem = f"engine {slot.index} {problem}"
+            self.problem = f"engine {slot.index} {problem}"
             return None
         for slot, problem in failed.items():
-            self._engines.lose(slot, f"refit to version {version}", problem)
-        self._members = list(errors)
-        self._engines.collect(
-            self._engines.call(self._members, "release"), self._cfg.timeout_s
-        )  # who fails here is found by its health
+            self.engines.lose(slot, f"refit to version {version}", problem)
+        self.members = list(errors)
+        # Who fails here is found by its health.
+        self.engines.collect(self.engines.call(self.members, "release"), self._cfg.timeout_s)
         return max(errors.values())

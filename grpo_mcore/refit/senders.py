@@ -9,9 +9,11 @@ A bucket is filled while the one before it is under way.
 """
 
 import base64
+import functools
 import pickle
+import socket
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -21,6 +23,7 @@ from grpo_mcore.parallel.topology import Topology
 from grpo_mcore.refit.weight_transfer import (
     SharedMemory,
     TensorInfo,
+    Work,
     await_turn,
     buckets,
     free_port,
@@ -126,15 +129,27 @@ class Stream:
             pass
 
 
+class Sender(Protocol):
+    def init_info(self, first_rank: int) -> dict:
+        """For the engine whose first process has this rank of the group."""
+
+    def open(self) -> None:
+        """Blocks until every engine has joined; to be called while the engines initialise."""
+
+    def send(self, stream: Stream, update: Update) -> None:
+        """Raises RuntimeError, OSError."""
+
+    def close(self) -> None:
+        """Engines that still wait for a bucket fail now. It may be called again."""
+
+
 class GlooSender:
     def __init__(self, stream: Stream, address: str, world_size: int, timeout_s: float):
         """`stream` is one like those to be sent; the engines reach the sender at `address`."""
         self._args = (address, free_port(address), 0, world_size, timeout_s)
         self._buffers = [torch.empty(stream.capacity_bytes, dtype=torch.uint8) for _ in range(2)]
-        self._group = None
 
     def init_info(self, first_rank: int) -> dict:
-        """For the engine whose first process has this rank of the group."""
         address, port, _, world_size, timeout_s = self._args
         return {
             "address": address,
@@ -145,19 +160,18 @@ class GlooSender:
         }
 
     def open(self) -> None:
-        """Blocks until every engine has joined; to be called while the engines initialise."""
         self._group = open_gloo(*self._args)
 
     def send(self, stream: Stream, update: Update) -> None:
         wait = update({"lengths": [len(bucket) for bucket in stream.buckets]}, "receiving the broadcast")
-        under_way = None
-        for index, bucket, buffer in stream.fill(lambda i: self._buffers[i % 2]):
+        under_way: tuple[Work, str] | None = None
+        for _, bucket, buffer in stream.fill(lambda i: self._buffers[i % 2]):
             self._arrive(under_way, stream)
             under_way = start_broadcast(self._group, buffer), span(bucket)
         self._arrive(under_way, stream)
         wait()
 
-    def _arrive(self, under_way, stream: Stream) -> None:
+    def _arrive(self, under_way: tuple[Work, str] | None, stream: Stream) -> None:
         if under_way:
             work, stream.at = under_way
             try:
@@ -166,10 +180,9 @@ class GlooSender:
                 raise BrokenWire(str(e)) from e
 
     def close(self) -> None:
-        """Engines that still wait for a bucket fail now."""
-        if self._group is not None:
+        if hasattr(self, "_group"):
             self._group.abort()
-        self._group = None
+            del self._group
 
 
 class NcclSender:
@@ -221,7 +234,8 @@ class SharedSender:
         self._positions, size = positions(stream.buckets, stream.bucket_bytes)
         self._memory = SharedMemory(size)
         self._num_engine_ranks, self._timeout_s = world_size - 1, timeout_s
-        self._listener, self._engines = listen(), []
+        self._listener = listen()
+        self._engines: list[socket.socket] = []
 
     def init_info(self, first_rank: int) -> dict:
         return {
@@ -244,11 +258,11 @@ class SharedSender:
 
     def send(self, stream: Stream, update: Update) -> None:
         self._accept()
-        wait, loaded = None, 0
+        loaded = 0
 
-        def start() -> None:  # the engines pause meanwhile
-            nonlocal wait
-            wait = wait or update({}, "loading")
+        @functools.cache
+        def start() -> Callable[[], object]:  # once; the engines pause meanwhile
+            return update({}, "loading")
 
         def until_loaded(num_buckets: int) -> None:
             nonlocal loaded
@@ -272,10 +286,10 @@ class SharedSender:
         except OSError as e:
             stream.at = span(stream.buckets[loaded])  # where the engines are
             raise BrokenWire(str(e)) from e
+        wait = start()
         wait()
 
     def close(self) -> None:
-        """Engines that still wait for a bucket fail now."""
         for end in (self._listener, *self._engines):
             end.close()
         self._memory.close()
@@ -301,7 +315,7 @@ class IpcSender:
         # Of this refit alone: an exported buffer is counted until the engines let go of it.
         buffers = [torch.empty(stream.capacity_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
         wait = error = None
-        for index, bucket, buffer in stream.fill(lambda i: buffers[i % 2]):
+        for index, bucket, _ in stream.fill(lambda i: buffers[i % 2]):
             torch.cuda.synchronize(device)
             try:
                 if wait:

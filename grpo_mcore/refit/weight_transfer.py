@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+Work = dist.Work  # a collective under way
+
 PAGE = 4096  # bytes
 RING_BUCKETS = 4
 
@@ -54,7 +56,7 @@ def from_dict(d: dict) -> list[TensorInfo]:
 def buckets(groups: Iterable[Sequence[TensorInfo]], limit_bytes: int) -> Iterator[list[TensorInfo]]:
     """Consecutive groups of together at most limit_bytes, or one that is larger alone. A group is never cut: its
     tensors come from one parameter of the trainer, and become one of the engine."""
-    bucket = []
+    bucket: list[TensorInfo] = []
     for group in groups:
         if bucket and num_bytes(bucket) + num_bytes(group) > limit_bytes:
             yield bucket
@@ -85,7 +87,8 @@ def positions(buckets: Sequence[Sequence[TensorInfo]], bucket_bytes: int) -> tup
     def whole_pages(size: int) -> int:
         return -(-size // PAGE) * PAGE
 
-    out, taken = [], []
+    out = []
+    taken: list[tuple[int, int, int]] = []  # index, start, end of those in the ring
     at, room = 0, RING_BUCKETS * whole_pages(bucket_bytes)
     end = room
     for index, bucket in enumerate(buckets):
@@ -96,13 +99,8 @@ def positions(buckets: Sequence[Sequence[TensorInfo]], bucket_bytes: int) -> tup
             continue
         if at + size > room:
             at = 0
-        out.append(
-            Position(
-                at,
-                max((other + 1 for other, start, stop in taken if start < at + size and at < stop), default=0),
-                False,
-            )
-        )
+        after = max((other + 1 for other, start, stop in taken if start < at + size and at < stop), default=0)
+        out.append(Position(at, after, False))
         taken.append((index, at, at + size))
         at += size
     return out, end
@@ -121,18 +119,18 @@ def ranks(num_ranks: Sequence[int]) -> tuple[list[int], int]:
     return first, 1 + sum(num_ranks)
 
 
-def open_gloo(address: str, port: int, rank: int, world_size: int, timeout_s: float) -> dist.ProcessGroup:
+def open_gloo(address: str, port: int, rank: int, world_size: int, timeout_s: float) -> dist.ProcessGroupGloo:
     """A group apart from torch.distributed's global state: the sender is rank 0 and hosts the store at `address`."""
     timeout = datetime.timedelta(seconds=timeout_s)
     store = dist.TCPStore(address, port, world_size, is_master=rank == 0, timeout=timeout, wait_for_workers=False)
     return dist.ProcessGroupGloo(dist.PrefixStore("weight_transfer", store), rank, world_size, timeout)
 
 
-def start_broadcast(group: dist.ProcessGroup, buffer: torch.Tensor) -> dist.Work:
+def start_broadcast(group: dist.ProcessGroupGloo, buffer: torch.Tensor) -> Work:
     """From rank 0. Its wait raises RuntimeError when the group's time-out passes or a member is gone."""
     options = dist.BroadcastOptions()
     options.rootRank, options.rootTensor = 0, 0
-    return group.broadcast([buffer], options)
+    return group.broadcast([buffer], options)  # type: ignore[attr-defined]  # torch's stub leaves it out
 
 
 def free_port(address: str) -> int:
@@ -186,7 +184,8 @@ class SharedMemory:
         """The memory itself goes with the last view of it."""
         if self._fd >= 0:
             os.close(self._fd)
-        self._fd, self.bytes = -1, None
+            self._fd = -1
+            del self.bytes
 
 
 def open_shared(path: str, num_bytes: int) -> torch.Tensor:

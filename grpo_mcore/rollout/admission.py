@@ -51,12 +51,8 @@ class Admission:
         """`cursor`: positions before it have been trained on, or passed over. `oversampling_frac` and `max_draws` are
         multiples of prompts_per_step, and of no effect without dynamic sampling. Nothing is sampled ahead for steps
         from num_steps on."""
-        self._P, self._max_staleness, self._dynamic, self._num_steps = (
-            prompts_per_step,
-            max_staleness,
-            dynamic_sampling,
-            num_steps,
-        )
+        self._P, self._num_steps = prompts_per_step, num_steps
+        self._max_staleness, self._dynamic = max_staleness, dynamic_sampling
         self._extra = math.ceil(oversampling_frac * prompts_per_step) if dynamic_sampling else 0
         self._max_draws = int(max_draws * prompts_per_step) if dynamic_sampling else prompts_per_step
         self._groups: dict[int, _Group] = {}
@@ -83,7 +79,8 @@ class Admission:
         """The step's groups, once all of them have arrived; the cursor moves behind them."""
         if not self._has_arrived(self._missing):
             return None
-        found, flat = [], []
+        found: list[int] = []
+        flat: list[int] = []
         for position in range(self.cursor, self.cursor + self._max_draws):
             if not self._has_arrived(position):
                 self._missing = position

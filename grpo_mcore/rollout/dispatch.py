@@ -8,12 +8,13 @@ more; what is beyond that waits here, where any engine can take it.
 
 import heapq
 from collections.abc import Hashable, Iterator
+from typing import Generic, TypeVar
 
-Key = tuple  # of one kind throughout: comparable
-Engine = Hashable
+Key = tuple[int, ...]
+Engine = TypeVar("Engine", bound=Hashable)
 
 
-class Dispatch:
+class Dispatch(Generic[Engine]):
     def __init__(self, max_running_responses: int):
         """`max_running_responses` of one engine."""
         self._capacity = 2 * max_running_responses
@@ -22,9 +23,8 @@ class Dispatch:
         self._owner: dict[Key, Engine] = {}  # of those dealt
         self._dealt: dict[Engine, set[Key]] = {}
         self._load: dict[Engine, int] = {}  # responses dealt
-        self._by_load: list[
-            tuple[int, int, Engine]
-        ] = []  # a heap of (load, tie, engine); entries whose load has moved are skipped
+        # a heap of (load, tie, engine); entries whose load has moved are skipped
+        self._by_load: list[tuple[int, int, Engine]] = []
         self._ties: dict[Engine, int] = {}  # equal loads: the engine that joined first
         self._num_joined = 0
 

@@ -88,8 +88,9 @@ class Engine:
             ignore_eos=sampling.never_stop,
             logprobs=0,
             detokenize=False,
+            # Any other kind drops the responses that end before the last.
             output_kind=RequestOutputKind.FINAL_ONLY,
-        )  # any other kind drops the responses that end before the last
+        )
         while True:
             await self._released.wait()  # a refit under way is waited for
             version, discards = self._version, self._discards
@@ -145,10 +146,10 @@ class Engine:
         request_id = str(self._num_requests)
         if name is not None:
             self._names[name] = request_id
-        output = None
+        last = None
         async for output in self._llm.generate({"prompt_token_ids": list(token_ids)}, params, request_id=request_id):
-            pass
-        return output
+            last = output
+        return last
 
     async def sleep(self) -> None:
         """Gives the GPU's memory back. Running requests go on after the next refit, which brings the weights again."""
@@ -221,10 +222,10 @@ def _children(process_id: int) -> list[int]:
     return found[1:]
 
 
-def arguments(cfg: config.Config, folder: str, *, cuda: bool, load_weights: bool) -> dict:
+def arguments(cfg: config.Config, folder: str, *, cuda: bool, load_weights: bool) -> dict[str, object]:
     """vLLM's engine arguments. Raises InputError."""
     e = cfg.engine
-    args = dict(
+    args: dict[str, object] = dict(
         model=str(Path(folder).absolute()),
         dtype=e.dtype,
         quantization=e.quantization,

@@ -25,7 +25,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from grpo_mcore.config import config
 from grpo_mcore.rollout import engine, placement
-from grpo_mcore.rollout.dispatch import Dispatch
+from grpo_mcore.rollout.dispatch import Dispatch, Key
 from grpo_mcore.rollout.engine import Completion, Engine, Sampling
 
 HEALTH_EVERY_S = 2.0
@@ -81,14 +81,14 @@ class Engines:
         self.num_failures = 0
         self._failed: EngineError | None = None  # what ends the run
         self._lock = threading.RLock()
-        self._dispatch = Dispatch(cfg.engine.max_running_responses)
-        self._requests: dict[tuple, _Request] = {}
+        self._dispatch: Dispatch[Slot] = Dispatch(cfg.engine.max_running_responses)
+        self._requests: dict[Key, _Request] = {}
         self._events: queue.SimpleQueue = queue.SimpleQueue()
         self._names = itertools.count()
         self._refitting = False
         self._starting: dict[ray.ObjectRef, Slot] = {}  # replacements
         placement.start_ray(cfg.engine, cuda=cuda)
-        self._bundle = {"CPU": 1, **({"GPU": cfg.engine.tp} if cuda else {})}
+        self._bundle: dict[str, float] = {"CPU": 1, **({"GPU": cfg.engine.tp} if cuda else {})}
         self._group = placement.reserve([self._bundle] * cfg.engine.num_engines, cfg.engine.start_timeout_s)
         self._slots = [self._start(i) for i in range(cfg.engine.num_engines)]
         self._thread = threading.Thread(target=self._serve, name="engines", daemon=True)
@@ -135,10 +135,9 @@ class Engines:
             self._dispatch.join(slot)
             self._deal()
 
-    # --- requests
-    # -------------------------------------------------------------------------------------------------------
+    # --- requests -----------------------------------------------------------------------------------------------------
 
-    def submit(self, key: tuple, token_ids: Sequence[int], sampling: Sampling, phase: str) -> Future:
+    def submit(self, key: Key, token_ids: Sequence[int], sampling: Sampling, phase: str) -> Future:
         """A list of Completion, some time: requests are served in the order of their keys. The future fails only when
         the run cannot go on."""
         request = _Request(next(self._names), phase, token_ids, sampling, Future())
@@ -148,7 +147,7 @@ class Engines:
             self._deal()
         return request.answer
 
-    def cancel(self, keys: Sequence[tuple]) -> None:
+    def cancel(self, keys: Sequence[Key]) -> None:
         """Ends requests; the futures of those that were not answered yet never end."""
         with self._lock:
             for key in keys:
@@ -210,11 +209,10 @@ class Engines:
                 self._give_up(EngineError(f"engines: {e!r}"))
                 raise
 
-    def _take(self, slot: Slot, key: tuple, request: _Request, answer: Future) -> None:
+    def _take(self, slot: Slot, key: Key, request: _Request, answer: Future) -> None:
         with self._lock:
-            if (
-                self._requests.get(key) is not request or self._dispatch.owner(key) is not slot
-            ):  # cancelled, or taken from it, since
+            # Cancelled, or taken from it, since.
+            if self._requests.get(key) is not request or self._dispatch.owner(key) is not slot:
                 return
             error = answer.exception()
             problem = _last_line(error) if error is not None else _problem_with(answer.result(), request.sampling)
@@ -233,8 +231,7 @@ class Engines:
         for request in requests:
             request.answer.set_exception(error)
 
-    # --- health and failure
-    # ---------------------------------------------------------------------------------------------
+    # --- health and failure -------------------------------------------------------------------------------------------
 
     def _check_health(self) -> None:
         """Loses engines that do not answer, or say that they cannot go on."""
@@ -335,8 +332,7 @@ class Engines:
                 ) from e
             self._admit(slot, host, process_ids)
 
-    # --- calls to all
-    # ---------------------------------------------------------------------------------------------------
+    # --- calls to all -------------------------------------------------------------------------------------------------
 
     def call(self, slots: Sequence[Slot], method: str, args: Sequence[tuple] | tuple = ()) -> dict[Slot, ray.ObjectRef]:
         """Starts `method` on these engines, with the same arguments (a tuple) or each with its own (a list); `collect`

@@ -6,6 +6,7 @@ step's groups once they are complete. A response is a function of (seed, positio
 engine draws it.
 """
 
+import functools
 import itertools
 import queue
 import random
@@ -225,7 +226,10 @@ class Rollout:
             self._answers[position] = answer = self._engines.submit(
                 (TRAINING, position), prompt.token_ids, sampling, "rollout"
             )
-            answer.add_done_callback(lambda answer, position=position: self._arrived.put((position, answer)))
+            answer.add_done_callback(functools.partial(self._put, position))
+
+    def _put(self, position: int, answer: Future) -> None:
+        self._arrived.put((position, answer))
 
     def _serve(self) -> None:
         try:
@@ -244,9 +248,9 @@ class Rollout:
     def _grade(self, items: list[tuple[int, Future]]) -> None:
         start = time.perf_counter()
         with self._changed:
-            # not dropped since
+            # Not dropped since.
             items = [(position, answer) for position, answer in items if self._answers.get(position) is answer]
-            # a refit may be under way
+            # A refit may be under way.
             newest, oldest = self._version + 1, self._version - self._cfg.rollout.max_staleness
         positions = [position for position, _ in items]
         groups = [

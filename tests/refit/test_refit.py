@@ -123,7 +123,7 @@ def test_after_every_refit_the_engines_score_as_the_trainer_does(session):
 
 def test_engines_on_this_machine_share_its_memory_and_the_metrics_say_how_fast(session):
     seen = session.refit_by("auto")(3)
-    assert session.refit._transport == "shared_memory"
+    assert session.refit.transfer.transport == "shared_memory"
     # Embedding 91 x 128; each of 2 layers: q, o 128 x 128, k, v 64 x 128, 3 x 96 x 128 and biases, norms 128 + 64 + 64
     # + 2 x 128; the last norm 128. float32.
     assert seen["refit/bytes"].value == 4 * (

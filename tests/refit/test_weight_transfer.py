@@ -277,7 +277,7 @@ def shared_bytes() -> int:
 SIZE = 256 << 20
 HOLDER = f"""
 import time
-from grpo_mcore.weight_transfer import SharedMemory
+from grpo_mcore.refit.weight_transfer import SharedMemory
 memory = SharedMemory({SIZE})
 memory.bytes.fill_(7)
 print(memory.path, flush=True)
@@ -321,7 +321,7 @@ def test_closed_shared_memory_is_given_back():
 
 MEMBER = """
 import sys, torch
-from grpo_mcore.weight_transfer import open_gloo, start_broadcast
+from grpo_mcore.refit.weight_transfer import open_gloo, start_broadcast
 group = open_gloo("127.0.0.1", int(sys.argv[1]), 1, 2, 30.0)
 start_broadcast(group, torch.empty(1 << 20, dtype=torch.uint8)).wait()
 group.abort() if sys.argv[2] == "abort" else sys.stdin.read()
