@@ -19,6 +19,7 @@ from grpo_mcore.config.config import InputError
 from grpo_mcore.refit import senders
 from grpo_mcore.refit.senders import BrokenWire, Place, SharedSender, Stream, choose
 from grpo_mcore.refit.weight_transfer import (
+    RING_BUCKETS,
     SharedMemory,
     TensorInfo,
     await_turn,
@@ -247,7 +248,9 @@ def test_an_engine_that_goes_or_hangs_in_mid_refit_ends_it_by_its_deadline(end, 
     start = time.monotonic()
     with pytest.raises(BrokenWire):
         sender.send(stream, lambda info, what: lambda: None)
-    assert time.monotonic() - start < deadline_s and stream.at == "5.0"
+    assert time.monotonic() - start < deadline_s
+    # The engine stands at bucket 5; turns that it gave back and that were not read yet are gone with its socket.
+    assert 5 - RING_BUCKETS < float(stream.at) <= 5
     sender.close()
     engine.finished.set()
 
