@@ -35,19 +35,18 @@ class Tokenizer:
             raise InputError(
                 "data.chat_template", True, "the model's tokenizer has no chat template", "set data.chat_template=false"
             )
-        return tuple(
-            self._tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True
-            )["input_ids"]
-        )
+        chat = [{"role": "user", "content": text}]
+        encoded = self._tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
+        return tuple(encoded["input_ids"])
 
     def encode_plain(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer(text, add_special_tokens=False).input_ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text with the thinking tags and without end-of-text tokens."""
-        stop = set(self.stop_token_ids)
-        return self._tokenizer.decode([t for t in token_ids if t not in stop], skip_special_tokens=False)
+        kept = [t for t in token_ids if t not in self.stop_token_ids]
+        text: str = self._tokenizer.decode(kept, skip_special_tokens=False)
+        return text
 
 
 def load(

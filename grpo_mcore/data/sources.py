@@ -53,16 +53,19 @@ def _parse(line: str, place: str) -> object:
 
 
 def _row(row: object, data: config.Data, place: str) -> tuple[str, str]:
+    cells = []
     for key, field in ((data.problem_key, "data.problem_key"), (data.answer_key, "data.answer_key")):
         if not isinstance(row, dict) or key not in row:
             raise InputError(place, row, f"has no column {key!r}", f"set {field}, or mend the row")
         if row[key] is None or not str(row[key]).strip():
             raise InputError(place, row, f"its {key!r} is empty", "mend or remove the row")
-    if len(str(row[data.answer_key])) > MAX_GOLD_CHARS:
+        cells.append(str(row[key]))
+    problem, answer = cells
+    if len(answer) > MAX_GOLD_CHARS:
         raise InputError(
             place,
-            str(row[data.answer_key])[:80],
+            answer[:80],
             f"its {data.answer_key!r} has more than {MAX_GOLD_CHARS} characters",
             "check data.answer_key, or remove the row",
         )
-    return str(row[data.problem_key]), str(row[data.answer_key])
+    return problem, answer

@@ -61,7 +61,7 @@ class Packing:
     share_prompts: bool = False  # siblings of a microbatch stand behind one copy of their prompt
     cost: Cost = Cost()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.share_prompts and self.cp > 1:
             raise ValueError(f"share_prompts with cp = {self.cp}: ring attention knows only the plain causal mask")
 
@@ -183,7 +183,7 @@ def pack(tokens: Sequence[int], costs: Sequence[float], packing: Packing) -> lis
         if min(map(len, per_rank)) < num_bins:  # else it would come out the same
             per_rank = _spread(range(len(tokens)), padded, costs, packing.dp, max_tokens=math.inf, min_items=num_bins)
         plan = [_spread(part, padded, costs, num_bins, max_tokens=packing.capacity, min_items=1) for part in per_rank]
-        if None not in plan:
+        if all(plan):
             return plan
     raise _unpackable(len(tokens), packing)
 
@@ -239,21 +239,21 @@ def _spread(
     *,
     max_tokens: float,
     min_items: int,
-) -> list[list[int]] | None:
+) -> list[list[int]]:
     """Dearest first, each to the cheapest bin that has room, at least min_items to each; indices ascending within a
-    bin. None if one finds no room.
+    bin. No bins if one finds no room.
     """
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     load, held = [0.0] * num_bins, [0] * num_bins
     missing = num_bins * min_items
-    for left, i in zip(range(len(indices), 0, -1), sorted(indices, key=lambda i: (-costs[i], i))):
+    for left, i in zip(range(len(indices), 0, -1), sorted(indices, key=lambda i: (-costs[i], i)), strict=True):
         room = [
             b
             for b in range(num_bins)
             if held[b] + tokens[i] <= max_tokens and (missing < left or len(bins[b]) < min_items)
         ]
         if not room:
-            return None
+            return []
         b = min(room, key=load.__getitem__)
         missing -= len(bins[b]) < min_items
         bins[b].append(i)
@@ -307,7 +307,7 @@ def microbatch(samples: Sequence[Sample], weights: Sequence[float], packing: Pac
                 f"a response to prompt {s.prompt.id} has {length} tokens, but {len(s.response.rollout_logprobs)} "
                 f"rollout log-probs"
             )
-    token_ids, position_ids, branches, cu_seqlens, positions = [], [], [], [], []
+    token_ids, position_ids, branches, cu_seqlens, positions = (list[int]() for _ in range(5))
 
     def pad(multiple: int) -> None:
         # Padding goes on with the block's last response, without a loss: last under a causal mask, it is seen by no

@@ -55,6 +55,7 @@ def grpo(
     if batch.importance_R is not None:
         loss_R = batch.importance_R * loss_R
     if cfg.kl_coef > 0:
+        assert batch.ref_logprobs_R is not None
         kl = kl_to_ref(current_logprobs_R, batch.ref_logprobs_R, cfg.kl_estimator)
         if cfg.kl_limit is not None:
             kl = kl.clamp(-cfg.kl_limit, cfg.kl_limit)
@@ -69,19 +70,17 @@ def policy_loss(
     current_logprobs_R: torch.Tensor, batch: Microbatch, cfg: config.Loss, over_ranks: OverRanks
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """(loss_R of cfg.policy_loss, its statistics)."""
+    assert batch.old_logprobs_R is not None
     log_ratio, advantage = current_logprobs_R - batch.old_logprobs_R, batch.advantage_R
     if cfg.policy_loss == "gspo":
-        log_ratio, length = sequence_sum(
-            torch.stack([log_ratio, torch.ones_like(log_ratio)], -1), batch, over_ranks
-        ).unbind(-1)
+        summands = torch.stack([log_ratio, torch.ones_like(log_ratio)], -1)
+        log_ratio, length = sequence_sum(summands, batch, over_ranks).unbind(-1)
         log_ratio = (log_ratio / length).to(current_logprobs_R.dtype)
     ratio = log_ratio.clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT).exp()
     clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
     if cfg.policy_loss == "cispo":
-        return -clipped.detach() * advantage * current_logprobs_R, {
-            "ratio": ratio.detach(),
-            "clip_frac": (clipped != ratio).float(),
-        }
+        stats = {"ratio": ratio.detach(), "clip_frac": (clipped != ratio).float()}
+        return -clipped.detach() * advantage * current_logprobs_R, stats
     unclipped_loss, clipped_loss = -ratio * advantage, -clipped * advantage
     loss_R = torch.maximum(unclipped_loss, clipped_loss)
     stats = {"ratio": ratio.detach(), "clip_frac": (clipped_loss > unclipped_loss).float()}
@@ -95,6 +94,7 @@ def policy_loss(
 def importance(batch: Microbatch, cfg: config.Loss, over_ranks: OverRanks = alone) -> tuple[torch.Tensor, torch.Tensor]:
     """(importance_R float32, which of them the cap changed, bool [R]), of old and rollout log-probs;
     cfg.importance_level is token or sequence."""
+    assert batch.old_logprobs_R is not None
     log_weight = batch.old_logprobs_R - batch.rollout_logprobs_R
     if cfg.importance_level == "sequence":
         log_weight = sequence_sum(log_weight, batch, over_ranks)
@@ -109,10 +109,8 @@ def importance(batch: Microbatch, cfg: config.Loss, over_ranks: OverRanks = alon
 def sequence_sum(values_R: torch.Tensor, batch: Microbatch, over_ranks: OverRanks) -> torch.Tensor:
     """For each token the sum over its response's tokens of `values_R` [R, ...]; float64, so that no order of the tokens
     shows."""
-    sums_S = values_R.new_zeros(batch.num_sequences, *values_R.shape[1:], dtype=torch.float64).index_add(
-        0, batch.sequence_R, values_R.double()
-    )
-    return over_ranks(sums_S)[batch.sequence_R]
+    zeros_S = values_R.new_zeros(batch.num_sequences, *values_R.shape[1:], dtype=torch.float64)
+    return over_ranks(zeros_S.index_add(0, batch.sequence_R, values_R.double()))[batch.sequence_R]
 
 
 def supervised(
