@@ -37,12 +37,10 @@ def extract_boxed(text: str) -> str | None:
     """
     _, found, after = text.partition("</think>")
     body = after if found else text
-    opening = None
-    for opening in _BOX.finditer(body):
-        pass
-    if opening is None:
+    openings = list(_BOX.finditer(body))
+    if not openings:
         return None
-    start, depth = opening.end(), 1
+    start, depth = openings[-1].end(), 1
     for brace in re.finditer("[{}]", body[start : start + MAX_BOX_CHARS + 1]):
         depth += 1 if brace.group() == "{" else -1
         if depth == 0:
@@ -128,7 +126,7 @@ def compare_text(answer: str, gold: str) -> tuple[bool | None, str]:
     """(equal, the rule that decided); None where it takes sympy. Microseconds, on any input of at most some
     kilobytes."""
     pairs, rule = _pairs(answer, gold)
-    if pairs is None:
+    if not pairs:
         return rule == "text", rule
     decided = [_element(*pair) for pair in pairs]
     for equal, rule in decided:
@@ -146,23 +144,18 @@ def compare(answer: str, gold: str) -> tuple[bool, str]:
     return all(_element(*pair)[0] or _sympy(*pair) for pair in pairs), "sympy"
 
 
-def _pairs(answer: str, gold: str) -> tuple[list[tuple[str, str]] | None, str]:
-    """The elements to compare, one by one; None where a rule has decided: "text" for equal, any other for not."""
-    mine, truth = (
-        normalise(answer),
-        normalise(extract_boxed(gold) or gold),
-    )  # some data sets' answers are whole sentences with a box
+def _pairs(answer: str, gold: str) -> tuple[list[tuple[str, str]], str]:
+    """The elements to compare, one by one; none where a rule has decided: "text" for equal, any other for not."""
+    # Some data sets' answers are whole sentences with a box.
+    mine, truth = normalise(answer), normalise(extract_boxed(gold) or gold)
     if mine and mine == truth:
-        return None, "text"
+        return [], "text"
     if not mine:
-        return None, "text: blank"
+        return [], "text: blank"
     my_elements, true_elements = _elements(mine), _elements(truth)
-    if (
-        len(my_elements) != len(true_elements)
-        or len(true_elements) > 1
-        and (mine[0], mine[-1]) != (truth[0], truth[-1])
-    ):
-        return None, "text: other brackets or another number of elements"
+    same_brackets = len(true_elements) == 1 or (mine[0], mine[-1]) == (truth[0], truth[-1])
+    if len(my_elements) != len(true_elements) or not same_brackets:
+        return [], "text: other brackets or another number of elements"
     return list(zip(my_elements, true_elements, strict=True)), ""
 
 
@@ -194,6 +187,6 @@ def _sympy(mine: str, truth: str) -> bool:
     from latex2sympy2_extended import latex2sympy
 
     try:
-        return sympy.simplify(latex2sympy(f"({truth})-({mine})")) == 0
+        return bool(sympy.simplify(latex2sympy(f"({truth})-({mine})")) == 0)
     except Exception:  # the parser raises Exception itself
         return False

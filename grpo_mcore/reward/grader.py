@@ -125,11 +125,12 @@ class Grader:
     def __enter__(self) -> "Grader":
         return self
 
-    def __exit__(self, *_exception) -> None:
+    def __exit__(self, *_exception: object) -> None:
         self.close()
 
     def _ask_all(self, questions: list[Question]) -> dict[Question, Reply]:
-        waiting, reply_to = deque(questions), {}
+        waiting = deque(questions)
+        reply_to: dict[Question, Reply] = {}
         try:
             while len(reply_to) < len(questions):
                 unanswered = len(questions) - len(reply_to)
@@ -140,7 +141,7 @@ class Grader:
                         waiting.popleft()
                 for process in self._next_events():
                     question, reply = process.question, process.read_reply()
-                    if reply is not None:
+                    if question is not None and reply is not None:
                         reply_to[question] = reply
                 self._processes = [process for process in self._processes if not process.has_ended]
         except BaseException:  # Ctrl-C among them: a reply that is still to come must not meet the next call's question

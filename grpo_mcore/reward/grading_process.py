@@ -54,6 +54,8 @@ class GradingProcess:
             stdout=subprocess.PIPE,
             cwd=Path(__file__).resolve().parents[2],
         )
+        assert self._popen.stdin is not None and self._popen.stdout is not None
+        self._questions, self._replies = self._popen.stdin, self._popen.stdout
         os.set_blocking(self.fileno(), False)
         self._received = b""
         self._is_ready = self._has_answered = self.has_ended = False
@@ -65,13 +67,13 @@ class GradingProcess:
         return self._is_ready and self.question is None and not self.has_ended
 
     def fileno(self) -> int:
-        return self._popen.stdout.fileno()
+        return self._replies.fileno()
 
     def ask(self, question: Question, wall_s: float) -> bool:
         """Sends a question. False, and the process is ended, if it had died while it was idle."""
         try:
-            self._popen.stdin.write(json.dumps(question).encode() + b"\n")
-            self._popen.stdin.flush()
+            self._questions.write(json.dumps(question).encode() + b"\n")
+            self._questions.flush()
         except BrokenPipeError:
             cause = self._cause_of_end()
             if not self._has_answered:  # replacing such processes might never end
@@ -83,11 +85,11 @@ class GradingProcess:
 
     def read_reply(self) -> Reply | None:
         """Takes what has arrived, or the passed deadline. None after a start-up or half a line."""
-        chunk = self._popen.stdout.read()  # None: nothing yet; b"": the other end is closed
+        chunk = self._replies.read()  # None: nothing yet; b"": the other end is closed
         self._received += chunk or b""
         if self._received.endswith(b"\n"):
-            reply, self._received = json.loads(self._received), b""
-            return self._take(reply)
+            line, self._received = self._received, b""
+            return self._take(line)
         if chunk == b"":
             cause = self._cause_of_end()
         elif time.monotonic() >= self.deadline:
@@ -102,12 +104,12 @@ class GradingProcess:
             )
         return Reply(None, cause)
 
-    def _take(self, reply: str | list) -> Reply | None:
+    def _take(self, line: bytes) -> Reply | None:
         if not self._is_ready:
             self._is_ready = True
             return None
         self.question, self._has_answered = None, True
-        return Reply(*reply)
+        return Reply(*json.loads(line))
 
     def _set_deadline(self, seconds: float, name: str) -> None:
         self.deadline = time.monotonic() + seconds
@@ -118,9 +120,9 @@ class GradingProcess:
         self.has_ended = True
         self._popen.kill()
         status = self._popen.wait(timeout=_EXIT_S)
-        self._popen.stdout.close()
+        self._replies.close()
         with contextlib.suppress(BrokenPipeError):
-            self._popen.stdin.close()
+            self._questions.close()
         return status
 
     def _cause_of_end(self) -> str:

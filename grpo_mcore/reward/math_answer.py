@@ -16,7 +16,7 @@ be killed (grading_process.py does). `is_equal_as_text` is the part that is safe
 import functools
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 MAX_BOX_CHARS = 512
 """Longer boxes are refused: no answer is that long, and parsing time grows faster than length."""
@@ -164,7 +164,7 @@ def _join_thousands(text: str) -> str:
     """1,000 and 1 000 -> 1000, outside brackets: (100,101) is a pair."""
     depth = 0
 
-    def joined(match: re.Match) -> str:
+    def joined(match: re.Match[str]) -> str:
         nonlocal depth
         depth += (match["open"] is not None) - (match["close"] is not None)
         return match.group() if depth or match["close"] else re.sub("[, ]", "", match.group())
@@ -231,12 +231,9 @@ def _split_unit(text: str) -> tuple[str, str]:
     found = _UNIT.fullmatch(text)
     if not found or not re.search(r"\d", found["head"]) or _JOINS.search(found["unit"]):
         return text, ""
-    wrapped = found["unit"].startswith("\\")
-    if not wrapped and (
-        not re.search(r"[\d})]$|\\pi$", found["head"])
-        or len(re.match("[A-Za-z]*", found["unit"]).group()) == 1
-        and not found["gap"]
-    ):
+    behind_number = re.search(r"[\d})]$|\\pi$", found["head"])
+    one_letter = re.match("[A-Za-z](?![A-Za-z])", found["unit"])
+    if not found["unit"].startswith("\\") and (not behind_number or (one_letter and not found["gap"])):
         return text, ""
     plain = re.sub(rf"{_WRAPPER}|[{{}}^]", "", found["unit"]).strip()
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9./ -]{0,40}", plain):
@@ -266,16 +263,18 @@ def _unit_name(words: str) -> str:
 _NUMBER_COMMANDS = re.compile(r"\\(?:frac|sqrt|cdot|times|div|pi|pm)(?![a-zA-Z])")
 _WORDS = re.compile(r"[A-Za-z][A-Za-z ]+")
 _IN_BASE = re.compile(r"-?[0-9A-Za-z]+_\{\d+\}")
+_FROM_FALSE_TO_TRUE = (False, None, True)
+_Known = TypeVar("_Known", bound=bool | None)
 
 
-def _compare_claims(answer: str, gold: str, compare: Callable[[str, str], bool | None]) -> bool | None:
+def _compare_claims(answer: str, gold: str, compare: Callable[[str, str], _Known]) -> _Known | bool:
     """`compare` on what is claimed. None is "not known" (only where `compare` returns None).
 
     An equation claims each of its sides that is a number: 7=5 is no way to say 5, x = 10/2 = 5 is. For a gold answer
     like 0.56 = 56% either side will do.
     """
     mine, truth = _read(answer), _read(gold)
-    if not mine.text or mine.unit and truth.unit and mine.unit != truth.unit:
+    if not mine.text or (mine.unit and truth.unit and mine.unit != truth.unit):
         return False
     if mine.text == truth.text:
         return True
@@ -283,11 +282,9 @@ def _compare_claims(answer: str, gold: str, compare: Callable[[str, str], bool |
         return False
     my_sides, true_sides = _sides(mine.text), _sides(truth.text)
     if len(true_sides) == 1 and (numbers := _numbers(my_sides)):
-        results = [compare(number, truth.text) for number in numbers]
-        return False if False in results else None if None in results else True
+        return min((compare(number, truth.text) for number in numbers), key=_FROM_FALSE_TO_TRUE.index)
     if len(my_sides) == 1 and (numbers := _numbers(true_sides)):
-        results = [compare(mine.text, number) for number in numbers]
-        return True if True in results else None if None in results else False
+        return max((compare(mine.text, number) for number in numbers), key=_FROM_FALSE_TO_TRUE.index)
     return compare(mine.text, truth.text)
 
 
@@ -329,9 +326,8 @@ def _compare_text(mine: str, truth: str) -> bool | None:
         return False
     if _WORDS.fullmatch(mine) and _WORDS.fullmatch(truth) and mine.casefold() == truth.casefold():
         return True
-    if _without_percent(mine, truth) and _compare_text(*_without_percent(mine, truth)):
-        return True
-    return None
+    without = _without_percent(mine, truth)
+    return True if without is not None and _compare_text(*without) else None
 
 
 def _compare(mine: str, truth: str) -> bool:
@@ -353,7 +349,7 @@ def _without_percent(mine: str, truth: str) -> tuple[str, str] | None:
     up (12.5\% for 12.5, when a question asks for a percentage; but 0.5\% is not 0.5)."""
     bare = mine.removesuffix(r"\%"), truth.removesuffix(r"\%")
     signs = (bare[0] != mine) + (bare[1] != truth)
-    if signs == 2 or signs == 1 and all(re.match("-?[1-9]", side) for side in bare):
+    if signs == 2 or (signs == 1 and all(re.match("-?[1-9]", side) for side in bare)):
         return bare
     return None
 
@@ -361,20 +357,21 @@ def _without_percent(mine: str, truth: str) -> tuple[str, str] | None:
 def _math_verify(mine: str, truth: str) -> bool:
     from math_verify import verify  # imports sympy: hundreds of milliseconds
 
-    return verify(_parse_gold(truth), _parse(mine), timeout_seconds=None)
+    return bool(verify(_parse_gold(truth), _parse(mine), timeout_seconds=None))
 
 
-def _parse(text: str) -> list:
+def _parse(text: str) -> list[object]:
     from math_verify import parse
 
-    return parse(f"${text}$", extraction_config=_latex_only(), parsing_timeout=None)
+    formulas: list[object] = parse(f"${text}$", extraction_config=_latex_only(), parsing_timeout=None)
+    return formulas
 
 
 _parse_gold = functools.lru_cache(maxsize=4096)(_parse)  # the responses of a group share theirs
 
 
 @functools.lru_cache(maxsize=1)
-def _latex_only() -> tuple:
+def _latex_only() -> tuple[object, ...]:
     """math-verify's configuration: the whole text is one formula; no search for numbers in prose, no units."""
     import dataclasses
 

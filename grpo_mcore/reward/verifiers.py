@@ -14,9 +14,8 @@ from grpo_mcore.reward import boxed_answer, math_answer
 class Verifier:
     extract: Callable[[str], str | None]  # a response's text -> what its answer's box holds
     normalise: Callable[[str], str]  # an answer -> one spelling of it
-    compare_text: Callable[
-        [str, str], tuple[bool | None, str]
-    ]  # (answer, gold) -> (equal, the rule that decided); None: it takes algebra. Safe anywhere
+    # (answer, gold) -> (equal, the rule that decided); None: it takes algebra. Safe anywhere
+    compare_text: Callable[[str, str], tuple[bool | None, str]]
     compare: Callable[[str, str], tuple[bool, str]]  # the same, decided; may run for ever
 
 
