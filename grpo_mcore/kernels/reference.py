@@ -5,6 +5,8 @@ Shapes: T rows (response tokens), D hidden, V vocabulary rows of this shard.
 
 import torch
 
+CHUNK_V = 2048
+
 
 class LinearLogprob(torch.autograd.Function):
     """In chunks of the vocabulary, recomputed in the backward; [T, V] never exists.
@@ -105,7 +107,7 @@ def linear_logprob(
     *,
     temperature: float,
     main_grad_VD: torch.Tensor | None = None,
-    chunk_V: int = 2048,
+    chunk_V: int = CHUNK_V,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(logsumexp_T, target_T, mean_logit_T), float32, differentiable, of z = hidden @ weight.T / temperature of this
     shard: log sum exp z; z at the target (0 where the target, counted from this shard's first row, lies outside it);

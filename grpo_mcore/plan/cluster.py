@@ -13,6 +13,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from grpo_mcore.config.config import InputError
 from grpo_mcore.plan import memory, time as plan_time
@@ -113,7 +114,7 @@ class Measured:
 
     def __init__(self, run_dir: str | Path):
         """Reads RUN/rollouts/*.jsonl. Raises InputError if there are none."""
-        groups: dict[int, list[dict]] = {}
+        groups: dict[int, list[dict[str, Any]]] = {}
         for path in sorted(Path(run_dir).glob("rollouts/step_*.jsonl")):
             for line in path.read_text().splitlines():
                 row = json.loads(line)
@@ -123,7 +124,7 @@ class Measured:
         self.draws = [self._draw(rows) for _, rows in sorted(groups.items())]
 
     @staticmethod
-    def _draw(rows: list[dict]) -> Draw:
+    def _draw(rows: list[dict[str, Any]]) -> Draw:
         has_variance = len({r["reward"] for r in rows}) > 1
         return Draw(rows[0]["prompt_tokens"], tuple(r["response_tokens"] for r in rows), has_variance)
 

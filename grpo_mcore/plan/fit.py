@@ -16,7 +16,7 @@ import random
 import shutil
 import time
 from collections.abc import Iterator
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from grpo_mcore.loss import advantage
 from grpo_mcore.parallel import collectives, topology
 from grpo_mcore.plan import memory, time as plan_time
 from grpo_mcore.policy.policy import learning_rate
-from grpo_mcore.rollout.engine import Sampling
+from grpo_mcore.rollout.engine import Completion, Sampling
 from grpo_mcore.run import Driver, Run, make_model, open_run
 from grpo_mcore.types import Group, Prompt, Response
 
@@ -47,9 +47,10 @@ class Phases:
     def __call__(self, name: str) -> Iterator[None]:
         """Raises entry.DoesNotFit if this rank's GPU has too little memory."""
         start, gpu = time.perf_counter(), self._device if self._device.type == "cuda" else None
-        torch.cuda.reset_peak_memory_stats(gpu) if gpu else Path("/proc/self/clear_refs").write_text(
-            "5"
-        )  # proc(5): resets VmHWM
+        if gpu:
+            torch.cuda.reset_peak_memory_stats(gpu)
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
         try:
             yield
         except torch.OutOfMemoryError as e:
@@ -104,7 +105,10 @@ def greatest(cfg: config.Config) -> tuple[int, int]:
 def synthetic_groups(cfg: config.Config, vocab_size: int) -> list[Group]:
     """Enough for a global batch, the same on every rank."""
     rng, (prompt, response), G = random.Random(cfg.seed), greatest(cfg), cfg.rollout.group_size
-    tokens = lambda n: tuple(rng.choices(range(vocab_size), k=n))  # noqa: E731
+
+    def tokens(n: int) -> tuple[int, ...]:
+        return tuple(rng.choices(range(vocab_size), k=n))
+
     return [
         Group(
             Prompt(i, "", "", tokens(prompt)),
@@ -128,21 +132,14 @@ def learn(run: Run, phases: Phases) -> None:
 
 def sample(run: Run, driver: Driver) -> None:
     """Raises EngineError."""
-    r, rng, (prompt, response), vocab = (
-        run.cfg.rollout,
-        random.Random(run.cfg.seed),
-        greatest(run.cfg),
-        range(run.policy.hf_config.vocab_size),
-    )
-    answers = [
-        driver.engines.submit(
-            (i,),
-            rng.choices(vocab, k=prompt),
-            Sampling(r.group_size, r.temperature, response, seed=i, never_stop=True),
-            "rollout",
-        )
-        for i in range(r.prompts_per_step)
-    ]
+    r, rng, vocab = run.cfg.rollout, random.Random(run.cfg.seed), range(run.policy.hf_config.vocab_size)
+    prompt, response = greatest(run.cfg)
+
+    def submit(i: int) -> Future[list[Completion]]:
+        sampling = Sampling(r.group_size, r.temperature, response, seed=i, never_stop=True)
+        return driver.engines.submit((i,), rng.choices(vocab, k=prompt), sampling, "rollout")
+
+    answers = [submit(i) for i in range(r.prompts_per_step)]
     done, late = wait(answers, SAMPLE_S)
     driver.engines.check()
     driver.engines.cancel([(i,) for i, answer in enumerate(answers) if answer in late])
@@ -198,7 +195,9 @@ def main(cfg: config.Config) -> None:
                 with phases("refit"):
                     run.refit(version=version)
                 with phases("rollout") if version else contextlib.nullcontext():
-                    collectives.broadcast(sample(run, run.driver) if version and run.driver else None, run.topology)
+                    if version and run.driver:
+                        sample(run, run.driver)
+                    collectives.broadcast(None, run.topology)  # all wait for the driver
             if not version:
                 learn(run, phases)
         ranks = collectives.gather(phases.measured, run.topology)

@@ -24,6 +24,7 @@ from grpo_mcore.config import rules
 from grpo_mcore.config.config import Config, Engine, InputError, Parallel
 from grpo_mcore.kernels import reference
 from grpo_mcore.policy import hf_weights, model
+from grpo_mcore.policy.model import HFConfig
 
 BENCHMARK_MODEL = Path(__file__).resolve().parents[2] / "configs/benchmarks/1.5b/config.json"
 RECIPE_MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"  # whose config.json that is
@@ -44,7 +45,7 @@ class Gpu:
 
     memory_bytes: float
     bf16_flops_per_s: float
-    fp8_flops_per_s: float | None  # None: has no FP8 matrix products
+    fp8_flops_per_s: float  # 0: has no FP8 matrix products
     hbm_bytes_per_s: float
     nvlink_bytes_per_s: float  # one direction
 
@@ -52,8 +53,8 @@ class Gpu:
 GPUS = {
     "h100-80gb": Gpu(79.1 * GIB, 989e12, 1979e12, 3.35e12, 450e9),
     "h200-141gb": Gpu(139.8 * GIB, 989e12, 1979e12, 4.8e12, 450e9),
-    "a100-80gb": Gpu(79.1 * GIB, 312e12, None, 2.04e12, 300e9),
-    "a100-40gb": Gpu(39.4 * GIB, 312e12, None, 1.555e12, 300e9),
+    "a100-80gb": Gpu(79.1 * GIB, 312e12, 0, 2.04e12, 300e9),
+    "a100-40gb": Gpu(39.4 * GIB, 312e12, 0, 1.555e12, 300e9),
     "b200-180gb": Gpu(178.3 * GIB, 2250e12, 4500e12, 7.7e12, 900e9),
 }
 
@@ -73,10 +74,10 @@ class Case:
     """A configuration of a model on a machine. Raises InputError for what the three do not allow each other."""
 
     cfg: Config
-    hf_config: object
+    hf_config: HFConfig
     machine: Machine
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         cfg, machine, engine_gpus = self.cfg, self.machine, self.cfg.engine.num_engines * self.cfg.engine.tp
         if self.ranks < 1 or engine_gpus > machine.num_gpus:
             raise InputError(
@@ -87,7 +88,7 @@ class Case:
             )
         rules.check_ranks(cfg, self.ranks)
         model.check_parallel(self.hf_config, cfg.parallel, cfg.precision)
-        if cfg.precision.fp8 and self.gpu.fp8_flops_per_s is None:
+        if cfg.precision.fp8 and not self.gpu.fp8_flops_per_s:
             raise InputError(
                 "precision.fp8",
                 cfg.precision.fp8,
@@ -154,7 +155,7 @@ def _itemsize(dtype: str) -> int:
     return 2 if dtype == "bfloat16" else 4
 
 
-def num_parameters(hf_config, parallel: Parallel = Parallel(), stage: int = 0) -> int:
+def num_parameters(hf_config: HFConfig, parallel: Parallel = Parallel(), stage: int = 0) -> int:
     """That one rank of a pipeline stage holds."""
     tp, total = parallel.tp, 0
     for row in hf_weights.table(hf_config, parallel):
@@ -169,7 +170,7 @@ def num_parameters(hf_config, parallel: Parallel = Parallel(), stage: int = 0) -
     return total
 
 
-def kv_bytes_per_token(hf_config, engine: Engine) -> int:
+def kv_bytes_per_token(hf_config: HFConfig, engine: Engine) -> int:
     """Keys and values of all layers."""
     numbers = 2 * hf_config.num_hidden_layers * hf_config.num_key_value_heads * model.head_dim(hf_config)
     return numbers * (1 if engine.kv_cache_dtype == "fp8" else _itemsize(engine.dtype))
@@ -235,8 +236,8 @@ def head_bytes(case: Case) -> float:
     tokens, rows = cfg.batch.max_tokens_per_microbatch, -(-case.hf_config.vocab_size // cfg.parallel.tp)
     workspace = HEAD_WORKSPACE_BYTES
     # Triton's needs a Hopper or newer; the plain one has two float32 blocks [tokens, chunk] and their product.
-    if cfg.kernels.linear_logprob == "reference" or case.gpu.fp8_flops_per_s is None:
-        workspace = tokens * min(reference.linear_logprob.__kwdefaults__["chunk_V"], rows) * (8 + size)
+    if cfg.kernels.linear_logprob == "reference" or not case.gpu.fp8_flops_per_s:
+        workspace = tokens * min(reference.CHUNK_V, rows) * (8 + size)
     return tokens * d * (3 * size + size + 4) + size * rows * d + workspace
 
 
@@ -348,17 +349,17 @@ def smallest_change(case: Case) -> dict[str, object] | None:
             changes = {name: value for option in combination for name, value in option.items()}
             if len(changes) < sum(map(len, combination)):  # two values of one key
                 continue
-            if other := _fitting(case, changes=changes):
+            if other := _fitting(case, changes, case.machine):
                 found.append((len(changes), _slowness(other.cfg), -other.engine_memory_frac, changes))
         if found:
             return min(found, key=lambda x: x[:3])[3]
     return None
 
 
-def _fitting(case: Case, *, changes: dict[str, object] = {}, machine: Machine | None = None) -> Case | None:
-    """The case with other values of keys, or on another machine, if that is possible and fits."""
+def _fitting(case: Case, changes: dict[str, object], machine: Machine) -> Case | None:
+    """The case with other values of keys and on this machine, if that is possible and fits."""
     try:
-        other = replace(case, cfg=changed(case.cfg, changes), machine=machine or case.machine)
+        other = replace(case, cfg=changed(case.cfg, changes), machine=machine)
     except InputError:
         return None
     return other if needed(other).fits else None
@@ -384,7 +385,7 @@ def check(case: Case) -> Memory:
         remedy = f"{overrides(change)} makes {other.total(other.fullest) / 1e9:.1f} GB"
     else:
         machines = [Machine(name, machine.num_gpus) for name, g in GPUS.items() if g.memory_bytes > m.capacity_bytes]
-        larger = " or ".join(other.name for other in machines if _fitting(case, machine=other))
+        larger = " or ".join(other.name for other in machines if _fitting(case, {}, other))
         larger = larger or "a smaller model or shorter sequences"
         remedy = f"no change of recomputation, microbatch and axes does; take {larger}"
     raise InputError(
@@ -410,17 +411,18 @@ def machine_of(name: str | None, num_gpus: str | None) -> Machine:
     """Of the command line. Raises InputError."""
     if name not in GPUS:
         raise InputError("--gpu", name, f"must be one of {', '.join(GPUS)}", "choose one of them")
-    if not (num_gpus or "").isdecimal() or int(num_gpus) < 1:
+    count = int(num_gpus) if num_gpus and num_gpus.isdecimal() else 0
+    if count < 1:
         raise InputError(
             "--num-gpus",
             num_gpus,
             "must be a number of GPUs, 1 or more",
             "give the number of all nodes' GPUs, such as 8",
         )
-    return Machine(name, int(num_gpus))
+    return Machine(name, count)
 
 
-def hf_config_of(cfg: Config, given: str | None = None):
+def hf_config_of(cfg: Config, given: str | None = None) -> HFConfig:
     """The model's config: `given`, a config.json or its folder; else cfg.model's, which for the recipe's 1.5B and what
     its stages make of it needs no network. Raises InputError."""
     if given is not None:

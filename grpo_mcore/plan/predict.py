@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from grpo_mcore import entry
 from grpo_mcore.config.config import Config, InputError
@@ -137,7 +138,7 @@ def run(cfg: Config, parts: Cluster, draw: Measured | LogNormal, *, num_steps: i
     return Simulation(cfg.rollout, cfg.engine, parts, draw, seed=cfg.seed).run(skip + num_steps)[skip:]
 
 
-def answer(cfg: Config, ask: Question) -> dict:
+def answer(cfg: Config, ask: Question) -> dict[str, Any]:
     """Predictions by staleness, with what they rest on; with `like`, of the same configuration too, beside what was
     measured."""
     draw = lengths_of(cfg, ask)
@@ -152,8 +153,12 @@ def answer(cfg: Config, ask: Question) -> dict:
             "is on the trainers' GPUs: such engines sleep while these train, which is not simulated ahead of training",
             "set it to disaggregated, or staleness to 0",
         )
-    out = {"engine": dataclasses.asdict(parts.engine), "trainer": dataclasses.asdict(parts.trainer), "predicted": {}}
-    out["lengths"] = dataclasses.asdict(draw) if isinstance(draw, LogNormal) else {"like": ask.like}
+    out: dict[str, Any] = {
+        "engine": dataclasses.asdict(parts.engine),
+        "trainer": dataclasses.asdict(parts.trainer),
+        "predicted": {},
+        "lengths": dataclasses.asdict(draw) if isinstance(draw, LogNormal) else {"like": ask.like},
+    }
     sizes = cfg.engine.num_engines, cfg.engine.max_running_responses, cfg.responses_per_step
     for age in ages:
         of = memory.changed(cfg, {"rollout.max_staleness": age})
@@ -179,7 +184,7 @@ def comparison(measured: Sequence[cluster.MeasuredStep], predicted: Sequence[Ste
     return out
 
 
-def table(result: dict) -> str:
+def table(result: dict[str, Any]) -> str:
     columns = result["predicted"]
     lines = [f"{'rollout.max_staleness':24}" + "".join(f"{age:>14}" for age in columns)]
     for name in next(iter(columns.values())):
@@ -198,5 +203,5 @@ def _cell(name: str, value: float) -> str:
     return f"{value:14,}" if isinstance(value, int) else f"{value:14,.2f}"
 
 
-def write(result: dict, path: str | Path) -> None:
+def write(result: dict[str, Any], path: str | Path) -> None:
     Path(path).write_text(json.dumps(result, indent=1) + "\n")

@@ -14,6 +14,7 @@ Not in it: evaluation, grading that takes longer than the slowest response, engi
 trainers that fail.
 """
 
+import functools
 import heapq
 import random
 from collections.abc import Callable, Sequence
@@ -53,10 +54,6 @@ class Step:
 _ENGINE, _FAILURE, _STARTED, _TRAINER = range(4)  # of events at the same time: which is first
 
 
-def _used(engine: SimulatedEngine) -> tuple[float, float, int]:
-    return engine.busy_s, engine.slots_s, engine.preemptions
-
-
 class Simulation:
     def __init__(
         self,
@@ -70,7 +67,7 @@ class Simulation:
         """`draw`: what the prompt at a position of the stream will sample."""
         self._rollout, self._engine_cfg, self._cluster, self._draw = rollout, engine, cluster, draw
         self._rng = random.Random(seed)
-        self._dispatch = Dispatch(engine.max_running_responses)
+        self._dispatch: Dispatch[int] = Dispatch(engine.max_running_responses)
         self._admission = Admission(
             prompts_per_step=rollout.prompts_per_step,
             max_staleness=rollout.max_staleness,
@@ -79,7 +76,8 @@ class Simulation:
             max_draws=rollout.max_draws,
         )
         self.now: float = 0
-        self._events: list[tuple] = []  # a heap of (time, kind, engine's index, number, engine)
+        # A heap of (time, kind, engine's index, number, what happens).
+        self._events: list[tuple[float, int, int, int, Callable[[], None]]] = []
         self._num_events = 0
         self._engines: dict[int, SimulatedEngine] = {}
         self._expected: dict[int, int] = {}  # by engine: the number of the event that counts
@@ -87,12 +85,9 @@ class Simulation:
         self._arrived: dict[int, Attempt] = {}
         self._version = 0
         self._since: float = 0  # the trainer's phase
-        # What the trainer does when its phase is over; None: it waits for groups or for an engine.
-        self._next: Callable[[], None] | None = None
+        self._trainer_waits = True  # for groups or for an engine
         self._steps: list[Step] = []
         self._step = Step()
-        # busy_s, slots_s, preemptions of engines that are gone, and of steps before: negative.
-        self._used: tuple[float, float, int] = (0, 0, 0)
 
     def run(self, num_steps: int) -> list[Step]:
         """That many further steps."""
@@ -100,21 +95,9 @@ class Simulation:
         if not self._events:
             self._begin_refit()
         while len(self._steps) < until:
-            self.now, kind, index, number, engine = heapq.heappop(self._events)
-            if kind == _ENGINE:
-                if self._expected.get(index) == number:
-                    done, at = engine.change()
-                    self._expect(index, at)
-                    for attempt in done:
-                        self._finish(index, attempt)
-            elif kind == _FAILURE:
-                self._fail(index)
-            elif kind == _STARTED:
-                self._started.append(index)
-                if not self._engines and self._next is None:
-                    self._begin_refit()
-            else:
-                self._next()
+            self.now, kind, index, number, happen = heapq.heappop(self._events)
+            if kind != _ENGINE or self._expected.get(index) == number:
+                happen()
         return self._steps[until - num_steps : until]
 
     # The trainer: refit, wait, train.
@@ -123,7 +106,7 @@ class Simulation:
         self._step.rollout_s += self.now - self._since  # it waited for an engine to start
         self._since = self.now
         if not self._engines and not self._started:
-            self._next = None
+            self._trainer_waits = True
             return
         seconds = self._cluster.trainer.refit_s
         for index, engine in self._engines.items():
@@ -134,14 +117,15 @@ class Simulation:
                 self._cluster.engine, self._engine_cfg.max_running_responses, self._version, self.now + seconds
             )
             self._dispatch.join(index)
-            if self._cluster.failures:
-                self._push(self.now + self._cluster.failures.life_s(self._rng), _FAILURE, index)
+            if failures := self._cluster.failures:
+                fail = functools.partial(self._fail, index, failures.restart_s)
+                self._push(self.now + failures.life_s(self._rng), _FAILURE, index, fail)
         self._started = []
         self._then(seconds, self._end_refit)
 
     def _end_refit(self) -> None:
         self._step.refit_s += self.now - self._since
-        self._since, self._next = self.now, None
+        self._since, self._trainer_waits = self.now, True
         admitted, stale = self._admission.begin(self._version)
         for position in stale:
             index = self._dispatch.cancel((position,))
@@ -153,7 +137,7 @@ class Simulation:
         self._step.dropped += len(stale)
         self._submit(admitted)
         self._take()
-        if self._next is None and not self._engines and self._started:  # the last one failed during the refit
+        if self._trainer_waits and not self._engines and self._started:  # the last one failed during the refit
             self._begin_refit()
 
     def _take(self) -> None:
@@ -178,18 +162,15 @@ class Simulation:
         step = self._step
         step.train_s += self.now - self._since
         for engine in self._engines.values():
-            engine.settle(self.now)
-        of_step = tuple(map(sum, zip(*map(_used, self._engines.values()), self._used, strict=True)))
-        step.busy_s, step.slots_s, step.preemptions = of_step
-        self._used = tuple(u - x for u, x in zip(self._used, of_step, strict=True))
+            self._settle(engine)
         self._steps.append(step)
         self._step, self._since = Step(), self.now
         self._version += 1
         self._begin_refit()
 
     def _then(self, seconds: float, what: Callable[[], None]) -> None:
-        self._next = what
-        self._push(self.now + seconds, _TRAINER, -1)
+        self._trainer_waits = False
+        self._push(self.now + seconds, _TRAINER, -1, what)
 
     # The engines.
 
@@ -207,6 +188,12 @@ class Simulation:
             engine.settle(self.now)
             self._expect(index, engine.look_ahead())
 
+    def _change(self, index: int) -> None:
+        done, at = self._engines[index].change()
+        self._expect(index, at)
+        for attempt in done:
+            self._finish(index, attempt)
+
     def _finish(self, index: int, attempt: Attempt) -> None:
         if not self._dispatch.done(index, attempt.key):
             raise RuntimeError(f"{attempt.key} was done by an engine that did not have it")
@@ -214,26 +201,37 @@ class Simulation:
         self._arrived[position] = attempt
         self._step.sampled += len(attempt.spans)
         self._submit(self._admission.arrived(position, attempt.draw.has_variance))
-        if self._next is None:
+        if self._trainer_waits:
             self._take()
 
-    def _fail(self, index: int) -> None:
-        engine = self._engines.pop(index)
-        engine.settle(self.now)
-        self._used = tuple(u + x for u, x in zip(self._used, _used(engine), strict=True))
+    def _fail(self, index: int, restart_s: float) -> None:
+        self._settle(self._engines.pop(index))
         self._expect(index, None)
         self._step.failures += 1
         self._step.issued_again += len(self._dispatch.leave(index))
-        self._push(self.now + self._cluster.failures.restart_s, _STARTED, index)
+        self._push(self.now + restart_s, _STARTED, index, functools.partial(self._start, index))
         self._deal()
+
+    def _start(self, index: int) -> None:
+        self._started.append(index)
+        if not self._engines and self._trainer_waits:
+            self._begin_refit()
+
+    def _settle(self, engine: SimulatedEngine) -> None:
+        """Counts for the step what the engine has done since it was last counted."""
+        engine.settle(self.now)
+        self._step.busy_s += engine.busy_s
+        self._step.slots_s += engine.slots_s
+        self._step.preemptions += engine.preemptions
+        engine.busy_s = engine.slots_s = engine.preemptions = 0
 
     def _expect(self, index: int, at: float | None) -> None:
         """The engine's next change; what was expected before no longer counts."""
         self._expected.pop(index, None)
         if at is not None:
-            self._expected[index] = self._push(at, _ENGINE, index)
+            self._expected[index] = self._push(at, _ENGINE, index, functools.partial(self._change, index))
 
-    def _push(self, at: float, kind: int, index: int) -> int:
+    def _push(self, at: float, kind: int, index: int, what: Callable[[], None]) -> int:
         self._num_events += 1
-        heapq.heappush(self._events, (at, kind, index, self._num_events, self._engines.get(index)))
+        heapq.heappush(self._events, (at, kind, index, self._num_events, what))
         return self._num_events

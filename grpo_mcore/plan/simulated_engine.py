@@ -16,7 +16,7 @@ from grpo_mcore.rollout.dispatch import Key
 class Attempt:
     """A request at an engine."""
 
-    __slots__ = ("key", "draw", "spans", "left", "cancelled", "prompt_computed")
+    __slots__ = ("cancelled", "draw", "key", "left", "prompt_computed", "spans")
 
     def __init__(self, key: Key, draw: Draw):
         self.key, self.draw = key, draw
@@ -27,7 +27,7 @@ class Attempt:
 
 
 class _Response:
-    __slots__ = ("attempt", "index", "tokens", "since")
+    __slots__ = ("attempt", "index", "since", "tokens")
 
     def __init__(self, attempt: Attempt, index: int):
         self.attempt, self.index = attempt, index
@@ -51,7 +51,7 @@ class SimulatedEngine:
         self.version = version
         self.at = at  # the iteration under way began then; idle: none begins before
         self.iteration = 0  # number of those before it
-        self.ahead: int | None = None  # iterations to the next change; None: nothing to do
+        self.ahead = 0  # iterations to the next change
         self.busy_s: float = 0
         self.slots_s: float = 0
         self.preemptions = 0
@@ -80,12 +80,12 @@ class SimulatedEngine:
         """When something changes at the soonest, for `change`. To be called after `settle` and whatever was added or
         cancelled."""
         if not self._running:
-            self.ahead = 0 if self._queue else None
-        else:
-            self.ahead = self._to_the_next_change()
-            if self._cancelled or (self._queue and len(self._running) < self._max_running):
-                self.ahead = min(self.ahead, 1)
-        return None if self.ahead is None else self.at + self._seconds(self.ahead)
+            self.ahead = 0
+            return self.at if self._queue else None
+        self.ahead = self._to_the_next_change()
+        if self._cancelled or (self._queue and len(self._running) < self._max_running):
+            self.ahead = min(self.ahead, 1)
+        return self.at + self._seconds(self.ahead)
 
     def change(self) -> tuple[list[Attempt], float | None]:
         """(requests that are done, when something changes next), at the time that look_ahead gave."""
@@ -103,8 +103,10 @@ class SimulatedEngine:
                 done.append(self.attempts.pop(response.attempt.key))
         self._make_room()
         self._start()
-        self.ahead = self._to_the_next_change() if self._running else None
-        return done, None if self.ahead is None else self.at + self._seconds(self.ahead)
+        if not self._running:
+            return done, None
+        self.ahead = self._to_the_next_change()
+        return done, self.at + self._seconds(self.ahead)
 
     def refit(self, now: float, seconds: float, version: int, *, recompute: bool) -> None:
         """Sampling pauses; what is sampled from now on has this version."""

@@ -4,6 +4,8 @@ Families: Qwen2, Qwen3, Llama (dense). On CUDA the layers are Transformer Engine
 (plain_layers.py).
 """
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
@@ -20,6 +22,21 @@ from grpo_mcore.policy import plain_layers
 from grpo_mcore.types import Microbatch
 
 FAMILIES = ("qwen2", "qwen3", "llama")
+
+
+class HFConfig(Protocol):
+    """What is asked of a Hugging Face config."""
+
+    model_type: str
+    hidden_size: int
+    intermediate_size: int
+    max_position_embeddings: int
+    num_attention_heads: int
+    num_hidden_layers: int
+    num_key_value_heads: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    vocab_size: int
 
 
 class Backbone(GPTModel):
@@ -57,7 +74,7 @@ class Backbone(GPTModel):
         return f"{prefix}{self.decoder.layers[int(index)].layer_number - 1}.{rest}"
 
 
-def load_hf_config(folder: str):
+def load_hf_config(folder: str) -> HFConfig:
     """The folder's Hugging Face config, if this project can train it. Raises InputError."""
     try:
         config = AutoConfig.from_pretrained(folder)
@@ -93,7 +110,7 @@ def load_hf_config(folder: str):
     return config
 
 
-def head_dim(hf_config) -> int:
+def head_dim(hf_config: HFConfig) -> int:
     return getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
 
 
@@ -163,7 +180,7 @@ def _divisors(n: int) -> str:
     return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
 
 
-def cost_of(hf_config) -> Cost:
+def cost_of(hf_config: HFConfig) -> Cost:
     """What a sequence's head and attention cost beside its layers' matrix products, for balancing."""
     width, d = hf_config.num_attention_heads * head_dim(hf_config), hf_config.hidden_size
     kv_width = hf_config.num_key_value_heads * head_dim(hf_config)
