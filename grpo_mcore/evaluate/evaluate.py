@@ -7,6 +7,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from grpo_mcore.checkpoint import checkpoint, convert
 from grpo_mcore.config import config
@@ -92,10 +93,10 @@ def read_problems(path: str) -> tuple[list[scores.Problem], dict]:
     """(problems, protocol) of what evaluate_model returned earlier, in a JSON file. Raises InputError."""
     try:
         earlier = json.loads(Path(path).read_text())
-        return [
-            scores.Problem(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
-            for row in earlier["problems"]
-        ], earlier["protocol"]
+        rows: list[dict[str, Any]] = [
+            {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()} for row in earlier["problems"]
+        ]
+        return [scores.Problem(**row) for row in rows], earlier["protocol"]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise config.InputError(
             "--compare", path, f"is not what launch/evaluate.py --out wrote ({type(e).__name__})", "name such a file"
@@ -165,10 +166,8 @@ def evaluate_model(cfg: config.Config, source: str | None, *, compare_with: str 
         "protocol": card,
     }
     if earlier:
-        out["comparison"] = {"with": compare_with, **compare(result, card, *earlier)}
-        print(
-            f"minus {compare_with}: {out['comparison']['text']}; protocols differ in: "
-            f"{', '.join(out['comparison']['protocols_differ_in']) or 'nothing'}",
-            flush=True,
-        )
+        compared = compare(result, card, *earlier)
+        out["comparison"] = {"with": compare_with, **compared}
+        differ = ", ".join(compared["protocols_differ_in"]) or "nothing"
+        print(f"minus {compare_with}: {compared['text']}; protocols differ in: {differ}", flush=True)
     return {**out, "problems": [dataclasses.asdict(p) for p in result.problems]}

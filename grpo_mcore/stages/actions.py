@@ -53,16 +53,8 @@ class Launcher:
         if self.ranks == 1 and not self.torchrun:
             return self.program("train.py", *args)
         how = self.torchrun or ("--standalone",)
-        return [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            str(self.ranks),
-            *how,
-            str(self.programs / "train.py"),
-            *args,
-        ]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(self.ranks), *how]
+        return [*torchrun, str(self.programs / "train.py"), *args]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,16 +267,16 @@ def choose(work: Work) -> dict:
 def export(work: Work) -> dict:
     folder, chosen = str(work.plan.export_of(work.number)), work.record["choose"]["checkpoint"]
     shutil.rmtree(folder, ignore_errors=True)  # of an export whose end was not recorded
-    command = work.launcher.program("convert.py", "to-hf", "--checkpoint", chosen, "--out", folder)
-    command = work.execute(command, "the export", CONVERT_TIMEOUT_S)
+    program = work.launcher.program("convert.py", "to-hf", "--checkpoint", chosen, "--out", folder)
+    command = work.execute(program, "the export", CONVERT_TIMEOUT_S)
     return {"command": command, "folder": folder, "digest": folder_digest(folder)}
 
 
 def prove(work: Work) -> dict:
     out = work.plan.dir / f"{work.stage.name}_parity.json"
     chosen, folder = work.record["choose"]["checkpoint"], work.record["export"]["folder"]
-    command = work.launcher.program("convert.py", "prove", "--checkpoint", chosen, "--hf", folder, "--out", str(out))
-    command = work.execute(command, "the proof of its export", CONVERT_TIMEOUT_S)
+    program = work.launcher.program("convert.py", "prove", "--checkpoint", chosen, "--hf", folder, "--out", str(out))
+    command = work.execute(program, "the proof of its export", CONVERT_TIMEOUT_S)
     return {"command": command, **json.loads(out.read_text())}
 
 
@@ -293,8 +285,8 @@ def evaluate_export(work: Work) -> dict:
         return {"skipped": "eval.data names nothing"}
     out = str(work.plan.dir / f"{work.stage.name}_eval.json")
     options = ("--cfg", work.cfg, "--model", work.record["export"]["folder"], "--out", out)
-    command = work.launcher.program("evaluate.py", *options, *work.overrides(evaluation=True))
-    command = work.execute(command, "the evaluation")
+    program = work.launcher.program("evaluate.py", *options, *work.overrides(evaluation=True))
+    command = work.execute(program, "the evaluation")
     seen = json.loads(Path(out).read_text())
     result = {
         "command": command,

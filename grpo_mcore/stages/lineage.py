@@ -18,6 +18,7 @@ from pathlib import Path
 
 from grpo_mcore.config.config import Config, InputError
 from grpo_mcore.report.provenance import commit, versions
+from grpo_mcore.stages.stages import Stage
 
 FILE = "lineage.json"
 ACTIONS = ("train", "choose", "export", "prove", "evaluate")
@@ -103,21 +104,18 @@ def check_unchanged(record: dict, number: int, spec: dict, config: Config) -> No
 
 def differences(before: dict, now: dict, prefix: str = "") -> list[tuple[str, object, object]]:
     """(dotted key, before, now) of every value that differs. A key that only one version of the code knows is none."""
-    out = []
+    out: list[tuple[str, object, object]] = []
     for key in before.keys() & now.keys():
         a, b = before[key], now[key]
-        out += (
-            differences(a, b, f"{prefix}{key}.")
-            if isinstance(a, dict) and isinstance(b, dict)
-            else [(prefix + key, a, b)]
-            if a != b
-            else []
-        )
+        if isinstance(a, dict) and isinstance(b, dict):
+            out += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            out.append((prefix + key, a, b))
     return sorted(out, key=lambda one: one[0])
 
 
-def plain(value: object) -> dict:
-    """A dataclass as JSON gives it back."""
+def plain(value: Config | Stage) -> dict:
+    """As JSON gives it back."""
     return json.loads(json.dumps(dataclasses.asdict(value)))
 
 

@@ -200,8 +200,10 @@ def describe(plan: Plan) -> str:
     """The plan of all stages, quantity by quantity, a column each."""
     columns = [_quantities(plan, number) for number in range(len(plan.configs))]
     rows = [(name, *(str(column[name]) for column in columns)) for name in columns[0]]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    table = "\n".join("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = "\n".join(
+        "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
     return f"{table}\nlineage: {plan.dir / 'lineage.json'}"
 
 
