@@ -145,7 +145,7 @@ class Case:
         return replace(self, cfg=changed(self.cfg, changes))
 
 
-def layer_parameters(hf_config) -> int:
+def layer_parameters(hf_config: HFConfig) -> int:
     """Of all layers' matrices, biases and norms left out."""
     shapes = hf_weights.shapes(hf_config).items()
     return sum(math.prod(s) for name, s in shapes if len(s) == 2 and name.startswith("model.layers."))

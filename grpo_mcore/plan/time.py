@@ -18,6 +18,7 @@ from grpo_mcore.config.config import Config
 from grpo_mcore.plan import memory
 from grpo_mcore.plan.memory import Case, layer_parameters
 from grpo_mcore.policy import model
+from grpo_mcore.policy.model import HFConfig
 
 PROMPT_TOKENS = 192  # mean, where nothing is known of them
 
@@ -77,7 +78,7 @@ def times(case: Case, a: Assumptions) -> dict[str, float]:
     }
 
 
-def forward_flops(hf_config, tokens: float, response_tokens: float) -> tuple[float, float]:
+def forward_flops(hf_config: HFConfig, tokens: float, response_tokens: float) -> tuple[float, float]:
     """(of the layers' matrix products, of attention and head) of one sequence."""
     cost, unit = model.cost_of(hf_config), 2 * layer_parameters(hf_config)
     return unit * tokens, unit * (cost.head * response_tokens + cost.quadratic * tokens**2)
