@@ -188,7 +188,7 @@ def export(
             return start_gather(rows[index][1].detach(), topology)
 
     following = gather(0)
-    for index, (row, parameter) in enumerate(rows):
+    for index, (row, _) in enumerate(rows):
         arrival, following = following, gather(index + 1)
         shards = arrival() if arrival else None
         if topology.tp_rank and not everywhere:
@@ -237,7 +237,7 @@ class Reader:
                 "give a Hugging Face folder with safetensors weights",
             )
         self._files = [safe_open(self.folder / n, framework="pt") for n in names]
-        self.where = {name: f for f in self._files for name in f.keys()}
+        self.where = {name: f for f in self._files for name in f.keys()}  # noqa: SIM118  (no mapping)
 
     def __enter__(self) -> "Reader":
         return self

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -101,7 +102,7 @@ def mismatch(
         "mismatch/beyond_cap_frac": Mean.of((d.exp() > cap).float()),
         "mismatch/k3": Mean.of(d.clamp(-20, 20).expm1() - d.clamp(-20, 20)),
     }
-    for start, end in zip(POSITIONS, (*POSITIONS[1:], math.inf)):
+    for start, end in pairwise((*POSITIONS, math.inf)):
         inside = (position_R >= start) & (position_R < end)
         if inside.any():
             out[f"mismatch/logprob_abs_mean_from_{start}"] = Mean.of(d[inside].abs())

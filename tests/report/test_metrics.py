@@ -5,6 +5,7 @@ Not covered here: which metrics a step has, and where they go (test_sinks.py).
 
 import math
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ LN2, LN4 = math.log(2), math.log(4)
 def cut(rng: random.Random, values: list[int]) -> list[list[int]]:
     """Into parts of random sizes, none empty."""
     bounds = sorted(rng.sample(range(1, len(values)), rng.randint(0, len(values) - 1)))
-    return [values[i:j] for i, j in zip([0, *bounds], [*bounds, len(values)])]
+    return [values[i:j] for i, j in pairwise([0, *bounds, len(values)])]
 
 
 MAKE = {
