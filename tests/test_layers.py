@@ -35,11 +35,10 @@ def imports(source: str, module: str) -> set[str]:
             found |= {f"{origin}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed":
             found.add("torch.distributed")
-        elif isinstance(node, ast.Call) and node.args:
-            if ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
-                name = node.args[0].values[0] if isinstance(node.args[0], ast.JoinedStr) else node.args[0]
-                if isinstance(name, ast.Constant):
-                    found.add(str(name.value).rstrip("."))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+            name = node.args[0].values[0] if isinstance(node.args[0], ast.JoinedStr) else node.args[0]
+            if isinstance(name, ast.Constant):
+                found.add(str(name.value).rstrip("."))
     return found
 
 

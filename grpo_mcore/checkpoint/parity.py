@@ -13,7 +13,6 @@ import ast
 import gc
 import json
 import random
-import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -111,8 +110,8 @@ def _attested(weights: dict[str, str]) -> dict[tuple, list[tuple]]:
     """(key, layer) -> [(offset, shape, digest)] within one layer's parameter, of attest.json's `key offset shape`."""
     parts = defaultdict(list)
     for name, value in weights.items():
-        key, offset, shape = re.fullmatch(r"(\S+) (\(.*\)) (\(.*\))", name).groups()
-        offset, shape = ast.literal_eval(offset), ast.literal_eval(shape)
+        key, _, part = name.partition(" ")
+        offset, shape = ast.literal_eval(part.replace(") (", "), ("))
         stacked = int(key.startswith("decoder.layers."))
         parts[key, offset[:stacked]].append((offset[stacked:], shape[stacked:], value))
     return dict(parts)
@@ -156,7 +155,7 @@ def policy_logprobs(folder: str | Path, sequences: list[tuple[int, ...]]) -> tor
         )
         for i, s in enumerate(sequences)
     ]
-    (logprobs_R,) = policy.logprobs([batch.microbatch(samples, [1.0] * len(samples))])
+    logprobs_R = policy.logprobs_everywhere(batch.microbatch(samples, [1.0] * len(samples)), temperature=1.0)
     topology.disconnect()
     return logprobs_R
 

@@ -170,20 +170,21 @@ class LinearLogprob(torch.autograd.Function):
         for start in range(0, V, width):
             columns = slice(start, min(start + width, V))
             weight = weight_VD[columns]
-            accumulator = None if ctx.main_grad_VD is None else ctx.main_grad_VD[columns]
-            if sums is not None:
-                accumulator = sums[: len(weight)].zero_()
+            whole = None if d_weight is None else d_weight[columns]
+            accumulator = None if sums is None else sums[: len(weight)].zero_()
+            if whole is None:
+                accumulator = ctx.main_grad_VD[columns]
             for top in range(0, T, height):
                 hidden = hidden_TD[top : top + height]
                 part = dz[: len(hidden), : len(weight)]
                 _launch_dz(hidden, weight, part, target_T, rows, (top, start), ctx.temperature)
                 _add_product(d_hidden[top : top + height], part, weight)
                 if accumulator is None:
-                    torch.mm(part.T, hidden, out=d_weight[columns])
+                    torch.mm(part.T, hidden, out=whole)
                 else:
                     _add_product(accumulator, part.T, hidden)
-            if sums is not None:
-                d_weight[columns] = accumulator
+            if whole is not None and accumulator is not None:
+                whole.copy_(accumulator)
         return d_hidden.to(hidden_TD.dtype), d_weight, None, None, None
 
 

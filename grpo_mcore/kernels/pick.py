@@ -10,8 +10,10 @@ import torch
 
 from grpo_mcore.kernels import reference
 
+LinearLogprob = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
-def pick(impl: str = "auto", device: torch.device | None = None) -> Callable:
+
+def pick(impl: str = "auto", device: torch.device | None = None) -> LinearLogprob:
     """linear_logprob as `impl` has it: "reference", "triton", or "auto": Triton's on CUDA, the reference elsewhere.
     Says so, once.
 
@@ -23,7 +25,7 @@ def pick(impl: str = "auto", device: torch.device | None = None) -> Callable:
 
 
 @functools.cache
-def _pick(impl: str, device: str) -> Callable:
+def _pick(impl: str, device: str) -> LinearLogprob:
     if impl not in ("auto", "reference", "triton"):
         raise ValueError(f"linear_logprob: impl = {impl!r} must be one of auto, reference, triton")
     missing = _what_triton_lacks(device)

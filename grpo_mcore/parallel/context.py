@@ -10,6 +10,7 @@ other.
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +24,10 @@ def indices(cu_seqlens: torch.Tensor, rank: int, size: int) -> torch.Tensor:
 
     Raises ValueError if size > 1 and a block's tokens are no multiple of 2 * size.
     """
-    bounds = cu_seqlens.tolist()
     if size == 1:
-        return torch.arange(bounds[-1], device=cu_seqlens.device)
+        return torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device)
     parts = []
-    for start, end in zip(bounds, bounds[1:]):
+    for start, end in pairwise(cu_seqlens.tolist()):
         chunk, rest = divmod(end - start, 2 * size)
         if rest:
             raise ValueError(f"a block of {end - start} tokens: must be a multiple of 2 * cp = {2 * size}")
@@ -84,8 +84,7 @@ def attention(
     gathered = gather_from_sequence_parallel_region(torch.cat([key, value], -1), group=group)
     whole = gathered[torch.cat([indices(cu_seqlens, r, size) for r in range(size)]).argsort()]
     out, mine = [], 0
-    bounds = cu_seqlens.tolist()
-    for start, end in zip(bounds, bounds[1:]):
+    for start, end in pairwise(cu_seqlens.tolist()):
         chunk = (end - start) // (2 * size)
         for index in (rank, 2 * size - 1 - rank):
             seen = (index + 1) * chunk  # tokens of the block up to this chunk's end

@@ -58,7 +58,7 @@ class Adam(torch.optim.Optimizer):
         self.decoupled = adam_w_mode
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure=None):
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
             parameters = [p for p in group["params"] if p.grad is not None]
@@ -89,7 +89,7 @@ def install() -> None:
     """Patch once per process, before anything of Megatron is built."""
     if torch.cuda.is_available():
         return
-    torch.cuda.current_device = lambda: torch.device("cpu")
+    torch.cuda.current_device = functools.partial(torch.device, "cpu")
     torch.cuda.synchronize = lambda *args, **kwargs: None
     torch.cuda.current_stream = lambda *args, **kwargs: _NullStream()
 

@@ -13,8 +13,11 @@ mean over microbatches and data ranks, the gradient would depend on how tokens f
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
+
+Item = TypeVar("Item")
 
 
 def configure(transformer_config) -> None:
@@ -36,9 +39,9 @@ def overlap_grad_reduce(transformer_config, chunks: Sequence[torch.nn.Module]) -
 
 def run(
     chunks: Sequence[torch.nn.Module],
-    items: list,
-    forward: Callable[[torch.nn.Module, object], torch.Tensor],
-    loss: Callable[[torch.Tensor, object], tuple[torch.Tensor, object]] | None = None,
+    items: list[Item],
+    forward: Callable[[torch.nn.Module, Item], torch.Tensor],
+    loss: Callable[[torch.Tensor, Item], tuple[torch.Tensor, object]] | None = None,
 ) -> list:
     """One pass of Megatron's schedule over `items` (one microbatch each), in order. Collective over the pipeline's
     stages.
@@ -51,11 +54,11 @@ def run(
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    def forward_step(iterator: Iterator, chunk: torch.nn.Module):
+    def forward_step(iterator: Iterator[Item], chunk: torch.nn.Module):
         item = next(iterator)
 
         def after(output: torch.Tensor, non_loss_data: bool = False):
-            if non_loss_data:
+            if non_loss_data or loss is None:
                 return output
             value, extra = loss(output, item)
             return value, torch.zeros((), dtype=torch.int, device=value.device), extra

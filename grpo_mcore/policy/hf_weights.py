@@ -31,9 +31,7 @@ SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float1
 # What makes a folder a model besides its weights.
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 
-
-# (HF tensors, one tp rank's shard, hf_config, tp, tp_rank) -> (HF view, shard view) pairs: all that the shard has of
-# them.
+# (HF tensors, one tp rank's shard, hf_config, tp, tp_rank) -> (HF view, shard view) pairs: all the shard has of them.
 Layout = Callable[..., Iterable[tuple[torch.Tensor, torch.Tensor]]]
 
 
@@ -183,23 +181,23 @@ def export(
         if row.megatron != HEAD or not hf_config.tie_word_embeddings
     ]
 
-    def gather(index: int):
-        if index < len(rows) and rows[index][1] is not None:
-            return start_gather(rows[index][1].detach(), topology)
+    def gather(index: int) -> Callable[[], list[torch.Tensor]] | None:
+        parameter = rows[index][1] if index < len(rows) else None
+        return None if parameter is None else start_gather(parameter.detach(), topology)
 
     following = gather(0)
-    for index, (row, parameter) in enumerate(rows):
+    for index, (row, _) in enumerate(rows):
         arrival, following = following, gather(index + 1)
         shards = arrival() if arrival else None
         if topology.tp_rank and not everywhere:
             continue
-        tensors = [into(name) if delivers else None for name in row.hf]
-        if shards and len(shards) == len(tensors) == 1 and tensors[0] is None and shards[0].dtype == dtype:
-            tensors = [shards[0]]
+        given = [into(name) if delivers else None for name in row.hf]
+        if shards and len(shards) == len(given) == 1 and given[0] is None and shards[0].dtype == dtype:
+            tensors = shards
         else:
             tensors = [
                 torch.empty(shape, dtype=dtype, device=first.device) if t is None else t
-                for t, shape in zip(tensors, row.hf.values(), strict=True)
+                for t, shape in zip(given, row.hf.values(), strict=True)
             ]
             for rank, shard in enumerate(shards or ()):
                 for hf, part in row.layout(tensors, shard, hf_config, topology.tp, rank):
@@ -237,7 +235,7 @@ class Reader:
                 "give a Hugging Face folder with safetensors weights",
             )
         self._files = [safe_open(self.folder / n, framework="pt") for n in names]
-        self.where = {name: f for f in self._files for name in f.keys()}
+        self.where = {name: f for f in self._files for name in f.keys()}  # noqa: SIM118  (no mapping)
 
     def __enter__(self) -> "Reader":
         return self
@@ -315,14 +313,14 @@ def save_folder(
     for part, file in zip(parts, files, strict=True):
         with (partial / file).open("wb") as f:
             place = _write_header(f, {name: shapes[name] for name in part}, size, dtype)
-            for expected, (name, tensor) in zip(part, tensors):
+            for expected, (name, tensor) in zip(part, tensors, strict=False):  # the rest is for the next file
                 if (name, tuple(tensor.shape), tensor.dtype) != (expected, shapes[expected], dtype):
                     raise RuntimeError(
                         f"{name} {tuple(tensor.shape)} {tensor.dtype} came where {expected} {shapes[expected]} "
                         f"{dtype} was foretold"
                     )
                 f.seek(place.pop(name))
-                f.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+                f.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
             if place:
                 raise RuntimeError(f"{next(iter(place))} was foretold and did not come")
     if len(parts) > 1:
@@ -337,7 +335,8 @@ def save_folder(
 def _write_header(f, shapes: dict[str, tuple[int, ...]], size: dict[str, int], dtype: torch.dtype) -> dict[str, int]:
     """The head of a safetensors file (https://huggingface.co/docs/safetensors, "Format"), and each tensor's place in
     it, sorted by name."""
-    kind, header, starts, end = SAFETENSORS_DTYPES[dtype], {"__metadata__": {"format": "pt"}}, {}, 0
+    kind, starts, end = SAFETENSORS_DTYPES[dtype], {}, 0
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     for name in sorted(shapes):
         starts[name], end = end, end + size[name]
         header[name] = {"dtype": kind, "shape": shapes[name], "data_offsets": [starts[name], end]}

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -357,6 +358,6 @@ def hidden_states(stage: torch.nn.Module, batch: Microbatch, topology: Topology)
     )
 
 
-def unwrapped(stage: torch.nn.Module) -> Backbone:
+def unwrapped(stage: Backbone | DistributedDataParallel) -> Backbone:
     """The model chunk within DDP's wrapper, or itself."""
-    return getattr(stage, "module", stage)
+    return stage if isinstance(stage, Backbone) else stage.module

@@ -23,7 +23,8 @@ class RMSNorm(torch.nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel  # Megatron sums its gradient over tp by this mark
+        # By this mark Megatron sums its gradient over tp.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x):
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
@@ -45,7 +46,7 @@ def packed_params(batch: Microbatch, topology: Topology) -> PackedSeqParams:
     if topology.device.type == "cuda":
         return PackedSeqParams(cu_seqlens_q=batch.cu_seqlens, cu_seqlens_kv=batch.cu_seqlens, **common)
     cu_seqlens, bounds = batch.cu_seqlens, list(pairwise(batch.cu_seqlens.tolist()))
-    masks = [None] * len(bounds)
+    masks: list[torch.Tensor | None] = [None] * len(bounds)
     if topology.cp == 1:
         for k, (start, end) in enumerate(bounds):
             branch = batch.branch_T[start:end]
@@ -73,16 +74,13 @@ class PackedAttention(MegatronModule):
         p: Blocks = packed_seq_params
         if self.cp_group is not None:
             return context.attention(query, key, value, p.cu_seqlens_q, self.cp_group, self.scale).flatten(1)
-        out = [
-            F.scaled_dot_product_attention(
-                *(x.transpose(0, 1)[None] for x in qkv),
-                attn_mask=mask,
-                is_causal=mask is None,
-                scale=self.scale,
-                enable_gqa=True,
-            )[0].transpose(0, 1)
-            for mask, *qkv in zip(p.masks, *(x.split(p.lengths) for x in (query, key, value)), strict=True)
-        ]
+        out = []
+        for mask, *qkv in zip(p.masks, *(x.split(p.lengths) for x in (query, key, value)), strict=True):
+            q, k, v = (x.transpose(0, 1)[None] for x in qkv)
+            block = F.scaled_dot_product_attention(
+                q, k, v, mask, is_causal=mask is None, scale=self.scale, enable_gqa=True
+            )
+            out.append(block[0].transpose(0, 1))
         return torch.cat(out).flatten(1)
 
 

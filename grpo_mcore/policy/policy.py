@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -41,7 +42,9 @@ class FrozenPolicy:
         if load_weights:
             hf_weights.load(self.chunks, self.hf_config, folder, topology)
         # What the schedule calls.
-        self.modules: list[torch.nn.Module] = [chunk.requires_grad_(False) for chunk in self.chunks]
+        self.modules: list[model.Backbone | DistributedDataParallel] = [
+            chunk.requires_grad_(False) for chunk in self.chunks
+        ]
 
     @torch.no_grad()
     def logprobs(
@@ -158,11 +161,11 @@ class Policy(FrozenPolicy):
         _, grad_norm, _ = self.optimizer.step()
         if not self.topology.is_last_stage:
             return {}
-        out = metrics.merge([{f"update/{name}": metrics.Mean.of(x) for name, x in part.items()} for part in parts])
+        means = metrics.merge([{f"update/{name}": metrics.Mean.of(x) for name, x in part.items()} for part in parts])
         # A sum over microbatches and the ranks that share the tokens, and a mean over optimizer steps.
-        out["update/loss"] = metrics.Mean(out["update/loss"].total, 1 / (self.topology.dp * self.topology.cp))
-        out["update/grad_norm"] = metrics.Mean(float(grad_norm), 1) if grad_norm is not None else metrics.Mean(0.0, 0)
-        return out
+        means["update/loss"] = metrics.Mean(means["update/loss"].total, 1 / (self.topology.dp * self.topology.cp))
+        means["update/grad_norm"] = metrics.Mean(float(grad_norm or 0.0), int(grad_norm is not None))
+        return {**means}
 
     def export(self, **how) -> Iterator[tuple[str, torch.Tensor]]:
         self.finish_param_gather()
@@ -208,7 +211,7 @@ class Policy(FrozenPolicy):
 def _to(batch: Microbatch, device: torch.device) -> Microbatch:
     if device.type == "cpu":
         return batch
-    moved = {
+    moved: dict[str, Any] = {
         f.name: v.to(device, non_blocking=True)
         for f in dataclasses.fields(batch)
         if isinstance(v := getattr(batch, f.name), torch.Tensor)

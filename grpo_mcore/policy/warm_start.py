@@ -28,7 +28,7 @@ from grpo_mcore.loss.loss import supervised
 from grpo_mcore.parallel import topology
 from grpo_mcore.policy import hf_weights
 from grpo_mcore.policy.policy import Policy
-from grpo_mcore.types import Prompt, Response
+from grpo_mcore.types import GlobalBatch, Microbatch, Prompt, Response
 
 RECORD = "warm_start.json"
 CHECK_EVERY = 10  # optimizer steps
@@ -37,16 +37,12 @@ CHECK_EVERY = 10  # optimizer steps
 def ensure(cfg: config.Config) -> None:
     """Makes cfg.model if it is not there. Raises InputError, RuntimeError."""
     folder = Path(cfg.model)
-    wanted = {"seed": cfg.seed, **dataclasses.asdict(cfg.warm_start)}
+    wanted = {"seed": cfg.seed, **dataclasses.asdict(_asked(cfg))}
     if folder.is_dir():
         record = folder / RECORD
         if not record.is_file() or json.loads(record.read_text()) != wanted:
-            raise InputError(
-                "model",
-                cfg.model,
-                "exists, but was not made by this warm_start and seed",
-                "remove the folder, or name another",
-            )
+            constraint = "exists, but was not made by this warm_start and seed"
+            raise InputError("model", cfg.model, constraint, "remove the folder, or name another")
         return
     # One rank, whatever torchrun's environment says of this process.
     env = {
@@ -66,8 +62,14 @@ def ensure(cfg: config.Config) -> None:
         raise RuntimeError(f"the warm start ended with {done.returncode}; its own words stand above")
 
 
+def _asked(cfg: config.Config) -> config.WarmStart:
+    if cfg.warm_start is None:
+        raise InputError("warm_start", None, "asks for no model to be made", "set warm_start.task, or give a model")
+    return cfg.warm_start
+
+
 def make(cfg: config.Config) -> None:
-    folder = Path(cfg.model)
+    folder, warm_start = Path(cfg.model), _asked(cfg)
     made = folder.with_name(folder.name + ".initial")
     shutil.rmtree(made, ignore_errors=True)
     arithmetic.make_model(made, cfg.seed)
@@ -83,10 +85,10 @@ def make(cfg: config.Config) -> None:
         topo,
         precision=config.Precision(params="float32"),
         temperature=1.0,
-        optimizer=config.Optimizer(lr=cfg.warm_start.lr),
+        optimizer=config.Optimizer(lr=warm_start.lr),
     )
     teach(policy, cfg)
-    (made / RECORD).write_text(json.dumps({"seed": cfg.seed, **dataclasses.asdict(cfg.warm_start)}))
+    (made / RECORD).write_text(json.dumps({"seed": cfg.seed, **dataclasses.asdict(warm_start)}))
     hf_weights.save_folder(
         folder, policy.export(), made, shapes=hf_weights.shapes(policy.hf_config), dtype=torch.float32
     )
@@ -96,7 +98,7 @@ def make(cfg: config.Config) -> None:
 
 def teach(policy: Policy, cfg: config.Config) -> None:
     """Optimizer steps on demonstrations until the pass rate is reached, or max_steps."""
-    w, tokenizer, rng = cfg.warm_start, Tokenizer(policy.folder), random.Random(cfg.seed)
+    w, tokenizer, rng = _asked(cfg), Tokenizer(policy.folder), random.Random(cfg.seed)
     train, held_out = (arithmetic.rows(f"{w.task}/{split}") for split in ("train", "heldout"))
 
     def sample(problem: str, corrupt: bool) -> batch.Sample:
@@ -105,17 +107,17 @@ def teach(policy: Policy, cfg: config.Config) -> None:
         response = Response(token_ids, (0.0,) * len(token_ids), truncated=False)
         return batch.Sample(Prompt(0, problem, "", tokenizer.encode(problem, cfg.data)), response, 0.0)
 
-    def packed(samples: list[batch.Sample]) -> list:
+    def packed(samples: list[batch.Sample]) -> Microbatch:
         weight = 1.0 / sum(len(s.response.token_ids) for s in samples)
-        return [batch.microbatch(samples, [weight] * len(samples))]
+        return batch.microbatch(samples, [weight] * len(samples))
 
     test = packed([sample(problem, corrupt=False) for problem, _ in held_out[:256]])
     for step in range(1, w.max_steps + 1):
         samples = [sample(rng.choice(train)[0], rng.random() < w.corrupted_frac) for _ in range(w.batch_size)]
-        policy.update(batch.GlobalBatch(packed(samples)), supervised, lr=w.lr)
+        policy.update(GlobalBatch([packed(samples)]), supervised, lr=w.lr)
         if step % CHECK_EVERY == 0:
-            (logprobs,) = policy.logprobs(test)
-            total = torch.zeros(len(held_out[:256])).index_add_(0, test[0].sequence_R, logprobs)
+            logprobs_R = policy.logprobs_everywhere(test, temperature=1.0)
+            total = torch.zeros(test.num_sequences).index_add_(0, test.sequence_R, logprobs_R)
             pass_rate = total.exp().mean().item()
             print(f"warm start: optimizer step {step}, pass rate {pass_rate:.3f}", flush=True)
             if pass_rate >= w.stop_at_pass_rate:

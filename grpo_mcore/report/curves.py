@@ -275,11 +275,12 @@ def _figure(chart: Chart, size: tuple[float, float]):
 def _draw_lines(axes, series: Sequence[Series]) -> None:
     for i, s in enumerate(series):
         colour, y = COLOURS[i % len(COLOURS)], [v if math.isfinite(v) else math.nan for v in s.values]
+        # Those that no line reaches.
         alone = [
             k
             for k, v in enumerate(y)
             if not math.isnan(v) and all(math.isnan(n) for n in y[max(k - 1, 0) : k] + y[k + 1 : k + 2])
-        ]  # no line reaches it
+        ]
         if s.error:
             axes.errorbar(
                 s.steps, y, s.error, color=colour, marker="o", markersize=4, linewidth=1.2, capsize=3, label=s.label

@@ -1,7 +1,10 @@
 """Metrics that declare how they are reduced; how far the engines' log-probs are from the trainer's."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol, Self, TypeVar
 
 import torch
 
@@ -69,12 +72,21 @@ class EffectiveFraction:
         return self.total**2 / (self.count * self.squares) if self.squares else 0.0
 
 
-Metric = Mean | Max | Sum | EffectiveFraction
+class Metric(Protocol):
+    """Its type is how it is reduced."""
+
+    @property
+    def value(self) -> float: ...
+
+    def merge(self, other: Self) -> Self: ...
 
 
-def merge(parts: list[dict[str, Metric]]) -> dict[str, Metric]:
+M = TypeVar("M", bound=Metric)
+
+
+def merge(parts: Sequence[Mapping[str, M]]) -> dict[str, M]:
     """One dict of the parts of microbatches, optimizer steps or ranks."""
-    out: dict[str, Metric] = {}
+    out: dict[str, M] = {}
     for part in parts:
         for name, metric in part.items():
             out[name] = out[name].merge(metric) if name in out else metric
@@ -95,13 +107,13 @@ def mismatch(
     sequence, the share of tokens whose importance weight exp(old - rollout) exceeds `cap`, and k3 of KL(rollout ||
     old)."""
     d = old_logprobs_R - rollout_logprobs_R
-    out = {
+    out: dict[str, Metric] = {
         "mismatch/logprob_abs_mean": Mean.of(d.abs()),
         "mismatch/logprob_abs_max": Max.of(d.abs()),
         "mismatch/beyond_cap_frac": Mean.of((d.exp() > cap).float()),
         "mismatch/k3": Mean.of(d.clamp(-20, 20).expm1() - d.clamp(-20, 20)),
     }
-    for start, end in zip(POSITIONS, (*POSITIONS[1:], math.inf)):
+    for start, end in pairwise((*POSITIONS, math.inf)):
         inside = (position_R >= start) & (position_R < end)
         if inside.any():
             out[f"mismatch/logprob_abs_mean_from_{start}"] = Mean.of(d[inside].abs())

@@ -67,7 +67,7 @@ class ReportedRun:
 
     def key(self, dotted: str) -> object:
         """Of the configuration; None: not there."""
-        node = self.config
+        node: object = self.config
         for part in dotted.split("."):
             node = node.get(part) if isinstance(node, dict) else None
         return node
@@ -119,7 +119,7 @@ def write(run_dirs: Sequence[str | Path], out: str | Path | None = None, bounds:
         sections[-1] += _time_table(rows) if heading.startswith("Time") else ""
     rollouts, left_out = collect_rollouts(runs, bounds)
     page = Path(__file__).with_name("page.html").read_text()
-    script = re.search(r"<script>(.*?)</script>", page, re.DOTALL)[1]
+    script = page.split("<script>")[1].split("</script>")[0]
     text = Template(page).substitute(
         title=_escape(" → ".join(run.name for run in runs)),
         header=_header(runs),
@@ -187,7 +187,7 @@ def _chart(plot: curves.Plot, rows: Sequence[dict], boundaries: tuple, data_name
     else:
         title, series = plot.title, []
         names = [name for pattern in plot.metrics for name in fnmatch.filter(_names(rows), pattern)]
-        names.sort(key=lambda name: int(re.search(r"\d*$", name)[0] or 0))  # mismatch by position: 256 before 1024
+        names.sort(key=lambda name: int(re.findall(r"\d*$", name)[0] or 0))  # mismatch by position: 256 before 1024
         for name in names:
             mine = [row for row in rows if run_folder.is_evaluation(row) == name.startswith("eval/")]
             steps, values = [row["step"] for row in mine], [row.get(name, math.nan) for row in mine]
@@ -245,7 +245,7 @@ def _header(runs: Sequence[ReportedRun]) -> str:
         table = f'<dl class="facts">{pairs}</dl>'
     else:
         table = _table("", ["", *(run.name for run in runs)], facts)
-    details = [(f"Configuration of {run.name}", run.config) for run in runs]
+    details: list[tuple[str, object]] = [(f"Configuration of {run.name}", run.config) for run in runs]
     details += [(f"Code, software and hardware of {run.name}, of each start", run.starts) for run in runs]
     return table + "".join(
         f"<details><summary>{_escape(summary)}</summary>"
@@ -371,7 +371,7 @@ def evenly(n: int, most: int) -> list[int]:
 
 
 def _response(row: dict) -> list:
-    versions = row.get("versions") if isinstance(row.get("versions"), list) else []
+    versions = seen if isinstance(seen := row.get("versions"), list) else []
     said = ", ".join(
         f"{v[0]} ({v[1]})" if len(versions) > 1 else str(v[0]) for v in versions if isinstance(v, list) and len(v) == 2
     )

@@ -114,7 +114,6 @@ def test_converting_holds_the_model_once_on_the_way_in_and_one_tensor_on_the_way
 
     largest = max(layer_bytes, 8000 * 512 * 4)
     assert peak("hf", "megatron", "from_hf") < model_bytes + 2 * largest
-    assert (
-        peak("megatron", "again", "to_hf") < 4 * largest
-    )  # the part read, what it is read from, the bytes that are written, and a little
+    # The part read, what it is read from, the bytes that are written, and a little.
+    assert peak("megatron", "again", "to_hf") < 4 * largest
     assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "hf/model.safetensors").read_bytes()

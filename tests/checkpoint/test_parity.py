@@ -56,9 +56,8 @@ def test_an_export_is_proved_whatever_layout_wrote_the_checkpoint(model_folders,
     spawn(save_with_tp2, 2, model_folders[KIND], str(tmp_path / "run"))
     saved = tmp_path / "run/checkpoints/step_000001"
     convert.to_hf(saved, tmp_path / "hf")
-    assert (
-        parity.compare_weights(saved, tmp_path / "hf") > proof["equal_parts"]
-    )  # one a rank, where there was one in all
+    # One a rank, where there was one in all.
+    assert parity.compare_weights(saved, tmp_path / "hf") > proof["equal_parts"]
     with pytest.raises(parity.ParityError, match="is not what the policy held"):  # before the step
         parity.compare_weights(saved, exported[1])
 

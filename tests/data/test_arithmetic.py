@@ -94,20 +94,17 @@ def test_the_tokenizer_gives_every_prompt_and_demonstration_back_and_they_fit_40
         (f"{a}+{b}=", arithmetic.demonstration(f"{a}+{b}", corrupt=rng if n % 2 else None))
         for n, (a, b) in enumerate(PAIRS)
     ]
-    prompts, demonstrations = (tokenizer(list(column), add_special_tokens=False).input_ids for column in zip(*texts))
+    prompts, demonstrations = (
+        tokenizer(list(column), add_special_tokens=False).input_ids for column in zip(*texts, strict=True)
+    )
     unknown = tokenizer.convert_tokens_to_ids("?")
     for prompt_ids, ids in zip(prompts, demonstrations, strict=True):
         assert len(prompt_ids) == 6 and unknown not in ids
         assert ids.index(tokenizer.eos_token_id) == len(ids) - 1
         assert len(prompt_ids) + len(ids) <= 40
     for row in range(0, len(texts), 90):  # 90 at a time: 8,100 calls take seconds
-        decoded = tokenizer.decode(
-            [
-                t
-                for prompt_ids, ids in zip(prompts[row : row + 90], demonstrations[row : row + 90])
-                for t in prompt_ids + ids
-            ]
-        )
+        rows = zip(prompts[row : row + 90], demonstrations[row : row + 90], strict=True)
+        decoded = tokenizer.decode([t for prompt_ids, ids in rows for t in prompt_ids + ids])
         assert decoded == "".join(prompt + demonstration for prompt, demonstration in texts[row : row + 90])
 
 

@@ -149,5 +149,5 @@ def test_what_stands_at_a_position_does_not_depend_on_what_was_asked_before():
 def test_a_later_stage_begins_where_the_former_stopped_and_repeats_no_prompt_before_all_were_seen():
     whole = order(3, 0, 30)
     stages = [(skip, prompts.Stream(PROMPTS, 3, skip=skip)) for skip in (0, 4, 6)]
-    assert [stream.at(p).id for (skip, stream), n in zip(stages, (4, 2, 24)) for p in range(n)] == whole
+    assert [stream.at(p).id for (skip, stream), n in zip(stages, (4, 2, 24), strict=True) for p in range(n)] == whole
     assert len(set(whole[:7])) == 7

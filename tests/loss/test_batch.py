@@ -7,6 +7,7 @@ itself (parallel/test_context.py).
 import math
 import random
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -179,8 +180,7 @@ def sequences(batch: GlobalBatch) -> list[tuple[tuple[int, ...], tuple[int, ...]
     """(prompt, response, advantage) of every sequence, read back from the packed tensors."""
     out = []
     for m in batch.microbatches:
-        bounds = m.cu_seqlens.tolist()
-        for s, (begin, end) in enumerate(zip(bounds, bounds[1:])):
+        for s, (begin, end) in enumerate(pairwise(m.cu_seqlens.tolist())):
             mine = m.sequence_R == s
             ids = tuple(m.token_ids_T[begin:end].tolist())
             first = int(m.position_R[mine][0]) + 1 - begin
@@ -197,8 +197,8 @@ def test_every_response_is_packed_once_into_its_optimizer_step_with_its_prompt_a
     groups, advantages = random_groups(rng, P, G)
     expected = [
         (g.prompt.token_ids, r.token_ids, a)
-        for g, row in zip(groups, advantages.tolist())
-        for r, a in zip(g.responses, row)
+        for g, row in zip(groups, advantages.tolist(), strict=True)
+        for r, a in zip(g.responses, row, strict=True)
     ]
     by_rank = over_ranks(groups, advantages, Packing(max_tokens=60, dp=ranks), global_batch_size=size)
     for step in range(P * G // size):

@@ -285,7 +285,7 @@ def test_gspo_of_two_responses():
         advantage=[2.0, 2.0, 3.0, 3.0, 3.0],
         weight=[1 / 4, 1 / 4, 1 / 6, 1 / 6, 1 / 6],
     )  # 1 / (length x 2 responses)
-    value, gradient, stats = value_and_gradient([o + LN(r) for o, r in zip(old, ratios)], batch, cfg)
+    value, gradient, stats = value_and_gradient([o + LN(r) for o, r in zip(old, ratios, strict=True)], batch, cfg)
     # -(1 x 2 + 1.28 x 3) / 2 = -2.92; the first response's gradient -(1/2) x A / 2 tokens each, the second is clipped.
     assert value == pytest.approx(-2.92, rel=2 * FLOAT32)
     assert gradient == pytest.approx([-0.5, -0.5, 0.0, 0.0, 0.0], rel=2 * FLOAT32)
@@ -367,7 +367,7 @@ def test_importance_weights_of_two_sequences(mode, level, expected, beyond):
     weights, old = [1.5, 3.0, 0.25, 0.8, 0.5], [-1.0, -2.0, -0.5, -3.0, -1.0]
     batch = tokens(
         old=old,
-        rollout=[o - LN(w) for o, w in zip(old, weights)],
+        rollout=[o - LN(w) for o, w in zip(old, weights, strict=True)],
         sequence=[0, 0, 0, 1, 1],
         advantage=[1.0] * 5,
         weight=[0.2] * 5,

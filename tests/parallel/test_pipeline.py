@@ -44,10 +44,8 @@ def chains(folder: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 def test_the_gradient_is_the_plain_sum_over_microbatches_and_data_ranks(model_folders):
     for chain in spawn(chains, DP, model_folders["qwen2_tied"]):
-        for name, factor in (
-            ("ours", 1),
-            ("Megatron's default", 1 / (DP * MICROBATCHES)),
-        ):  # the tempting one: a mean over both
+        # The tempting one is a mean over both.
+        for name, factor in (("ours", 1), ("Megatron's default", 1 / (DP * MICROBATCHES))):
             seen, expected = chain[name]
             torch.testing.assert_close(seen / factor, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
@@ -65,7 +63,7 @@ def alone(folder: str) -> dict[str, int]:
         "microbatches": len(b.microbatches),
         "calls": len(calls),
         "outputs": len(outputs),
-        "in order": [c is m for c, m in zip(calls, b.microbatches)],
+        "in order": [c is m for c, m in zip(calls, b.microbatches, strict=True)],
     }
 
 

@@ -8,6 +8,7 @@ import functools
 import gc
 import json
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -101,7 +102,7 @@ LAYOUTS = [({}, "bfloat16"), ({}, "float32"), ({"tp": 2}, "bfloat16"), ({"pp": 2
 
 @pytest.mark.parametrize("kind, layouts", [("qwen2_untied", LAYOUTS), ("qwen2_tied", [({"pp": 2}, "bfloat16")])])
 def test_weights_gradients_and_optimizer_are_what_megatron_allocates(tmp_path, kind, layouts):
-    model_class, config_class, extra = models.KINDS[kind]
+    _, config_class, extra = models.KINDS[kind]
     hf_config = config_class(**{**models._SIZES, **extra, "vocab_size": 1001, "hidden_size": 256})
     hf_config.save_pretrained(tmp_path)
     ranks = spawn(allocated, 2, str(tmp_path), layouts)
@@ -144,7 +145,7 @@ def test_with_full_recomputation_a_layer_keeps_its_input_alone(tmp_path):
         planned.append(memory.activation_bytes(alone, 0)["activations kept"] / memory.ALLOCATOR_SLACK)
         seen.append(kept_bytes(str(tmp_path), num_layers, tokens))
     assert planned[0] == tokens * 6 * 2 * 128  # 6 inputs of 128 bfloat16
-    assert [a - b for a, b in zip(seen, seen[1:])] == [a - b for a, b in zip(planned, planned[1:])]
+    assert [a - b for a, b in pairwise(seen)] == [a - b for a, b in pairwise(planned)]
     # What remains, the last norm and the head, is within the head's part.
     assert 0 <= seen[0] - planned[0] <= memory.head_bytes(alone)
 

@@ -6,6 +6,7 @@ Not covered here: that the model computes the same (test_policy.py); the program
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,7 +60,8 @@ def test_round_trip_is_bit_exact_in_every_family(model_folders, tmp_path, ranks,
         for name, tensor in before.items():
             assert tensor.dtype == after[name].dtype and torch.equal(tensor, after[name]), (kind, name)
         assert hf_weights.shapes(model.load_hf_config(folder)) == {name: tuple(t.shape) for name, t in before.items()}
-        assert json.load(open(f"{tmp_path}/{kind}/config.json")) == json.load(open(f"{folder}/config.json"))
+        before, after = (Path(f, "config.json").read_text() for f in (folder, tmp_path / kind))
+        assert json.loads(before) == json.loads(after)
 
 
 @pytest.fixture

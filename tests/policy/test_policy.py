@@ -6,6 +6,7 @@ Not covered here: Transformer Engine and FP8 (marked gpu).
 import functools
 import random
 import types
+from itertools import pairwise
 
 import pytest
 import torch
@@ -97,8 +98,8 @@ def hf_logprobs(folder: str, b: GlobalBatch) -> list[torch.Tensor]:
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     out = []
     for m in b.microbatches:
-        bounds, num_tokens, logprobs = m.cu_seqlens.tolist(), m.sequence_R.bincount(), []
-        for i, j in zip(bounds, bounds[1:]):
+        num_tokens, logprobs = m.sequence_R.bincount(), []
+        for i, j in pairwise(m.cu_seqlens.tolist()):
             tokens, branch = m.token_ids_T[i:j], m.branch_T[i:j]
             for k in range(1, int(branch.max()) + 1):
                 # Without padding.

@@ -48,9 +48,9 @@ refit: {{timeout_s: 30, bucket_bytes: 20000}}
 class Session:
     """A policy on this rank and, on the driver, two engines."""
 
-    def __init__(self, folder: str, run_dir: str, axes: dict[str, int] = {}, *overrides: str):
+    def __init__(self, folder: str, run_dir: str, axes: dict[str, int] | None = None, *overrides: str):
         self.cfg = configuration(folder, run_dir, *overrides)
-        self.topo = topology.connect(config.Parallel(**axes), device=torch.device("cpu"), timeout_s=120, seed=1)
+        self.topo = topology.connect(config.Parallel(**(axes or {})), device=torch.device("cpu"), timeout_s=120, seed=1)
         self.engines = Engines(self.cfg, folder, cuda=False, stop_token_ids=[1]) if self.topo.is_driver else None
         self.policy = Policy(
             folder, self.topo, precision=self.cfg.precision, temperature=1.0, optimizer=config.Optimizer(lr=1e-2)
@@ -228,7 +228,7 @@ def refit_quantised(folder: str, run_dir: str) -> tuple[list[float], float]:
     def scores() -> torch.Tensor:
         answers, _ = session.engines.collect(session.engines.call(session.engines.ready, "score", (CANARY,)), 30)
         (answer,) = answers.values()
-        return torch.tensor(sum(answer, []))
+        return torch.tensor([x for part in answer for x in part])
 
     try:
         errors, before = [session.refit(0)["refit/canary_abs_mean"].value], scores()

@@ -46,20 +46,16 @@ def group(*sizes: int, at: int = 0) -> list[TensorInfo]:
     return [TensorInfo(f"{at}.{i}", BF16, (size,)) for i, size in enumerate(sizes)]
 
 
-GROUPS = [
-    group(30, at=0),
-    group(4, 2, 2, at=1),
-    group(4, at=2),
-    group(20, 20, at=3),
-    group(1, at=4),
-]  # bytes: 60, 16, 8, 80, 2
+# Bytes: 60, 16, 8, 80, 2.
+GROUPS = [group(30, at=0), group(4, 2, 2, at=1), group(4, at=2), group(20, 20, at=3), group(1, at=4)]
+IN_A_ROW = [info for infos in GROUPS for info in infos]
 
 
 @pytest.mark.parametrize(("limit", "cuts"), [(1, [1, 3, 1, 2, 1]), (24, [1, 4, 2, 1]), (84, [5, 3]), (1000, [8])])
 def test_buckets_hold_all_groups_in_order_uncut_and_only_a_larger_group_exceeds_the_limit(limit, cuts):
     made = list(buckets(GROUPS, limit))
     assert [len(bucket) for bucket in made] == cuts
-    assert sum(made, []) == sum(GROUPS, []) and cut(sum(GROUPS, []), cuts) == made
+    assert [info for bucket in made for info in bucket] == IN_A_ROW and cut(IN_A_ROW, cuts) == made
 
 
 def test_unpacked_tensors_are_views_one_behind_the_other():
@@ -111,7 +107,7 @@ def source(groups, fail_at: str | None = None, seen: list | None = None):
     """An export of tensors that hold their running number."""
 
     def export(into):
-        for number, info in enumerate(sum(groups, [])):
+        for number, info in enumerate(info for infos in groups for info in infos):
             if info.name == fail_at:
                 raise RuntimeError("lost")
             out = into(info.name)
@@ -127,7 +123,7 @@ def test_a_stream_fills_buckets_in_place_and_knows_where_it_is():
     stream = Stream(GROUPS, 24, source(GROUPS))
     memory = torch.zeros(stream.capacity_bytes, dtype=torch.uint8)
     numbers = []
-    for index, bucket, buffer in stream.fill(lambda i: memory):
+    for _, bucket, buffer in stream.fill(lambda i: memory):
         assert buffer.data_ptr() == memory.data_ptr() and stream.at.startswith(bucket[0].name)
         numbers += [tensor.unique().tolist() for _, tensor in unpack(memory[: buffer.numel()], bucket)]
     assert numbers == [[float(i)] for i in range(8)]
@@ -146,7 +142,7 @@ def test_what_is_left_of_a_stream_is_drained_after_a_failure():
         list(stream.fill(memory))
     assert stream.at == "3.0 to 3.1"
     stream.drain()
-    assert seen == [i.name for i in sum(GROUPS, [])]
+    assert seen == [info.name for info in IN_A_ROW]
 
 
 def test_a_tensor_that_was_not_announced_is_refused():

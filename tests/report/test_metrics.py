@@ -5,6 +5,7 @@ Not covered here: which metrics a step has, and where they go (test_sinks.py).
 
 import math
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ LN2, LN4 = math.log(2), math.log(4)
 def cut(rng: random.Random, values: list[int]) -> list[list[int]]:
     """Into parts of random sizes, none empty."""
     bounds = sorted(rng.sample(range(1, len(values)), rng.randint(0, len(values) - 1)))
-    return [values[i:j] for i, j in zip([0, *bounds], [*bounds, len(values)])]
+    return [values[i:j] for i, j in pairwise([0, *bounds, len(values)])]
 
 
 MAKE = {
@@ -101,6 +102,7 @@ def test_mismatch_worked_numbers():
     rollout, old = torch.tensor([-1.0, -2.0, -1.0]), torch.tensor([-1.0, -2.0 + LN4, -1.0 - LN2])
     # d = old - rollout = 0, log 4, -log 2; importance weights 1, 4, 1/2
     m = {name: metric.value for name, metric in mismatch(rollout, old).items()}
+    # Log-probs near 2 are held to 1.2e-7 in float32, and e^d = 4 multiplies that.
     assert m == pytest.approx(
         {
             "mismatch/logprob_abs_mean": (LN4 + LN2) / 3,
@@ -110,7 +112,7 @@ def test_mismatch_worked_numbers():
             "mismatch/k3": ((4 - 1 - LN4) + (0.5 - 1 + LN2)) / 3,  # e^d - 1 - d
         },
         abs=1e-6,
-    )  # log-probs near 2 are held to 1.2e-7 in float32, and e^d = 4 multiplies that
+    )
     assert mismatch(rollout, old, cap=4.5)["mismatch/beyond_cap_frac"].value == 0.0
 
 

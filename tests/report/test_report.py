@@ -144,14 +144,8 @@ def test_the_page_says_the_numbers_of_the_files(tmp_path):
     assert page.chart("reward/mean") == [[1, 2, 3], [0.125, 0.25, 0.375]]
     assert page.chart("held-out mean@16 ± standard error") == [[0, 3], [0.25, 0.5]]
     assert page.chart("update/grad_norm")[1] == [0.333333] * 3
-    assert page.cells("reward/correct") == [
-        "2",
-        "6",
-        "2",
-        "6",
-        "3",
-        "0",
-    ]  # first, last, lowest, highest, rows, not finite
+    # First, last, lowest, highest, rows, not finite.
+    assert page.cells("reward/correct") == ["2", "6", "2", "6", "3", "0"]
     assert {name for name in TRAINED[0] | EVALUATED[0] if name != "step"} <= set(
         re.findall(r'<th scope="row">(.*?)</th>', page.raw.decode())
     )
@@ -182,15 +176,17 @@ def test_seconds_by_phase_are_summed_over_the_steps(tmp_path):
 def test_a_line_goes_through_its_values_and_a_gap_stays_a_gap():
     svg = curves.svg(curves.Chart("t", "y", (curves.Series("a", [1, 2, 4], [0.0, 1.0, 3.0]),), ylim=(0, 4)), "p-")
     (((x1, y1), (x2, y2), (x4, y4)),) = path_points(svg.text, "--c0")
+    # y grows downwards.
     assert (
         math.isclose((x4 - x1) / (x2 - x1), 3, rel_tol=1e-4)
         and math.isclose((y1 - y4) / (y1 - y2), 3, rel_tol=1e-4)
         and y2 < y1
-    )  # y grows downwards
+    )
     width = float(re.search(r'viewBox="0 0 (\S+) ', svg.text)[1])
+    # What the page's pointer reads.
     assert math.isclose(
         svg.first + (x2 / width - svg.left) / (svg.right - svg.left) * (svg.last - svg.first), 2, abs_tol=1e-3
-    )  # what the page's pointer reads
+    )
     gap = curves.svg(
         curves.Chart("t", "y", (curves.Series("a", [1, 2, 3, 4, 5], [1.0, 2.0, math.nan, 1.0, 2.0]),)), "p-"
     )
@@ -219,9 +215,10 @@ def test_names_are_no_formulas(tmp_path):
 
 
 def test_layers_stand_on_each_other_and_are_as_high_as_their_values():
+    # b has no step 1: 0 there.
     chart = curves.Chart(
         "t", "y", (curves.Series("a", [1, 2], [1.0, 1.0]), curves.Series("b", [2], [3.0])), stacked=True
-    )  # b has no step 1: 0 there
+    )
     (below,), (above,) = (path_points(curves.svg(chart, "p-").text, colour) for colour in ("--c0", "--c1"))
     floor, top_a = max(y for _, y in below), min(y for _, y in below)
     assert math.isclose(max(y for _, y in above), top_a, abs_tol=1e-3)
@@ -290,15 +287,8 @@ def test_what_models_wrote_is_data_and_nothing_else(tmp_path):
         .replace("\ud800", "⟨U+D800⟩")
     )
     assert group[2] == [expected, 0, ""] and group[3] == expected
-    sample, tokens, truncated, versions, reward_, status, answer, rule, other, text = group[4][0]
-    assert (reward_, status, answer, rule, other[2], text) == (
-        "nan",
-        expected,
-        expected,
-        expected,
-        expected,
-        [expected, 0, ""],
-    )
+    reward_, *strings, other, text = group[4][0][4:]
+    assert (reward_, *strings, other[2], text) == ("nan", *[expected] * 4, [expected, 0, ""])
     assert len(page.raw) < 1_500_000
 
 
@@ -368,9 +358,8 @@ def test_bounds_hold_and_the_page_says_what_it_leaves_out(tmp_path):
         page = page_of(run, steps=5, chars=900, mib=mib)
         texts, rows = map(int, re.search(r"(\d+) texts and (\d+) responses are left out beyond", page.text).groups())
         shown = page.responses()
-        assert (
-            len(json.dumps(page.data["data"], separators=(",", ":"))) < mib * 2**20 + 5 * 50
-        )  # 50: a step's own fields
+        # 50: a step's own fields.
+        assert len(json.dumps(page.data["data"], separators=(",", ":"))) < mib * 2**20 + 5 * 50
         assert (
             texts > 0
             and len(shown) + rows == 60
@@ -499,7 +488,7 @@ def test_the_program_writes_the_page_or_says_in_one_line_what_is_wrong(tmp_path)
 
 
 def test_the_statuses_are_the_graders():
-    assert curves.STATUSES == tuple(status.value for status in Status)
+    assert tuple(status.value for status in Status) == curves.STATUSES
 
 
 CHROMIUM = shutil.which("chromium")
