@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from grpo_mcore import entry
 from grpo_mcore.checkpoint import checkpoint
 from grpo_mcore.config import config, file as config_file, rules
@@ -24,6 +26,7 @@ from grpo_mcore.report.provenance import provenance
 from grpo_mcore.reward.grader import Grader
 from grpo_mcore.rollout.engines import Engines
 from grpo_mcore.rollout.rollout import Rollout
+from grpo_mcore.types import Prompt
 
 NUM_CANARIES, CANARY_TOKENS = 4, 64
 
@@ -36,7 +39,7 @@ class Driver:
     rollout: Rollout
     grader: Grader
     writer: sinks.Writer
-    eval_prompts: list
+    eval_prompts: list[Prompt]
     evaluated: int = -1  # the step whose policy was evaluated last
 
 
@@ -82,37 +85,43 @@ class Run:
         self.policy.onload(engine.offload_trainer)
 
 
-@contextlib.contextmanager
-def open_run(cfg: config.Config) -> Iterator[Run]:
-    """Everything `train` needs. What can be wrong with the input is found before anything expensive starts."""
-    hf_config = model.load_hf_config(local := local_folder(cfg.model))
+@dataclass(frozen=True)
+class Inputs:
+    """What a run is given besides its configuration."""
+
+    folder: str  # the model's, on this machine
+    tokenizer: prompts.Tokenizer
+    train_prompts: list[Prompt]
+    num_overlong: int
+    eval_prompts: list[Prompt]
+    device: torch.device
+
+
+def read_inputs(cfg: config.Config) -> Inputs:
+    """Raises InputError for what is wrong with model, data or device, before anything expensive starts."""
+    folder = local_folder(cfg.model)
+    hf_config = model.load_hf_config(folder)
     model.check_parallel(hf_config, cfg.parallel, cfg.precision)
     check_lengths(cfg, hf_config)
-    tokenizer = prompts.Tokenizer(local)
+    tokenizer = prompts.Tokenizer(folder)
     overlong = cfg.data.overlong_prompts
-    train_prompts, too_long = prompts.load(cfg.data.train, cfg.data, tokenizer, "data.train", overlong=overlong)
+    train_prompts, num_overlong = prompts.load(cfg.data.train, cfg.data, tokenizer, "data.train", overlong=overlong)
     eval_prompts = prompts.load(cfg.eval.data, cfg.data, tokenizer, "eval.data")[0] if cfg.eval.data else []
-    eval_prompts = eval_prompts[: cfg.eval.max_prompts]
     device = topology.pick_device(cfg.device)
     rules.check_device(cfg, device.type)
+    return Inputs(folder, tokenizer, train_prompts, num_overlong, eval_prompts[: cfg.eval.max_prompts], device)
+
+
+@contextlib.contextmanager
+def open_run(cfg: config.Config) -> Iterator[Run]:
+    """Everything `train` needs. Raises InputError."""
+    given = read_inputs(cfg)
     with contextlib.ExitStack() as stack:
-        engines = driver = None
-        if topology.rank() == 0:
-            prepare_run_dir(cfg)
-            what = "masked" if overlong == "mask" else "left out"
-            print(
-                f"{len(train_prompts)} prompts ({too_long} over-long {what}), {len(eval_prompts)} for evaluation; "
-                f"starting {cfg.engine.num_engines} engines",
-                flush=True,
-            )
-            # Engines start while the policy is built.
-            engines = Engines(cfg, local, cuda=device.type == "cuda", stop_token_ids=tokenizer.stop_token_ids)
-            stack.callback(engines.stop)
-            entry.stop_on_sigterm()
-            grader = stack.enter_context(Grader(cfg.reward))
+        # Engines start while the policy is built.
+        engines = start_engines(cfg, given, stack) if topology.rank() == 0 else None
         topo = topology.connect(
             cfg.parallel,
-            device=device,
+            device=given.device,
             timeout_s=cfg.collective_timeout_s + cfg.rollout.timeout_s,
             seed=cfg.seed,
             num_threads=cfg.num_threads,
@@ -120,46 +129,65 @@ def open_run(cfg: config.Config) -> Iterator[Run]:
         )
         precision, temperature, kernels = cfg.precision, cfg.rollout.temperature, cfg.kernels
         policy = Policy(
-            local, topo, precision=precision, temperature=temperature, optimizer=cfg.optimizer, kernels=kernels
+            given.folder, topo, precision=precision, temperature=temperature, optimizer=cfg.optimizer, kernels=kernels
         )
         reference = None
         if cfg.loss.kl_coef > 0:
-            reference = FrozenPolicy(local, topo, precision=precision, temperature=temperature, kernels=kernels)
+            reference = FrozenPolicy(given.folder, topo, precision=precision, temperature=temperature, kernels=kernels)
         checkpoints = checkpoint.Checkpoints(cfg.run_dir, policy, cfg.checkpoint)
         progress = checkpoints.restore()
-        timer = sinks.Timer()
-        if engines is not None:
-            if progress.step:
-                print(f"going on from step {progress.step}", flush=True)
-            writer = sinks.Writer(cfg.run_dir, start=progress.step, num_steps=cfg.num_steps)
-            stack.callback(writer.close)
-            timer = sinks.Timer(writer.phase)
-            engines.wait_until_ready()
-            shuffle_seed = cfg.seed if cfg.data.shuffle_seed is None else cfg.data.shuffle_seed
-            stream = prompts.Stream(train_prompts, shuffle_seed, skip=cfg.data.skip_prompts)
-            rollout = Rollout(engines, stream, tokenizer, grader, cfg, cursor=progress.cursor)
-            stack.callback(rollout.close)
-            driver = Driver(engines, rollout, grader, writer, eval_prompts)
+        driver = open_driver(cfg, given, engines, progress, stack) if engines is not None else None
         preemption = entry.Preemption()
         preemption.listen(driver is not None)
-        canary = [p.token_ids[:CANARY_TOKENS] for p in train_prompts[:NUM_CANARIES]]
-        refit = Refit(policy, engines, cfg, topo, canary)
+        canary = [p.token_ids[:CANARY_TOKENS] for p in given.train_prompts[:NUM_CANARIES]]
         yield Run(
-            cfg,
-            topo,
-            tokenizer,
-            policy,
-            reference,
-            refit,
-            checkpoints,
-            progress,
-            preemption,
-            timer,
-            driver,
-            progress.seconds,
-            last_step(cfg, progress.step, topo),
+            cfg=cfg,
+            topology=topo,
+            tokenizer=given.tokenizer,
+            policy=policy,
+            reference=reference,
+            refit=Refit(policy, engines, cfg, topo, canary),
+            checkpoints=checkpoints,
+            progress=progress,
+            preemption=preemption,
+            timer=sinks.Timer(driver.writer.phase) if driver else sinks.Timer(),
+            driver=driver,
+            seconds_before=progress.seconds,
+            last_step=last_step(cfg, progress.step, topo),
         )
         topology.disconnect()
+
+
+def start_engines(cfg: config.Config, given: Inputs, stack: contextlib.ExitStack) -> Engines:
+    prepare_run_dir(cfg)
+    what = "masked" if cfg.data.overlong_prompts == "mask" else "left out"
+    print(
+        f"{len(given.train_prompts)} prompts ({given.num_overlong} over-long {what}), {len(given.eval_prompts)} for "
+        f"evaluation; starting {cfg.engine.num_engines} engines",
+        flush=True,
+    )
+    cuda = given.device.type == "cuda"
+    engines = Engines(cfg, given.folder, cuda=cuda, stop_token_ids=given.tokenizer.stop_token_ids)
+    stack.callback(engines.stop)
+    entry.stop_on_sigterm()
+    return engines
+
+
+def open_driver(
+    cfg: config.Config, given: Inputs, engines: Engines, progress: checkpoint.Progress, stack: contextlib.ExitStack
+) -> Driver:
+    """Waits for the engines."""
+    if progress.step:
+        print(f"going on from step {progress.step}", flush=True)
+    grader = stack.enter_context(Grader(cfg.reward))
+    writer = sinks.Writer(cfg.run_dir, start=progress.step, num_steps=cfg.num_steps)
+    stack.callback(writer.close)
+    engines.wait_until_ready()
+    shuffle_seed = cfg.seed if cfg.data.shuffle_seed is None else cfg.data.shuffle_seed
+    stream = prompts.Stream(given.train_prompts, shuffle_seed, skip=cfg.data.skip_prompts)
+    rollout = Rollout(engines, stream, given.tokenizer, grader, cfg, cursor=progress.cursor)
+    stack.callback(rollout.close)
+    return Driver(engines, rollout, grader, writer, given.eval_prompts)
 
 
 def check_lengths(cfg: config.Config, hf_config) -> None:

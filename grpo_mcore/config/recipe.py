@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 from grpo_mcore.config.config import EXPONENT_LIMIT, Config, InputError, Stop
 
-STAGES = ("8k", "16k", "24k")
 SAMPLE_PROMPT_TOKENS = 192  # of the prompt after which the limit of a response is compared
 
 MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
