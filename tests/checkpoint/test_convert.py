@@ -4,8 +4,8 @@ it.
 Not covered here: checkpoints of other layouts (test_checkpoint.py); the program around it (test_launch.py).
 """
 
-import subprocess
-import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -14,10 +14,11 @@ from megatron.core import dist_checkpointing
 from safetensors.torch import load_file
 
 from grpo_mcore.checkpoint import checkpoint, convert
+from grpo_mcore.config import config
 from grpo_mcore.config.config import InputError
 from grpo_mcore.parallel import topology
 from tests import models
-from tests.dist import ROOT, environment
+from tests.dist import spawn
 from tests.policy.test_policy import connect, make_policy
 
 
@@ -50,34 +51,27 @@ def test_the_trainers_model_reads_what_was_converted(model_folders, tmp_path, al
     assert all(torch.equal(original[name], tensor) for name, tensor in policy.export())
 
 
-PEAK = """
-import sys, pathlib
-from grpo_mcore import entry
-if __name__ == "__mp_main__":
-    entry.die_with_parent()
-if __name__ == "__main__":
-    import torch
-    from grpo_mcore.checkpoint import convert
-    from grpo_mcore.config import config
-    from grpo_mcore.parallel import topology
-    hf, out, direction = sys.argv[1:]
+def anonymous_bytes() -> int:
+    """Memory of one's own, without the pages of mapped files; its peak is not kept by Linux, so it is sampled."""
+    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) * 1024
+
+
+def peak_of(direction: str, source: Path, out: Path) -> int:
+    """Bytes beyond what was there before."""
     topo = topology.connect(config.Parallel(), device=torch.device("cpu"), timeout_s=60, seed=0)
+    peak, done, before = [0], threading.Event(), anonymous_bytes()
 
-    def anonymous():
-        # Memory of one's own, without the pages of mapped files; its peak is not kept by Linux, so it is sampled.
-        return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) * 1024
-
-    import threading, time
-    peak, done, before = [0], threading.Event(), anonymous()
-    def sample():
+    def sample() -> None:
         while not done.is_set():
-            peak[0] = max(peak[0], anonymous())
+            peak[0] = max(peak[0], anonymous_bytes())
             time.sleep(0.001)
-    thread = threading.Thread(target=sample); thread.start()
-    convert.from_hf(hf, out, topo) if direction == "from_hf" else convert.to_hf(hf, out)
-    done.set(); thread.join()
-    print("PEAK", peak[0] - before)
-"""
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    convert.from_hf(source, out, topo) if direction == "from_hf" else convert.to_hf(source, out)
+    done.set()
+    thread.join()
+    return peak[0] - before
 
 
 def test_converting_holds_the_model_once_on_the_way_in_and_one_tensor_on_the_way_out(tmp_path):
@@ -97,20 +91,9 @@ def test_converting_holds_the_model_once_on_the_way_in_and_one_tensor_on_the_way
     model = tf.LlamaForCausalLM(tf.LlamaConfig(**size, tie_word_embeddings=False))
     model_bytes, layer_bytes = (sum(p.numel() * 4 for p in m.parameters()) for m in (model, model.model.layers[0]))
     model.save_pretrained(tmp_path / "hf")
-    script = tmp_path / "peak.py"
-    script.write_text(PEAK)
 
     def peak(source: str, out: str, direction: str) -> int:
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", script, tmp_path / source, tmp_path / out, direction],
-            cwd=ROOT,
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        return int(done.stdout.split("PEAK")[1])
+        return spawn(peak_of, 1, direction, tmp_path / source, tmp_path / out)[0]
 
     largest = max(layer_bytes, 8000 * 512 * 4)
     assert peak("hf", "megatron", "from_hf") < model_bytes + 2 * largest

@@ -71,7 +71,7 @@ def test_what_runs_in_the_graders_own_process_is_fast_whatever_the_answer(name):
             verifier.compare_text(answer, "5.5")
             verifier.compare_text(answer, answer[::-1])
             verifier.normalise(answer)
-        assert time.thread_time() - began < 1.0, text[:80]
+        assert time.thread_time() - began < 3.0, text[:80]
 
 
 @pytest.mark.parametrize(
