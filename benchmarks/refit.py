@@ -43,9 +43,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where only the package is installed
 
-warnings.filterwarnings(
-    "ignore", module=r"(megatron|torch\.distributed)\..*"
-)  # of missing CUDA extensions, of each other's future
+# of missing CUDA extensions, of each other's future
+warnings.filterwarnings("ignore", module=r"(megatron|torch\.distributed)\..*")
 
 from benchmarks import measure  # noqa: E402
 from grpo_mcore.config import config, file as config_file, rules  # noqa: E402

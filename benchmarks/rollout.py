@@ -227,9 +227,8 @@ def run(cfg: config.Config, args: argparse.Namespace) -> dict:
         "load_average": os.getloadavg()[0],
         "engines": cfg.engine.num_engines,
         "profile": dataclasses.asdict(profile),
-        "tokens_per_s": {
-            n: n * cfg.engine.num_engines / s for n, s in profile.iteration_s
-        },  # of all engines, with an empty cache
+        # of all engines, with an empty cache
+        "tokens_per_s": {n: n * cfg.engine.num_engines / s for n, s in profile.iteration_s},
         "prefix_cache": {
             "siblings_s": median[f"prompts of {p1}"],
             "no_siblings_s": median["no siblings"],

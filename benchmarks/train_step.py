@@ -54,9 +54,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where only the package is installed
 
-warnings.filterwarnings(
-    "ignore", module=r"(megatron|torch\.distributed)\..*"
-)  # of missing CUDA extensions, of each other's future
+# of missing CUDA extensions, of each other's future
+warnings.filterwarnings("ignore", module=r"(megatron|torch\.distributed)\..*")
 
 from benchmarks import measure  # noqa: E402
 from grpo_mcore.config import config, file as config_file, rules  # noqa: E402
@@ -91,10 +90,8 @@ DEFAULTS = {
         "steps": 3,
     },
 }
-PUBLISHED_BF16_FLOPS_PER_S = {
-    "NVIDIA H100 80GB HBM3": 989.4e12,
-    "NVIDIA H200": 989.4e12,
-}  # NVIDIA's data sheets: SXM, without sparsity
+# NVIDIA's data sheets: SXM, without sparsity
+PUBLISHED_BF16_FLOPS_PER_S = {"NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12}
 
 
 def forward_flops(hf_config, num_tokens: int, num_response_tokens: int) -> int:

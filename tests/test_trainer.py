@@ -205,9 +205,8 @@ def test_an_engine_that_is_killed_is_replaced_and_the_run_is_the_same(cfg, tmp_p
     )
     try:
         wait_until(lambda: steps_done(tmp_path / "run") >= 1 or process.poll() is not None, 180, log.read_text)
-        (engine,) = [
-            int(p.split()[0]) for p in processes_with("TEST_MARKER=disturbed") if "ray::Engine" in p
-        ]  # the only one
+        # the only one
+        (engine,) = [int(p.split()[0]) for p in processes_with("TEST_MARKER=disturbed") if "ray::Engine" in p]
         os.kill(engine, signal.SIGKILL)
         assert process.wait(200) == 0, log.read_text()[-3000:]
     finally:

@@ -43,9 +43,8 @@ def refused(function, *args) -> str:
 
 
 def test_every_configuration_of_the_repository_loads_and_comes_back_from_what_is_printed(tmp_path):
-    paths = [
-        path for path in sorted(CONFIGS.rglob("*.yaml")) if "stages" not in yaml.safe_load(path.read_text())
-    ]  # test_stages.py has those
+    # test_stages.py has those
+    paths = [path for path in sorted(CONFIGS.rglob("*.yaml")) if "stages" not in yaml.safe_load(path.read_text())]
     assert QUICKSTART in paths
     for path in paths:
         cfg = load(path)
@@ -113,20 +112,16 @@ def test_an_unknown_key_is_refused_with_a_suggestion(minimal, override, message)
     [
         ("num_steps=many", "num_steps = 'many': must be of type int. Remedy: write a value of type int."),
         ("num_steps=1.5", "num_steps = 1.5: must be of type int. Remedy: write a value of type int."),
-        (
-            "num_steps=true",
-            "num_steps = True: must be of type int. Remedy: write a value of type int.",
-        ),  # bool is an int to Python
+        # bool is an int to Python
+        ("num_steps=true", "num_steps = True: must be of type int. Remedy: write a value of type int."),
         ("optimizer.lr=fast", "optimizer.lr = 'fast': must be of type float. Remedy: write a value of type float."),
         ("optimizer.lr=true", "optimizer.lr = True: must be of type float. Remedy: write a value of type float."),
         ("optimizer.lr=[1.0]", "optimizer.lr = [1.0]: must be of type float. Remedy: write a value of type float."),
         ("data.chat_template=1", "data.chat_template = 1: must be of type bool. Remedy: write a value of type bool."),
         ("model=7", "model = 7: must be of type str. Remedy: write a value of type str."),
         ("eval.max_prompts=x", "eval.max_prompts = 'x': must be of type int. Remedy: write a value of type int."),
-        (
-            "num_steps=null",
-            "num_steps = None: must be of type int. Remedy: write a value of type int.",
-        ),  # null is for the optional ones
+        # null is for the optional ones
+        ("num_steps=null", "num_steps = None: must be of type int. Remedy: write a value of type int."),
         ("rollout=5", "rollout = 5: must be a section of keys. Remedy: write its keys below `rollout:`."),
         ("data=null", "data = None: must be a section of keys. Remedy: write its keys below `data:`."),
         ("loss.kl_estimator=k4", "loss.kl_estimator = 'k4': must be one of k1, k2, k3. Remedy: choose one of them."),
@@ -174,10 +169,8 @@ def test_null_is_a_value_of_the_optional_fields(minimal, name):
     [
         ("seed", "override = 'seed': must read key.sub=value. Remedy: write it without spaces around '='."),
         ("=7", "override = '=7': must read key.sub=value. Remedy: write it without spaces around '='."),
-        (
-            "seed=[1",
-            "seed = '[1': must be of type int. Remedy: write a value of type int.",
-        ),  # what is not YAML is a string
+        # what is not YAML is a string
+        ("seed=[1", "seed = '[1': must be of type int. Remedy: write a value of type int."),
         (
             "num_steps.x=1",
             "override = 'num_steps.x': 'num_steps' is a value, not a section. Remedy: name a key of the configuration.",
@@ -540,9 +533,8 @@ def test_the_description_of_the_quickstart_shows_its_derived_sizes_with_units():
 def test_the_longest_sequence_is_that_of_training_or_of_evaluation(minimal):
     assert load(minimal, ["eval.max_response_tokens=9000"]).longest_tokens == 1024 + 9000
     assert load(minimal, ["eval.max_response_tokens=10"]).longest_tokens == 1024 + 7168
-    both = load(
-        minimal, ["rollout.max_total_tokens=8000", "eval.max_response_tokens=7500"]
-    )  # evaluation has a limit of its own
+    # evaluation has a limit of its own
+    both = load(minimal, ["rollout.max_total_tokens=8000", "eval.max_response_tokens=7500"])
     assert (both.longest_train_tokens, both.longest_tokens) == (8000, 1024 + 7500)
     assert load(minimal, ["rollout.max_total_tokens=9000"]).longest_tokens == 1024 + 7168
 

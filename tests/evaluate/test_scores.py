@@ -99,12 +99,8 @@ def test_estimates_name_every_j():
 
 def test_a_paired_comparison_of_a_worked_example():
     mine = [problem([1, 1], id=0), problem([1, 0], id=1), problem([0, 0], id=2), problem([1, 0], id=3)]
-    other = [
-        problem([0, 0, 0, 1], id=3),
-        problem([0, 0], id=2),
-        problem([0, 0], id=1),
-        problem([1, 1], id=0),
-    ]  # another order, another k
+    # another order, another k
+    other = [problem([0, 0, 0, 1], id=3), problem([0, 0], id=2), problem([0, 0], id=1), problem([1, 1], id=0)]
     c = compare(mine, other)
     # differences 0, 1/2, 0, 1/4: mean 3/16; squares about it 9 + 25 + 9 + 1 = 44 over 256, over 3 and 4
     assert c.difference.value == 3 / 16
@@ -124,9 +120,8 @@ def test_pairing_removes_what_is_hard_for_both():
         for gain in (0.05, 0.0)
     )
     c = compare(mine, other)
-    alone = math.hypot(
-        *(Result(tuple(x)).estimates["mean@64"].standard_error for x in (mine, other))
-    )  # as if the problems were others
+    # as if the problems were others
+    alone = math.hypot(*(Result(tuple(x)).estimates["mean@64"].standard_error for x in (mine, other)))
     assert c.difference.standard_error < alone / 3
     assert c.difference.low <= 0.05 <= c.difference.high
 

@@ -464,11 +464,8 @@ def test_where_every_microbatch_holds_one_sequence_ranks_are_balanced_still():
             Packing(10, cp=2),
             "a sequence of 21 tokens does not fit max_tokens_per_microbatch = 10 on 2 context ranks",
         ),
-        (
-            [17],
-            Packing(10, cp=2, align_tokens=8),
-            "multiple of 16, at most 16 do",
-        ),  # 2 * 10 tokens, but whole 16s of them
+        # 2 * 10 tokens, but whole 16s of them
+        ([17], Packing(10, cp=2, align_tokens=8), "multiple of 16, at most 16 do"),
         ([1, 1, 1], Packing(10, dp=4), "3 sequences do not make equal numbers of microbatches on 4 data ranks"),
         ([1, 1, 1], Packing(10, dp=2, microbatch_multiple=2), "3 sequences .* 2 data ranks, a multiple of 2 on each"),
         (
@@ -609,9 +606,10 @@ def test_a_masked_prompt_takes_its_place_in_the_batch_and_counts_nothing(aggrega
     if packing.cp == 1:  # which tokens a context rank has depends on the packing
         assert of(seen, 0) == of(alone, 0) and of(seen, 1) == of(later, 0)
     assert seen[0][0].num_loss_tokens == alone[0][0].num_loss_tokens
+    # they are computed
     assert seen[0][0].num_tokens == sum(
         len(g.prompt.token_ids) * 4 + sum(len(r.token_ids) for r in g.responses) for g in groups[:2]
-    )  # they are computed
+    )
     for m in (m for rank in seen for b in rank for m in b.microbatches):
         rows = [x for f, x in vars(m).items() if f.endswith("_R") and x is not None]
         assert len({len(x) for x in rows}) == 1

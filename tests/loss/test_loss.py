@@ -236,9 +236,8 @@ def test_value_and_gradient_equal_the_float64_oracles(variant, seed):
     assert gradient == pytest.approx(oracle.gradient(function, current), abs=1e-10)
 
 
-@pytest.mark.parametrize(
-    "variant", [v for v in VARIANTS if v.get("policy_loss") != "cispo"], ids=str
-)  # cispo's weights have no gradient by intent
+# cispo's weights have no gradient by intent
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.get("policy_loss") != "cispo"], ids=str)
 def test_the_gradient_is_that_of_the_value(variant):
     rng = random.Random(5)
     cfg = config.Loss(**variant)
@@ -279,12 +278,13 @@ def test_gspo_of_two_responses():
     # Ratios 2 and 0.5 | 1.44, 1, 1.5625: geometric means 1 and (1.44 x 1.5625)^(1/3) = 2.25^(1/3) = 1.31037 > 1.28
     ratios, old = [2.0, 0.5, 1.44, 1.0, 1.5625], [-1.0, -2.0, -0.5, -3.0, -1.0]
     cfg = config.Loss(policy_loss="gspo", clip_low=0.2, clip_high=0.28, aggregation="sequence_mean")
+    # 1 / (length x 2 responses)
     batch = tokens(
         old=old,
         sequence=[0, 0, 1, 1, 1],
         advantage=[2.0, 2.0, 3.0, 3.0, 3.0],
         weight=[1 / 4, 1 / 4, 1 / 6, 1 / 6, 1 / 6],
-    )  # 1 / (length x 2 responses)
+    )
     value, gradient, stats = value_and_gradient([o + LN(r) for o, r in zip(old, ratios, strict=True)], batch, cfg)
     # -(1 x 2 + 1.28 x 3) / 2 = -2.92; the first response's gradient -(1/2) x A / 2 tokens each, the second is clipped.
     assert value == pytest.approx(-2.92, rel=2 * FLOAT32)

@@ -208,9 +208,8 @@ class Engine(threading.Thread):
             pass_turn(sender)
 
 
-MANY = [group(2048, at=i) for i in range(12)] + [
-    group(5000, at=12)
-]  # buckets of a page, three times round the ring; one in a place of its own
+# buckets of a page, three times round the ring; one in a place of its own
+MANY = [group(2048, at=i) for i in range(12)] + [group(5000, at=12)]
 
 
 def test_engines_find_every_tensor_where_the_sender_wrote_it_however_slow_one_is():
@@ -255,9 +254,8 @@ def test_an_engine_learns_that_the_sender_is_gone():
     sender = SharedSender(Stream(MANY, 4096, source(MANY, fail_at="3.0")), 2, 30.0)
     engine = join(sender.init_info(1)["socket"], 30.0)
     with pytest.raises(RuntimeError, match="lost"):
-        sender.send(
-            Stream(MANY, 4096, source(MANY, fail_at="3.0")), lambda info, what: lambda: None
-        )  # what comes before it fits into the ring
+        # what comes before it fits into the ring
+        sender.send(Stream(MANY, 4096, source(MANY, fail_at="3.0")), lambda info, what: lambda: None)
     sender.close()
     with pytest.raises(ConnectionError, match="the other end is gone"):
         for _ in range(4):

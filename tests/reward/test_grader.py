@@ -123,9 +123,8 @@ def test_equal_questions_are_asked_once():
     with Grader(TWO) as grader:
         verdicts = grader.grade([(boxed("9^{9^{9^9}}"), "5", False)] * 16)
     assert [v.status for v in verdicts] == [Status.TIMED_OUT] * 16
-    assert (
-        resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 4
-    )  # a kill at 0.5 s and a start-up, not 16 kills
+    # a kill at 0.5 s and a start-up, not 16 kills
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 4
 
 
 def test_a_process_starts_only_for_algebra_and_is_kept():

@@ -41,24 +41,20 @@ def test_the_corpus_is_judged_as_expected_by_both_verifiers():
 @pytest.mark.parametrize("name", VERIFIERS)
 def test_hostile_answers_end_within_their_limits_and_never_crash_the_grader(name):
     items = [(boxed(answer), "5.5", False) for answer in HOSTILE] + [(text, "5.5", False) for text in HOSTILE_RESPONSES]
-    items += [
-        (boxed(rf"\sqrt{{{n * n + 1}}}+x"), rf"x+\sqrt{{{n * n + 1}}}", False) for n in range(5)
-    ]  # honest ones between killed processes
+    # honest ones between killed processes
+    items += [(boxed(rf"\sqrt{{{n * n + 1}}}+x"), rf"x+\sqrt{{{n * n + 1}}}", False) for n in range(5)]
     began = time.monotonic()
     with Grader(replace(CFG, num_processes=2, verifier=name)) as grader:
         verdicts = grader.grade(items)
     for (text, _, _), v in zip(items, verdicts, strict=True):
         assert v.status in Status and v.detail, text[:80]
-        assert v.status != Status.TIMED_OUT or "killed after cpu_s" in v.detail, (
-            text[:80],
-            v,
-        )  # not by the clock, nor by a crash
+        # not by the clock, nor by a crash
+        assert v.status != Status.TIMED_OUT or "killed after cpu_s" in v.detail, (text[:80], v)
     assert [v.status for v in verdicts[-5:]] == [Status.CORRECT] * 5
     stopped = sum(v.status == Status.TIMED_OUT for v in verdicts)
     assert 0 < stopped <= 30
-    assert (
-        time.monotonic() - began < 30 + 6 * stopped
-    )  # a kill costs 0.5 s and the start of another process; loaded machines included
+    # a kill costs 0.5 s and the start of another process; loaded machines included
+    assert time.monotonic() - began < 30 + 6 * stopped
 
 
 @pytest.mark.parametrize("name", VERIFIERS)
