@@ -151,7 +151,7 @@ class Transfer:
     ):
         """`trainers`: where each rank is. `announced`: a stream like those to be sent."""
         self.engines, self._cfg, self._topology, self._trainers = engines, cfg.refit, topology, trainers
-        self._keep_cache = cfg.rollout.cache_after_refit == "keep"
+        self.keep_cache = cfg.rollout.cache_after_refit == "keep"
         self._announced = announced
         self._sender: Sender = IpcSender(topology)  # until the first join
         self.members: list[Slot] = []
@@ -208,7 +208,7 @@ class Transfer:
         except BrokenWire:
             self.settle(loading, "receiving", FAILED_ENGINE_S)  # an engine that failed says why
             raise
-        self.settle(self.engines.call(self.members, "end_refit", (version, self._keep_cache)), "ending")
+        self.settle(self.engines.call(self.members, "end_refit", (version, self.keep_cache)), "ending")
 
     def settle(self, refs: dict, what: str, timeout_s: float | None = None) -> dict:
         """The results by engine. Raises RuntimeError for the first that failed, with its last words."""

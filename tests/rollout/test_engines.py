@@ -228,7 +228,7 @@ def test_responses_that_run_during_a_refit_go_on_with_the_new_weights_and_every_
     """With `recompute` each token has the log-prob that the policy of its version gives; with `keep` those after the
     refit have another."""
     session.refit(1)
-    session.refit._keep_cache = cache == "keep"
+    session.refit.transfer.keep_cache = cache == "keep"
     weights = session.weights()
     session.learn(seed=3)
     answers = [
@@ -244,7 +244,7 @@ def test_responses_that_run_during_a_refit_go_on_with_the_new_weights_and_every_
     new = max(difference(session, prompt, c)[c.versions[0][1] :].max() for prompt, c in mixed)
     session.restore(weights)
     old = max(difference(session, prompt, c)[: c.versions[0][1]].max() for prompt, c in mixed)
-    session.refit._keep_cache = False
+    session.refit.transfer.keep_cache = False
     session.refit(1)
     assert old < 1e-3
     assert new < 1e-3 if cache == "recompute" else new > 1e-2
