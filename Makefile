@@ -35,12 +35,13 @@ format: setup
 	$(BIN)/ruff check --fix --select I .
 	$(BIN)/ruff format .
 
-# Two of them at most beside each other: ranks and engines take turns (tests/dist.py), and each has its own memory.
+# Beside each other on all cores, four at most: each process has imported everything. What needs several ranks takes turns.
 test: setup
 	$(BIN)/python -m pytest -m "not gpu and not slow" -n $$(( $(CORES) < 4 ? $(CORES) : 4 )) --dist worksteal
 
+# By file, since the tests of one share their engines; two at most, each with a Ray of its own.
 test-slow: setup
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -m "slow and not gpu" -n $$(( $(CORES) < 2 ? $(CORES) : 2 )) --dist loadfile
 
 clean:
 	rm -rf .venv runs build *.egg-info
