@@ -35,7 +35,7 @@ format: setup
 	$(BIN)/ruff check --fix --select I .
 	$(BIN)/ruff format .
 
-# Beside each other on all cores, four at most: each process has imported everything. What needs several ranks takes turns.
+# Beside each other on all cores, four at most, since each has imported everything. Several ranks take turns.
 test: setup
 	$(BIN)/python -m pytest -m "not gpu and not slow" -n $$(( $(CORES) < 4 ? $(CORES) : 4 )) --dist worksteal
 

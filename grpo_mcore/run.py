@@ -303,11 +303,13 @@ def _truncated(rule: config.Stop, rows: Sequence[dict]) -> str | None:
 
 def summarize(run: Run) -> None:
     """RUN/curves.png, RUN/summary.json, and three lines of it on the console."""
-    evals = [row for row in run_folder.read_metrics(run.cfg.run_dir) if "eval/standard_error" in row]
-    key = f"eval/mean@{run.cfg.eval.samples_per_prompt}"
+    # Of any k: eval.samples_per_prompt may have changed between starts.
+    means = [
+        v for row in run_folder.read_metrics(run.cfg.run_dir) for k, v in row.items() if k.startswith("eval/mean@")
+    ]
     summary = {
-        "eval_before": evals[0][key] if evals else None,
-        "eval_after": evals[-1][key] if evals else None,
+        "eval_before": means[0] if means else None,
+        "eval_after": means[-1] if means else None,
         "seconds": round(run.seconds(), 1),
         "curve_png": str(curves.draw(run.cfg.run_dir)),
     }

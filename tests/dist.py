@@ -5,10 +5,12 @@ imported them, as clean as it was then. What must be seen from the start of Pyth
 """
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import pickle
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -46,14 +48,13 @@ def spawn(function: Callable, ranks: int, *args, timeout_s: float = 240) -> list
     output."""
     with tempfile.TemporaryDirectory() as scratch:
         codes, outs = _run(_rank, (function, args), ranks, scratch, timeout_s, {})
-        if any(codes):
-            raise AssertionError(
-                "\n".join(
-                    f"rank {r} ended with {code}:\n{_log(out)[-3000:]}"
-                    for r, (code, out) in enumerate(zip(codes, outs, strict=True))
-                    if code != 0
-                )
-            )
+        failed = [
+            f"rank {r} {'did not end' if code is None else f'ended with {code}'}"
+            f"{'' if code or out.exists() else ', without a result'}:\n{_log(out)[-3000:]}"
+            for r, (code, out) in enumerate(zip(codes, outs, strict=True))
+            if code != 0 or not out.exists()
+        ]
+        assert not failed, f"within {timeout_s:.0f} s, or 10 s after the first failure:\n" + "\n".join(failed)
         return [pickle.loads(out.read_bytes()) for out in outs]
 
 
@@ -65,12 +66,15 @@ def program(
     argv = [str(ROOT / path), *map(str, args)]
     with tempfile.TemporaryDirectory() as scratch:
         codes, outs = _run(_program, (argv, str(cwd)), ranks, scratch, timeout_s, env)
-        return subprocess.CompletedProcess(argv, next(filter(None, codes), 0), "".join(map(_log, outs)))
+        said, code = "".join(map(_log, outs)), next((c for c in codes if c != 0), 0)
+        if code is None:
+            raise subprocess.TimeoutExpired(argv, timeout_s, said)
+        return subprocess.CompletedProcess(argv, code, said)
 
 
 def _run(
     target: Callable, args: tuple, ranks: int, scratch: str, timeout_s: float, env: dict[str, str]
-) -> tuple[list[int], list[Path]]:
+) -> tuple[list[int | None], list[Path]]:
     """Exit codes, and the files for results, of target(*args, environment, file) on each rank; 0: of one without."""
     from grpo_mcore.refit.weight_transfer import free_port
 
@@ -87,24 +91,28 @@ def _run(
 
 
 def _log(out: Path) -> str:
-    return out.with_suffix(".log").read_text()
+    log = out.with_suffix(".log")
+    return log.read_text(errors="replace") if log.exists() else ""
 
 
-def _wait(processes: list, timeout_s: float) -> list[int]:
-    """Exit codes. Those left wait for one that failed: they are ended 10 s after it."""
-    end = time.monotonic() + timeout_s
+def _wait(processes: list, timeout_s: float) -> list[int | None]:
+    """Exit codes, None of those that had to be ended: at the deadline, or 10 s after one that failed. What they have
+    started ends with them."""
     for p in processes:
         p.start()
+    end = time.monotonic() + timeout_s
     try:
         while None in (codes := [p.exitcode for p in processes]) and time.monotonic() < end:
             if any(codes):
                 end = min(end, time.monotonic() + 10)
             time.sleep(0.02)
+        return codes
     finally:
         for p in processes:
             p.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(p.pid, signal.SIGKILL)
             p.join()
-    return [p.exitcode for p in processes]
 
 
 def _begin(env: dict[str, str], out: str) -> None:
@@ -113,6 +121,8 @@ def _begin(env: dict[str, str], out: str) -> None:
     log = os.open(f"{out}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for descriptor in (1, 2):
         os.dup2(log, descriptor)
+    os.setsid()
+    faulthandler.enable()
     warnings.filterwarnings("ignore")
 
 

@@ -1,12 +1,15 @@
-"""When the stop rule ends a run, in worked numbers.
+"""When the stop rule ends a run, in worked numbers, and what is said at the end.
 
 Not covered here: that the run then evaluates, saves and is finished (test_stages.py runs one).
 """
 
+import json
+import types
+
 import pytest
 
 from grpo_mcore.config.config import Stop
-from grpo_mcore.run import stop_reason
+from grpo_mcore.run import stop_reason, summarize
 
 
 def rows(rewards: list[float], truncated: float | list[float] = 0.0) -> list[dict]:
@@ -68,3 +71,12 @@ def test_a_run_that_is_taken_up_again_is_judged_as_it_was():
         stop_reason(rule, [*seen, *late], 3)
         == "eval/mean@4 went from 0.2 to 0.1, means of 1 values, and stop.plateau_min_gain is 0"
     )
+
+
+def test_a_run_is_summarised_whatever_k_its_evaluations_had(tmp_path, capsys):
+    rows = [{"step": 0, "eval/mean@2": 0.25}, {"step": 1, "loss": 1.0}, {"step": 2, "eval/mean@4": 0.75}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summarize(types.SimpleNamespace(cfg=types.SimpleNamespace(run_dir=str(tmp_path)), seconds=lambda: 7.0))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["eval_before"], summary["eval_after"]) == (0.25, 0.75)
+    assert "held-out accuracy: 0.250 before, 0.750 after" in capsys.readouterr().out
