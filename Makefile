@@ -41,7 +41,7 @@ test: setup
 
 # By file, since the tests of one share their engines; two at most, each with a Ray of its own.
 test-slow: setup
-	$(BIN)/python -m pytest -m "slow and not gpu" -n $$(( $(CORES) < 2 ? $(CORES) : 2 )) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "slow and not gpu" -n $$(( $(CORES) < 2 ? $(CORES) : 2 )) --dist loadfile
 
 clean:
 	rm -rf .venv runs build *.egg-info
