@@ -39,9 +39,9 @@ format: setup
 test: setup
 	$(BIN)/python -m pytest -m "not gpu and not slow" -n $$(( $(CORES) < 4 ? $(CORES) : 4 )) --dist worksteal
 
-# One after the other: whole runs have deadlines, and two of them on two cores have missed them.
+# By file, since the tests of one share their engines; two at most, each with a Ray of its own.
 test-slow: setup
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -m "slow and not gpu" -n $$(( $(CORES) < 2 ? $(CORES) : 2 )) --dist loadfile --no-loadscope-reorder
 
 clean:
 	rm -rf .venv runs build *.egg-info

@@ -18,7 +18,12 @@ from tests.dist import environment
 torch.set_num_threads(1)
 
 
+# The longest of the slow files first: none of them is left to run alone at the end.
+LONGEST = ("test_stages.py", "test_slurm.py", "test_engines.py", "test_trainer.py", "test_rollout.py", "test_refit.py")
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs CUDA"))

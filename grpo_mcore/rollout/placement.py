@@ -2,6 +2,7 @@
 them."""
 
 import os
+import time
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group
@@ -20,21 +21,34 @@ def start_ray(cfg: config.Engine, *, cuda: bool) -> None:
             engine_gpus(hidden, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), cfg)
         )
     try:
-        ray.init(
-            "local",  # not another cluster that `ray start` has left on this machine
-            num_cpus=cfg.num_engines,
-            include_dashboard=False,
-            log_to_driver=False,
-            _node_ip_address="127.0.0.1",
-            object_store_memory=256 << 20,
-            configure_logging=True,
-            logging_level="error",
-        )
+        _start_here(cfg)
     finally:
         if hidden is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = hidden
         elif cuda:
             os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+
+
+def _start_here(cfg: config.Engine) -> None:
+    """Ray gives its own start 30 s, which a busy machine may exceed: then it is tried again, within start_timeout_s."""
+    end = time.monotonic() + cfg.start_timeout_s
+    while True:
+        try:
+            ray.init(
+                "local",  # not another cluster that `ray start` has left on this machine
+                num_cpus=cfg.num_engines,
+                include_dashboard=False,
+                log_to_driver=False,
+                _node_ip_address="127.0.0.1",
+                object_store_memory=256 << 20,
+                configure_logging=True,
+                logging_level="error",
+            )
+            return
+        except Exception as e:  # Ray has no class for it
+            if "timed out during startup" not in str(e) or time.monotonic() > end:
+                raise
+            print("Ray did not start within its 30 s; it is started again", flush=True)
 
 
 def engine_gpus(visible: str | None, num_trainers: int, cfg: config.Engine) -> list[str]:
