@@ -294,7 +294,7 @@ def build(hf_config, *, topology: Topology, precision: Precision) -> list[Backbo
     fills them."""
     parallel = topology.parallel
     config = transformer_config(hf_config, parallel=parallel, precision=precision, cuda=topology.device.type == "cuda")
-    return [_chunk(hf_config, config, topology, index) for index in range(parallel.virtual_pp)]
+    return [_chunk(hf_config, config, topology, index).to(topology.device) for index in range(parallel.virtual_pp)]
 
 
 def _chunk(hf_config, config: TransformerConfig, topology: Topology, index: int) -> Backbone:
@@ -320,7 +320,7 @@ def _chunk(hf_config, config: TransformerConfig, topology: Topology, index: int)
     )
     if inverse_frequencies is not None:
         chunk.rotary_pos_emb.inv_freq = inverse_frequencies.to(chunk.rotary_pos_emb.inv_freq.device)
-    return chunk.to(topology.device)
+    return chunk
 
 
 def stage_of(hf_config, layer: int, parallel: Parallel) -> int:
