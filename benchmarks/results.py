@@ -1,4 +1,5 @@
-"""benchmarks/RESULTS.md, from results/*.json: of each result its headline figures, and what they depend on.
+"""benchmarks/RESULTS.md, from results/*.json: of each result its headline figures, and what they depend on; and the
+table in docs/gpu.md of what has been run on which GPU.
 
     python benchmarks/results.py
 
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+GPU_PAGE = HERE.parent / "docs/gpu.md"
 NOT_RECORDED = "not recorded"
 HEAD = """# Results
 
@@ -41,6 +43,14 @@ def end_to_end(result: dict) -> Table:
         if "step_over_longer_side" in r:
             what = f"step ahead / the longer side in turns (target: {r['target']})"
             out.append([r["recipe"], what, number(r["step_over_longer_side"], 3), *["-"] * 4])
+    return out
+
+
+def gpu_acceptance(result: dict) -> Table:
+    out = [["step", "status", "seconds", "why"]]
+    for step in result["steps"]:
+        why = (step.get("reason") or "-").strip().splitlines()[-1]
+        out.append([step["name"], step["status"], number(step.get("s"), 0), why[:160]])
     return out
 
 
@@ -115,7 +125,7 @@ def train_step(result: dict) -> Table:
 
 
 HEADLINES: dict[str, Callable[[dict], Table]] = {
-    f.__name__: f for f in (end_to_end, kernels, kill_resume, refit, rollout, simulate, train_step)
+    f.__name__: f for f in (end_to_end, gpu_acceptance, kernels, kill_resume, refit, rollout, simulate, train_step)
 }
 
 
@@ -160,6 +170,27 @@ def page(folder: Path = HERE / "results") -> str:
     return "\n".join([HEAD, *(section(f.name, json.loads(f.read_text())) for f in files)])
 
 
+def seen_on_gpus(folder: Path = HERE / "results") -> str:
+    """The results of gpu_acceptance.py, a row for each."""
+    rows = [["date", "commit", "hardware", "versions", "ok", "not ok"]]
+    for path in sorted(folder.glob("gpu_acceptance*.json")):
+        result = json.loads(path.read_text())
+        names: dict[bool, list[str]] = {True: [], False: []}
+        for step in result["steps"]:
+            fine = step["status"] == "ok"
+            names[fine].append(step["name"] if fine else f"{step['name']} ({step['status']})")
+        rows.append([*depends_on(result)[1], *(", ".join(names[fine]) or "-" for fine in (True, False))])
+    return markdown(rows) if len(rows) > 1 else "Nothing yet."
+
+
+def gpu_page(text: str) -> str:
+    """docs/gpu.md with the table of today between its two marks."""
+    before, begin, rest = text.partition("<!-- written by benchmarks/results.py -->")
+    _, end, after = rest.partition("<!-- end -->")
+    return f"{before}{begin}\n\n{seen_on_gpus()}\n\n{end}{after}"
+
+
 if __name__ == "__main__":
-    (HERE / "RESULTS.md").write_text(page())
-    print(f"written to {HERE / 'RESULTS.md'}")
+    for path, text in ((HERE / "RESULTS.md", page()), (GPU_PAGE, gpu_page(GPU_PAGE.read_text()))):
+        path.write_text(text)
+        print(f"written to {path}")

@@ -9,8 +9,21 @@ from benchmarks import results
 OLD = {"kill_resume.json"}  # from before all programs recorded this
 
 
-def test_the_page_is_not_stale():
+def test_no_page_is_stale():
     assert (results.HERE / "RESULTS.md").read_text() == results.page(), "run python benchmarks/results.py"
+    written = results.GPU_PAGE.read_text()
+    assert written == results.gpu_page(written), "run python benchmarks/results.py"
+
+
+def test_what_was_seen_on_which_gpu_stands_in_one_row(tmp_path):
+    assert results.seen_on_gpus(tmp_path) == "Nothing yet."
+    steps = [{"name": "versions", "status": "ok"}, {"name": "refit", "status": "timed out", "reason": "x"}]
+    gpu = {"gpu": "H100", "gpus": 1, "cuda": "13.0"}
+    result = {"date": "2026-11-22", "git_commit": "0123456789abcdef", "hardware": gpu, "versions": {}, "steps": steps}
+    (tmp_path / "gpu_acceptance.json").write_text(json.dumps(result))
+    assert results.seen_on_gpus(tmp_path).splitlines()[-1] == (
+        "| 2026-11-22 | `0123456789ab` | 1 x H100 (CUDA 13.0) | not recorded | versions | refit (timed out) |"
+    )
 
 
 @pytest.mark.parametrize("path", sorted((results.HERE / "results").glob("*.json")), ids=lambda path: path.name)
@@ -32,7 +45,7 @@ def test_what_figures_depend_on_is_said_and_nothing_invented():
 
 def test_a_file_of_no_known_program_is_refused():
     with pytest.raises(
-        ValueError, match=r"x\.json: command = 'python other\.py': must name one of end_to_end, kernels"
+        ValueError, match=r"x\.json: command = 'python other\.py': must name one of end_to_end, "
     ):
         results.section("x.json", {"command": "python other.py"})
 
