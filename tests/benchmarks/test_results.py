@@ -44,9 +44,7 @@ def test_what_figures_depend_on_is_said_and_nothing_invented():
 
 
 def test_a_file_of_no_known_program_is_refused():
-    with pytest.raises(
-        ValueError, match=r"x\.json: command = 'python other\.py': must name one of end_to_end, "
-    ):
+    with pytest.raises(ValueError, match=r"x\.json: command = 'python other\.py': must name one of end_to_end, "):
         results.section("x.json", {"command": "python other.py"})
 
 
