@@ -23,7 +23,7 @@ def pytest_configure(config):
     os.environ["PYTHONPATH"] = str(Path(__file__).parent.parent)
     if not wants_gpus(config.option.markexpr):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    assert "torch" not in sys.modules, "something imports torch before its environment stands"
+    assert "torch" not in sys.modules, "a conftest.py imports torch, whose environment only stands now: in its fixtures"
     import torch
 
     torch.set_num_threads(1)

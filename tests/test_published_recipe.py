@@ -45,9 +45,9 @@ def test_the_8k_recipe_goes_from_an_empty_hub_cache_to_its_first_checkpoint(tmp_
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps([{"problem": problem, "answer": answer} for problem, answer in rows]))
     with Hub(served).serve() as hub, cores():
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-            + [ROOT / "launch/train.py", "--cfg", ROOT / "configs/deepscaler_8k.yaml", *ON_A_CPU, *SHORT],
+            [*torchrun, ROOT / "launch/train.py", "--cfg", ROOT / "configs/deepscaler_8k.yaml", *ON_A_CPU, *SHORT],
             cwd=tmp_path,
             env=environment(**hub.environment(tmp_path / "home")),
             stdout=subprocess.PIPE,

@@ -29,6 +29,7 @@ def ask(
     In a thread that the process does not wait for when it ends: a hub that never answers cannot hold it.
     """
     result: Future[Result] = Future()
+    of_the_hub = (OSError, ValueError, HTTPError, *errors)
 
     def answer() -> None:
         try:
@@ -39,7 +40,7 @@ def ask(
     threading.Thread(target=answer, daemon=True).start()
     try:
         return result.result(timeout_s)
-    except (OSError, ValueError, HTTPError, *errors) as e:
+    except of_the_hub as e:
         if isinstance(e, TimeoutError) and not result.done():
             raise InputError(
                 name,

@@ -47,7 +47,7 @@ class Phases:
         self._cfg, self._device = cfg, topology.pick_device(cfg.device)
         if self._device.type == "cuda":  # nobody has used it yet, and its statistics are asked for
             torch.cuda.set_device(self._device)
-            torch.cuda.init()
+            torch.cuda.init()  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:

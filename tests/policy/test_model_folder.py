@@ -119,6 +119,7 @@ def test_a_cache_that_another_program_filled_in_part_is_completed(hub, tmp_path,
     get = f"import huggingface_hub; huggingface_hub.hf_hub_download({NAME!r}, 'config.json')"
     env = environment(**hub.environment(tmp_path / "home"))
     subprocess.run([sys.executable, "-c", get], env=env, check=True, timeout=60)
+    assert "that can be reached (Offline" in refusal(hub, tmp_path / "home", HF_HUB_OFFLINE="1")
     assert sorted(os.listdir(end(start(hub, tmp_path / "home"))[0])) == FILES
 
 
