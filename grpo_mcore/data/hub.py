@@ -29,7 +29,7 @@ def ask(
     In a thread that the process does not wait for when it ends: a hub that never answers cannot hold it.
     """
     result: Future[Result] = Future()
-    of_the_hub = (OSError, ValueError, HTTPError, *errors)
+    of_the_hub: tuple[type[Exception], ...] = (OSError, ValueError, HTTPError, *errors)
 
     def answer() -> None:
         try:
