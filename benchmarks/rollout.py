@@ -53,7 +53,7 @@ from grpo_mcore.parallel import topology
 from grpo_mcore.plan import cluster, memory, predict
 from grpo_mcore.plan.cluster import Cluster, Draw, EngineProfile, LogNormal, TrainerProfile
 from grpo_mcore.policy import model
-from grpo_mcore.policy.hf_weights import local_folder
+from grpo_mcore.policy.model_folder import local_folder
 from grpo_mcore.rollout.engine import Sampling
 from grpo_mcore.rollout.engines import Engines
 

@@ -34,7 +34,7 @@ from grpo_mcore.config import file as config_file
 from grpo_mcore.plan import cluster, predict
 from grpo_mcore.plan.cluster import Cluster, Measured
 from grpo_mcore.policy import warm_start
-from grpo_mcore.policy.hf_weights import local_folder
+from grpo_mcore.policy.model_folder import local_folder
 from grpo_mcore.run import Run, open_run
 
 

@@ -18,13 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where only the p
 
 from benchmarks import trl_recipe
 from grpo_mcore.data.prompts import Tokenizer
-from grpo_mcore.policy import hf_weights
+from grpo_mcore.policy import model_folder
 from grpo_mcore.reward.grader import Grader
 
 
 def main() -> None:
     cfg = entry.parse(__doc__).config
-    folder = hf_weights.local_folder(cfg.model)
+    folder = model_folder.local_folder(cfg.model)
     tokenizer = Tokenizer(folder)
     prompts = trl_recipe.drawn(cfg, tokenizer)
     with Grader(cfg.reward) as grader:

@@ -25,6 +25,7 @@ Libraries, and the rooms or modules where they are at home:
     ray                rollout.engines rollout.placement
     megatron           parallel policy checkpoint
     transformers       data policy checkpoint.parity
+    huggingface_hub    data.hub policy.model_folder
 
 Pure modules, and all that they import beside the standard library and their own room's pure modules:
 

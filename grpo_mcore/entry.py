@@ -51,11 +51,17 @@ def whole_numbers(option: str, given: str) -> tuple[int, ...]:
         raise config.InputError(option, given, "must be whole numbers", "write them as 0,1,2") from None
 
 
+def hide_gpus() -> None:
+    """For work on a CPU, before torch is imported: Megatron takes a GPU that torch sees, whatever it is told."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def parse(
     description: str, *options: str, flags: Sequence[str] = (), types: Mapping[str, Callable[[str, str], object]] = {}
 ) -> Command:
     """--cfg FILE [--dry-run] [options ...] [key.sub=value ...] of sys.argv; a flag is an option without a value.
-    `types`: more options, each with what makes its value of (option, text), such as `number`. Raises InputError."""
+    `types`: more options, each with what makes its value of (option, text), such as `number`. A configuration for a
+    CPU hides the GPUs. Raises InputError."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--cfg", required=True, help="YAML file, such as configs/quickstart.yaml")
     parser.add_argument(
@@ -69,7 +75,10 @@ def parse(
         parser.add_argument(flag, action="store_true")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     given = vars(parser.parse_intermixed_args())
-    return Command(config_file.load(given.pop("cfg"), given.pop("overrides")), given.pop("dry_run"), given)
+    loaded = config_file.load(given.pop("cfg"), given.pop("overrides"))
+    if loaded.device == "cpu":
+        hide_gpus()
+    return Command(loaded, given.pop("dry_run"), given)
 
 
 def stop_on_sigterm() -> None:

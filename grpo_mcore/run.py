@@ -18,7 +18,7 @@ from grpo_mcore.loss.loss import OverRanks
 from grpo_mcore.parallel import collectives, topology
 from grpo_mcore.parallel.topology import Topology
 from grpo_mcore.policy import model, warm_start
-from grpo_mcore.policy.hf_weights import local_folder
+from grpo_mcore.policy.model_folder import local_folder
 from grpo_mcore.policy.policy import FrozenPolicy, Policy
 from grpo_mcore.refit.refit import Refit
 from grpo_mcore.report import curves, run_folder, sinks

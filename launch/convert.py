@@ -32,13 +32,14 @@ if __name__ == "__main__":
         prove.add_argument("--hf", required=True)
         prove.add_argument("--out", help="JSON file for the proof's numbers")
         args = parser.parse_args()
+        entry.hide_gpus()  # all of it is work on a CPU
 
         import torch
 
         from grpo_mcore.checkpoint import convert, parity
         from grpo_mcore.config import config
         from grpo_mcore.parallel import topology
-        from grpo_mcore.policy import hf_weights
+        from grpo_mcore.policy import model_folder
 
         if args.command == "prove":
             return parity.prove(args.checkpoint, args.hf, args.out)
@@ -47,7 +48,7 @@ if __name__ == "__main__":
         if args.command == "to-hf":
             convert.to_hf(args.checkpoint, args.out)
         else:
-            source = hf_weights.local_folder(args.hf)
+            source = model_folder.local_folder(args.hf)
             topo = topology.connect(config.Parallel(), device=torch.device("cpu"), timeout_s=600, seed=0)
             convert.from_hf(source, args.out, topo)
             topology.disconnect()

@@ -14,11 +14,12 @@ if __name__ == "__main__":
     def main() -> None:
         import os
 
+        command = entry.parse(__doc__, flags=("--fit",))
+        cfg = command.config
+
         from grpo_mcore.config import file as config_file, recipe, rules
         from grpo_mcore.parallel import topology
 
-        command = entry.parse(__doc__, flags=("--fit",))
-        cfg = command.config
         # Outside torchrun a dry run shows one replica, whatever its size.
         ranks = (
             cfg.parallel.ranks_per_replica

@@ -1,21 +1,32 @@
+"""What all tests have: an environment that stands before torch is imported, models, a configuration."""
+
 import os
-from pathlib import Path
-
-# Before torch is imported, here and in every child.
-os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-os.environ["PYTHONPATH"] = str(Path(__file__).parent.parent)
-
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-import torch
 
-from tests import models
 from tests.dist import environment
 
-torch.set_num_threads(1)
+
+def wants_gpus(markers: str) -> bool:
+    """Whether `pytest -m MARKERS` runs tests of `gpu` alone: all others are of a CPU, and are to see no GPU."""
+    return re.match(r"\s*gpu\b(?!\s+or\b)", markers) is not None
+
+
+def pytest_configure(config):
+    # Before torch is imported, here and in every child.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent.parent)
+    if not wants_gpus(config.option.markexpr):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    assert "torch" not in sys.modules, "a conftest.py imports torch, whose environment only stands now: in its fixtures"
+    import torch
+
+    torch.set_num_threads(1)
 
 
 # The longest of the slow files first: none of them is left to run alone at the end.
@@ -23,15 +34,19 @@ LONGEST = ("test_stages.py", "test_slurm.py", "test_engines.py", "test_trainer.p
 
 
 def pytest_collection_modifyitems(items):
+    import torch
+
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+            item.add_marker(pytest.mark.skip(reason="needs CUDA, and pytest -m gpu"))
 
 
 @pytest.fixture(scope="session")
 def model_folders(tmp_path_factory) -> dict[str, str]:
     """A tiny Hugging Face folder, random weights, of every family and kind of `tests.models.KINDS`."""
+    from tests import models
+
     root = tmp_path_factory.mktemp("models")
     return {kind: models.make(kind, root / kind) for kind in models.KINDS}
 

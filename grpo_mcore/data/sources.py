@@ -1,15 +1,17 @@
 """Where problems and their answers come from: files, hub data sets, the arithmetic tasks."""
 
+import functools
 import json
 from pathlib import Path
 
 from grpo_mcore.config import config
 from grpo_mcore.config.config import InputError
-from grpo_mcore.data import arithmetic
+from grpo_mcore.data import arithmetic, hub
 from grpo_mcore.reward.grader import MAX_GOLD_CHARS
 
 # Short name -> hub data set and its split, with columns problem and answer.
 PUBLISHED = {"aime24": ("HuggingFaceH4/aime_2024", "train"), "math500": ("HuggingFaceH4/MATH-500", "test")}
+KINDS = "a .jsonl or .parquet file nor a data set"
 
 
 def read_rows(source: str, data: config.Data, name: str) -> list[tuple[str, str]]:
@@ -18,7 +20,7 @@ def read_rows(source: str, data: config.Data, name: str) -> list[tuple[str, str]
     if source.startswith("arithmetic:"):
         return arithmetic.rows(source.removeprefix("arithmetic:"))
     from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets.exceptions import DatasetsError
 
     hub_name, split = PUBLISHED.get(source, (source, "train"))
     suffix = Path(source).suffix
@@ -29,19 +31,12 @@ def read_rows(source: str, data: config.Data, name: str) -> list[tuple[str, str]
         lines = enumerate(Path(source).read_text().split("\n"), 1)
         places = {f"{name}: {source}, line {i}": line for i, line in lines if line.strip()}
         return [_row(_parse(line, place), data, place) for place, line in places.items()]
-    try:
-        table = (
-            load_dataset("parquet", data_files=source, split="train")
-            if suffix == ".parquet"
-            else load_dataset(hub_name, split=split)
-        )
-    except (DatasetNotFoundError, ConnectionError, OSError) as e:
-        raise InputError(
-            name,
-            source,
-            "is neither a .jsonl or .parquet file nor a data set that can be reached",
-            "check the path, or download it first",
-        ) from e
+    read = (
+        functools.partial(load_dataset, "parquet", data_files=source, split="train")
+        if suffix == ".parquet"
+        else functools.partial(load_dataset, hub_name, split=split)
+    )
+    table = hub.ask(name, source, KINDS, read, errors=(DatasetsError,))
     return [_row(row, data, f"{name}: {source}, row {i}") for i, row in enumerate(table)]
 
 

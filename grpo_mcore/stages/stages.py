@@ -21,7 +21,7 @@ from typing import Literal
 from grpo_mcore.config import file as config_file, recipe, rules
 from grpo_mcore.config.config import Config, InputError, Stop
 from grpo_mcore.policy import model
-from grpo_mcore.policy.hf_weights import local_folder
+from grpo_mcore.policy.model_folder import local_folder
 from grpo_mcore.run import check_lengths
 
 # What the order of prompts depends on, besides the seed; and where over-long prompts are left out.

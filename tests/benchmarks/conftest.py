@@ -3,13 +3,14 @@ from pathlib import Path
 import pytest
 
 from grpo_mcore.config import file as config_file
-from grpo_mcore.data import arithmetic
 from tests.dist import ROOT
 
 
 @pytest.fixture(scope="session")
 def untaught(tmp_path_factory) -> Path:
     """The quickstart's model with random weights: enough where no reward is asked for."""
+    from grpo_mcore.data import arithmetic
+
     folder = tmp_path_factory.mktemp("untaught")
     arithmetic.make_model(folder, seed=1)
     return folder

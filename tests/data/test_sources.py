@@ -1,9 +1,11 @@
-"""Rows of files.
+"""Rows of files, and of data sets of a hub (a stand-in on this machine).
 
-Not covered here: data sets of the hub (no network in tests), the arithmetic tasks (test_arithmetic.py).
+Not covered here: the real hub, the arithmetic tasks (test_arithmetic.py).
 """
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,8 @@ import pytest
 from grpo_mcore.config import config
 from grpo_mcore.config.config import InputError
 from grpo_mcore.data.sources import read_rows
+from tests.dist import environment
+from tests.hub import Hub
 
 PLAIN = config.Data(train="", chat_template=False)
 
@@ -100,6 +104,47 @@ def test_a_bad_row_of_a_parquet_file_is_named(tmp_path, datasets_cache):
     source = parquet(tmp_path / "d.parquet", {"problem": ["1+1", "2+2"], "answer": ["2", None]})
     with pytest.raises(InputError, match="d.parquet, row 1.*its 'answer' is empty"):
         read_rows(source, PLAIN, "data.train")
+
+
+READ = """
+import json, sys
+from grpo_mcore.config import config
+from grpo_mcore.data.sources import read_rows
+for name in sys.argv[1:]:
+    try:
+        print(json.dumps(read_rows(name, config.Data(train=""), "data.train")))
+    except config.InputError as e:
+        print(e)
+"""
+
+
+def test_a_data_set_of_the_hub_gives_its_rows_and_what_is_wrong_with_one_is_said_in_a_line(tmp_path):
+    sets = {"owner/good/train.json": GOOD, "owner/unsplit/test.json": GOOD, "owner/columns/train.json": {"a": 1}}
+    for path, row in sets.items():
+        (tmp_path / "hub/datasets" / path).parent.mkdir(parents=True)
+        (tmp_path / "hub/datasets" / path).write_text(json.dumps([row]))
+    (tmp_path / "hub/datasets/owner/broken").mkdir()
+    (tmp_path / "hub/datasets/owner/broken/train.json").write_text('[{"problem": "1+2", ')
+    names = ["owner/good", "owner/unsplit", "owner/columns", "owner/broken", "owner/absent"]
+    with Hub(tmp_path / "hub").serve() as hub:
+        done = subprocess.run(
+            [sys.executable, "-c", READ, *names],
+            env=environment(**hub.environment(tmp_path / "home")),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert done.returncode == 0, done.stderr
+    good, unsplit, columns, broken, absent = done.stdout.splitlines()
+    assert json.loads(good) == [["1+2", "3"]]
+    assert columns.startswith("data.train: owner/columns, row 0 = {'a': 1}: has no column 'problem'. Remedy: set")
+    for name, line, words in (
+        ("unsplit", unsplit, "Unknown split"),
+        ("broken", broken, "DatasetGenerationError"),
+        ("absent", absent, "doesn't exist on the Hub"),
+    ):
+        assert line.startswith(f"data.train = 'owner/{name}': is neither a .jsonl or .parquet file nor a data set that")
+        assert words in line and "Remedy: " in line
 
 
 REAL = {"deepscaler": 40308, "aime_2024": 30, "math_500": 500, "amc_2023": 40}

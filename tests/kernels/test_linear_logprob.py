@@ -19,6 +19,7 @@ from tests.reference.logprob import EXTREMES, OUTPUTS, differentiate, naive, nai
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
+pytestmark = [pytest.mark.gpu] if ON_GPU else []
 T, D, V = 21, 24, 291  # no multiple of any block, and three of dz's rectangles of columns
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from grpo_mcore.data import arithmetic
+from tests.conftest import CONFIG
 from tests.dist import program
 
 
@@ -18,8 +19,9 @@ def launch(name: str, *args, cwd: Path, code: int = 0) -> str:
     return done.stdout
 
 
-def test_convert_there_and_back_gives_the_same_bytes(model_folders, tmp_path):
-    folder = Path(model_folders["qwen3"])
+def test_convert_there_and_back_gives_the_same_bytes(tmp_path):
+    folder = tmp_path / "model"
+    arithmetic.make_model(folder, seed=0)
     launch("convert.py", "to-megatron", "--hf", folder, "--out", tmp_path / "megatron", cwd=tmp_path)
     launch("convert.py", "to-hf", "--checkpoint", tmp_path / "megatron", "--out", tmp_path / "hf", cwd=tmp_path)
     assert (tmp_path / "hf/model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
@@ -27,6 +29,17 @@ def test_convert_there_and_back_gives_the_same_bytes(model_folders, tmp_path):
         "convert.py", "to-hf", "--checkpoint", tmp_path / "megatron", "--out", tmp_path / "hf", cwd=tmp_path, code=2
     )
     assert "--out" in out and "exists already" in out and "Traceback" not in out
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "convert"])
+def test_a_model_without_a_tokenizer_is_refused_by_every_program_that_reads_one(tmp_path, name):
+    arithmetic.make_model(tmp_path / "model", seed=0)
+    (tmp_path / "model/tokenizer.json").unlink()
+    text = CONFIG.format(model=tmp_path / "model", run_dir=tmp_path / "run")
+    (tmp_path / "cfg.yaml").write_text("".join(x for x in text.splitlines(keepends=True) if "warm_start" not in x))
+    arguments = ["to-megatron", "--hf", "model", "--out", "checkpoint"] if name == "convert" else ["--cfg", "cfg.yaml"]
+    out = launch(f"{name}.py", *arguments, cwd=tmp_path, code=2)
+    assert "has no tokenizer" in out and "Traceback" not in out
 
 
 @pytest.mark.slow

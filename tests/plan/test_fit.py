@@ -4,13 +4,14 @@ Not covered here: a GPU's memory, and that the planner's figures are like it.
 """
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from grpo_mcore.config import file as config_file
 from grpo_mcore.data import arithmetic
-from grpo_mcore.plan import fit, memory
+from grpo_mcore.plan import fit, memory, time as plan_time
 from tests.conftest import CONFIG
 from tests.dist import ROOT
 from tests.test_trainer import train
@@ -32,9 +33,11 @@ def test_a_worst_step_goes_through_every_phase_and_leaves_nothing(tmp_path):
     # 4 prompts x 4 responses x 40 tokens: an untaught model, to which any token is likely, would else have ended most
     # of them.
     assert "4 of 4 groups of 4 responses were done within 60 s, 640 tokens" in out
-    seen = re.findall(r"^  (\w+) +([\d.]+) s, resident ([\d.]+) GB$", out, re.MULTILINE)
+    form = r"^  (\w+) +([\d.]+) s, resident ([\d.]+) GB(, the first time [\d.]+ s)?$"
+    seen = re.findall(form, out, re.MULTILINE)
     assert [phase for phase, *_ in seen] == ["build", "refit", "logprob", "update", "rollout"]
-    assert all(float(gb) > 0.1 for _, _, gb in seen) and float(seen[0][1]) > 1
+    assert [phase for phase, *_, first in seen if first] == ["refit", "logprob", "update"]
+    assert all(float(gb) > 0.1 for _, _, gb, _ in seen) and float(seen[0][1]) > 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cfg.yaml", "model"]
 
 
@@ -68,6 +71,29 @@ def test_out_of_memory_in_a_phase_is_an_error_of_that_phase():
     with pytest.raises(fit.entry.DoesNotFit, match="logprob does not fit: CUDA out of memory"), phases("logprob"):
         raise torch.OutOfMemoryError("CUDA out of memory.")
     assert phases.measured == {}
+
+
+def test_a_phase_that_comes_again_counts_by_its_last_time(monkeypatch):
+    """The first update compiles its kernels: what a step takes is what the second takes."""
+    clock = iter([0.0, 90.0, 100.0, 107.0, 200.0, 203.0])
+    monkeypatch.setattr(fit, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    cfg = preset("device=auto")
+    phases = fit.Phases(cfg)
+    for name in ("update", "update", "rollout"):
+        with phases(name):
+            pass
+    assert phases.measured["update"]["seconds"] == 7.0 and phases.measured["update"]["first"] == 90.0
+    update, rollout = fit.report(cfg, [phases.measured], None).splitlines()[1:]
+    assert "7.0 s, resident" in update and update.endswith(", the first time 90.0 s")
+    assert "3.0 s, resident" in rollout and "first" not in rollout
+
+
+def test_the_seconds_beside_an_update_are_those_foretold_of_one_update():
+    cfg = preset()
+    (update,) = fit.report(cfg, [{"update": {"seconds": 1.0}}], NODE).splitlines()[1:]
+    case = memory.Case(cfg, memory.hf_config_of(cfg), NODE)
+    step = plan_time.times(case, plan_time.Assumptions(*map(float, fit.greatest(cfg))))["update"]
+    assert f"({step / cfg.optimizer_steps_per_step:.1f} s, in use" in update
 
 
 def test_the_report_has_the_worst_rank_and_stands_beside_the_plan():

@@ -156,5 +156,3 @@ def test_unsupported_models_are_refused_by_name(model_folders, tmp_path):
         path.write_text(json.dumps({**config, **change}))
         with pytest.raises(InputError, match=words):
             model.load_hf_config(str(tmp_path / "m"))
-    with pytest.raises(InputError, match="neither a folder nor a hub name"):
-        hf_weights.local_folder(str(tmp_path / "absent"))

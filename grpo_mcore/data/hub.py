@@ -1,0 +1,57 @@
+"""What is asked of the Hugging Face hub: within a deadline, and what goes wrong there in one line."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+from huggingface_hub.errors import HTTPError
+
+from grpo_mcore.config.config import InputError
+
+TIMEOUT_S = 3600.0  # to fetch all of one model or data set, or to wait for the process that does
+
+Result = TypeVar("Result")
+
+
+def ask(
+    name: str,
+    value: str,
+    kinds: str,
+    work: Callable[[], Result],
+    *,
+    timeout_s: float = TIMEOUT_S,
+    errors: tuple[type[Exception], ...] = (),
+) -> Result:
+    """work(), which reads what `value` names from the hub or its cache. For errors: `name` is the configuration's
+    field, `kinds` what the value may be, and `errors` are more of those that work raises. Raises InputError.
+
+    In a thread that the process does not wait for when it ends: a hub that never answers cannot hold it.
+    """
+    result: Future[Result] = Future()
+    of_the_hub: tuple[type[Exception], ...] = (OSError, ValueError, HTTPError, *errors)
+
+    def answer() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as e:
+            result.set_exception(e)
+
+    threading.Thread(target=answer, daemon=True).start()
+    try:
+        return result.result(timeout_s)
+    except of_the_hub as e:
+        if isinstance(e, TimeoutError) and not result.done():
+            raise InputError(
+                name,
+                value,
+                f"did not come from the hub within {timeout_s:.0f} s",
+                "look at the network and start again: the files that have come whole are kept",
+            ) from None
+        why = (str(e).splitlines() or [""])[0]
+        raise InputError(
+            name,
+            value,
+            f"is neither {kinds} that can be reached ({type(e).__name__}: {why})",
+            "check the name, the network, HF_ENDPOINT and HF_HUB_OFFLINE",
+        ) from e
