@@ -127,6 +127,8 @@ class Optimizer:
     beta2: Fraction = 0.999  # decay of the squared gradient's running mean
     eps: PositiveFloat = 1e-8  # added to an update's denominator: with 0 a weight without gradient becomes NaN
     weight_decay: NonNegativeFloat = 0.01  # decoupled from the gradient
+    # what is decayed; matrices: neither norms nor biases, which are vectors
+    decay: Literal["all", "matrices"] = "all"
     clip_grad: NonNegativeFloat = 1.0  # largest global norm of the gradient; 0: no clipping
 
 
