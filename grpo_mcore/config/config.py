@@ -26,6 +26,9 @@ from grpo_mcore.config.bounds import (
 )
 
 FP8_ALIGN = 16  # cuBLAS: every dimension of an FP8 matrix product is a multiple of it
+# Attention without a fused kernel keeps a score for each pair of tokens, of every sequence as for the longest: on a GPU
+# it is for sequences of at most so many tokens.
+PLAIN_ATTENTION_TOKENS = 1024
 EXPONENT_LIMIT = 20.0  # log-ratios are clamped to +- this before exp: of the loss, and a term of every recipe
 
 

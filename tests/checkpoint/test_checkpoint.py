@@ -20,6 +20,7 @@ from grpo_mcore.checkpoint.checkpoint import AttestationError, Checkpoints, Prog
 from grpo_mcore.config import config
 from grpo_mcore.config.config import InputError
 from grpo_mcore.parallel import topology
+from grpo_mcore.policy.policy import Policy
 from tests.dist import spawn
 from tests.policy.test_policy import batch_of, connect, decays, make_policy, on_policy_update
 
@@ -324,3 +325,21 @@ def test_the_size_asked_of_the_disk_is_the_size_written(policy, tmp_path):
     written = sum(f.stat().st_size for f in checkpoint.published(tmp_path)[0].glob("*.distcp"))
     # 20%: the files' own headers, in a model of 0.5 MB.
     assert written == pytest.approx(checkpoint.num_bytes(state, policy.topology), rel=0.2)
+
+
+@pytest.mark.gpu
+def test_delayed_fp8_goes_on_with_the_scales_that_were_saved(model_folders, tmp_path):
+    topo = topology.connect(config.Parallel(), device=torch.device("cuda", 0), timeout_s=60, seed=1)
+    precision = config.Precision(fp8="delayed", fp8_amax_history=4)
+    kwargs = dict(precision=precision, temperature=0.7, optimizer=config.Optimizer(lr=1e-3))
+    policy = Policy(model_folders["qwen3"], topo, **kwargs)
+    b = batch_of(topo, max_tokens=64, precision=precision)
+    for _ in range(3):
+        on_policy_update(policy, b)
+    checkpoints = Checkpoints(tmp_path, policy, settings())
+    checkpoints.save(Progress(3))
+    checkpoints.wait()
+    resumed = Policy(model_folders["qwen3"], topo, **kwargs)
+    assert Checkpoints(tmp_path, resumed, settings()).restore().step == 3
+    assert all(map(torch.equal, policy.logprobs(b.microbatches), resumed.logprobs(b.microbatches)))
+    topology.disconnect()
