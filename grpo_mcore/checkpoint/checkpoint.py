@@ -267,11 +267,12 @@ class Writing:
 
     def publish(self) -> None:
         """When it is done: compares the weights with what they were in the model, and gives the folder its name."""
+        assert self._reading is not None
         problem, read, files = None, {}, {}
         try:
             read, files = self._reading.result()
         except OSError as e:
-            problem = _last_line(e)
+            problem = f"could not be read back: {e}"
         self._raise(problem)
         live, read, files = (_merged(mine, self._topology) for mine in (self._live, read, files))
         wrong = [part for part in live if live[part] != read[part]]

@@ -8,6 +8,8 @@ import os
 import random
 import shutil
 import subprocess
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -178,6 +180,22 @@ def test_a_save_is_published_when_it_is_written_and_not_before(policy, tmp_path)
     Checkpoints(tmp_path, policy, settings()).restore()
     for name, tensor in policy.export():
         assert torch.equal(tensor, saved[name]) and not torch.equal(tensor, later[name]), name
+
+
+def test_what_was_written_is_read_back_beside_the_training(policy, tmp_path, monkeypatch):
+    checkpoints, honest, go_on = Checkpoints(tmp_path, policy, settings()), checkpoint.file_digest, threading.Event()
+    monkeypatch.setattr(checkpoint, "file_digest", lambda path: go_on.wait(30) and honest(path))
+    steps(policy, policy.topology, [1])
+    checkpoints.save(Progress(1))
+    end = time.monotonic() + 60
+    while not (tmp_path / "checkpoints/step_000001.partial/run.json").exists() and time.monotonic() < end:
+        checkpoints.poll()
+        time.sleep(0.01)
+    checkpoints.poll()  # does not wait
+    assert names(tmp_path) == ["step_000001.partial"]
+    go_on.set()
+    checkpoints.wait()
+    assert names(tmp_path) == ["step_000001"]
 
 
 def test_the_newest_are_kept_and_the_best(policy, tmp_path):
