@@ -134,11 +134,7 @@ class Checkpoints:
         policy = self._policy
         policy.finish_param_gather()
         weights = _weights(policy)
-        state = {
-            **weights,
-            "optimizer": optimizer_state.sharded(policy, weights),
-            "rng": _generators(self._topology),
-        }
+        state = {**weights, "optimizer": optimizer_state.sharded(policy, weights), "rng": _generators(self._topology)}
         self._writing = Writing(
             folder_of(self._run_dir, progress.step), state, weights, progress, self._topology, hf_folder=policy.folder
         )
@@ -147,7 +143,8 @@ class Checkpoints:
             self.wait()
 
     def poll(self) -> None:
-        """Publishes the save in flight if it is written and read back. Raises InputError, AttestationError on all ranks."""
+        """Publishes the save in flight if it is written and read back. Raises on all ranks InputError,
+        AttestationError."""
         if self._writing is not None and self._writing.is_done():
             writing, self._writing = self._writing, None
             writing.publish()
@@ -268,12 +265,9 @@ class Writing:
     def publish(self) -> None:
         """When it is done: compares the weights with what they were in the model, and gives the folder its name."""
         assert self._reading is not None
-        problem, read, files = None, {}, {}
-        try:
-            read, files = self._reading.result()
-        except OSError as e:
-            problem = f"could not be read back: {e}"
-        self._raise(problem)
+        error = self._reading.exception()
+        self._raise(f"could not be read back: {error}" if isinstance(error, OSError) else None)
+        read, files = self._reading.result()
         live, read, files = (_merged(mine, self._topology) for mine in (self._live, read, files))
         wrong = [part for part in live if live[part] != read[part]]
         if wrong:
@@ -310,9 +304,7 @@ def _weights(policy: Policy) -> dict:
     keep = policy.precision.fp8 == "delayed"
     return {
         f"model{index}": {
-            name: x
-            for name, x in chunk.sharded_state_dict().items()
-            if keep or not name.endswith("_extra_state")
+            name: x for name, x in chunk.sharded_state_dict().items() if keep or not name.endswith("_extra_state")
         }
         for index, chunk in enumerate(policy.chunks)
     }

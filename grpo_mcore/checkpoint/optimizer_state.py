@@ -38,7 +38,7 @@ def _boxes(policy: Policy, weights: dict[str, dict]) -> list[ShardedTensor]:
     """Of the main weights and the moments that this rank holds."""
     placed = (x for chunk in weights.values() for x in chunk.values())
     place_of = {id(x.data): x for x in placed if isinstance(x, (ShardedTensor, ShardedTensorFactory))}
-    boxes = []
+    boxes: list[ShardedTensor] = []
     for optimizer in policy.optimizer.chained_optimizers:
         for buffer in optimizer.gbuf_ranges:
             for bucket in (bucket for buckets in buffer.values() for bucket in buckets):
@@ -53,7 +53,8 @@ def _cut(
     key: str, flat: torch.Tensor, start: int, place: ShardedTensor | ShardedTensorFactory
 ) -> Iterator[ShardedTensor]:
     """The boxes of `flat`, which stands from element `start` on in the flattened parameter of that place."""
-    parts = [place] if isinstance(place, ShardedTensor) else place.build()  # gate and up of one fc1: one after the other
+    # Gate and up of one fc1 are saved apart, and stand one after the other.
+    parts = [place] if isinstance(place, ShardedTensor) else place.build()
     end, first = start + len(flat), 0  # elements of the parameter: of the run, and of the parts before
     for part in parts:
         whole = (*[1] * part.prepend_axis_num, *part.local_shape)  # of the stacked layers one

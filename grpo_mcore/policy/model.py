@@ -317,7 +317,12 @@ def _fp8(precision: Precision) -> dict:
 def check_attention(config: Config, device: torch.device) -> None:
     """The rule between a deterministic run and what is installed. Raises InputError."""
     longest = config.longest_train_tokens
-    if device.type == "cuda" and config.deterministic and longest > PLAIN_ATTENTION_TOKENS and not has_flash_attention():
+    if (
+        device.type == "cuda"
+        and config.deterministic
+        and longest > PLAIN_ATTENTION_TOKENS
+        and not has_flash_attention()
+    ):
         raise InputError(
             "deterministic",
             True,

@@ -61,7 +61,9 @@ def test_megatron_reads_what_is_written_here_and_the_other_way_round(model_folde
     (tmp_path / "ours").mkdir()
     dist_checkpointing.save({"optimizer": optimizer_state.sharded(trained, weights)}, tmp_path / "ours")
     theirs = make_policy(folder, topo, dtype="bfloat16")
-    template = theirs.optimizer.sharded_state_dict(checkpoint._weights(theirs), is_loading=True, metadata=dict(GATHERED))
+    template = theirs.optimizer.sharded_state_dict(
+        checkpoint._weights(theirs), is_loading=True, metadata=dict(GATHERED)
+    )
     theirs.optimizer.load_state_dict(dist_checkpointing.load({"optimizer": template}, tmp_path / "ours")["optimizer"])
     assert all(map(torch.equal, states(theirs), states(trained)))
 

@@ -400,8 +400,10 @@ def test_a_coefficient_may_be_zero_but_not_negative(minimal, name):
             "tokens, not 8192. Remedy: train in bfloat16, or shorten the sequences.",
         ),
         (
-            ["precision.params=float32", "engine.offload_trainer=[]", "device=cuda", "rollout.max_total_tokens=1024"]
-            + ["data.max_prompt_tokens=24", "parallel.cp=2"],
+            [
+                *("precision.params=float32", "engine.offload_trainer=[]", "device=cuda", "parallel.cp=2"),
+                *("rollout.max_total_tokens=1024", "data.max_prompt_tokens=24"),
+            ],
             "parallel.cp = 2: needs fused attention, which precision.params = float32 does not have on a GPU. "
             "Remedy: train in bfloat16, or set it to 1.",
         ),

@@ -52,13 +52,7 @@ def connect(**axes):
 def make_policy(
     folder: str, topo, *, dtype: str = "float32", optimizer: config.Optimizer = config.Optimizer(lr=1e-3)
 ) -> Policy:
-    return Policy(
-        folder,
-        topo,
-        precision=config.Precision(params=dtype),
-        temperature=TEMPERATURE,
-        optimizer=optimizer,
-    )
+    return Policy(folder, topo, precision=config.Precision(params=dtype), temperature=TEMPERATURE, optimizer=optimizer)
 
 
 def batch_of(
