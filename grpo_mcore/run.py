@@ -109,6 +109,7 @@ def read_inputs(cfg: config.Config) -> Inputs:
     eval_prompts = prompts.load(cfg.eval.data, cfg.data, tokenizer, "eval.data")[0] if cfg.eval.data else []
     device = topology.pick_device(cfg.device)
     rules.check_device(cfg, device.type)
+    model.check_attention(cfg, device)
     return Inputs(folder, tokenizer, train_prompts, num_overlong, eval_prompts[: cfg.eval.max_prompts], device)
 
 

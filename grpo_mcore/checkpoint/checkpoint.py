@@ -7,12 +7,17 @@ background under another name, read back, compared with the live weights' digest
 that name is whole and holds the weights of its step. When it is loaded the files are compared with their digests again.
 """
 
+import concurrent.futures
+import contextlib
 import dataclasses
+import inspect
 import json
+import os
 import random
 import shutil
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +29,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
+from grpo_mcore.checkpoint import optimizer_state
 from grpo_mcore.checkpoint.stored import Stored, digest, file_digest
 from grpo_mcore.config import config
 from grpo_mcore.config.config import InputError
@@ -34,9 +40,10 @@ from grpo_mcore.policy.policy import Policy
 from grpo_mcore.report import run_folder
 
 HF, RUN, ATTEST = "hf", "run.json", "attest.json"
-# The optimizer's state in the shape of the parameters, which any tp, pp and dp can load, gathered in the host memory of
-# one data rank, and not in every GPU's.
-METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": True}
+# Newer Megatrons have several ways to write in the background, and by default one of another package.
+_BACKGROUND = {"async_sharded_save": True} | (
+    {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
+)
 
 
 class AttestationError(config.RunError):
@@ -127,8 +134,7 @@ class Checkpoints:
         policy = self._policy
         policy.finish_param_gather()
         weights = _weights(policy)
-        optimizer = policy.optimizer.sharded_state_dict(weights, metadata=METADATA)
-        state = {**weights, "optimizer": optimizer, "rng": _generators(self._topology)}
+        state = {**weights, "optimizer": optimizer_state.sharded(policy, weights), "rng": _generators(self._topology)}
         self._writing = Writing(
             folder_of(self._run_dir, progress.step), state, weights, progress, self._topology, hf_folder=policy.folder
         )
@@ -137,8 +143,9 @@ class Checkpoints:
             self.wait()
 
     def poll(self) -> None:
-        """Publishes the save in flight if it is written. Raises InputError, AttestationError on all ranks."""
-        if self._writing is not None and self._writing.is_written():
+        """Publishes the save in flight if it is written and read back. Raises on all ranks InputError,
+        AttestationError."""
+        if self._writing is not None and self._writing.is_done():
             writing, self._writing = self._writing, None
             writing.publish()
             if self._topology.is_driver:
@@ -153,24 +160,24 @@ class Checkpoints:
     def _load(self, folder: Path) -> None:
         policy = self._policy
         weights = _weights(policy)
-        optimizer = policy.optimizer.sharded_state_dict(weights, is_loading=True, metadata=METADATA)
-        state = {**weights, "optimizer": optimizer}
+        state = {**weights, "optimizer": optimizer_state.to_fill(policy, weights)}
         same_layout = json.loads((folder / RUN).read_text())["layout"] == _layout(self._topology)
         if same_layout:  # another one has other generators, and keeps those it was seeded with
             state["rng"] = _generators(self._topology)
         state = dist_checkpointing.load(state, folder)
         for index, chunk in enumerate(policy.chunks):
-            missing, unexpected = chunk.load_state_dict(state[f"model{index}"], strict=False)
+            with _trusted_pickles():
+                missing, unexpected = chunk.load_state_dict(state[f"model{index}"], strict=False)
             if unexpected or any(not name.endswith("_extra_state") for name in missing):
                 raise RuntimeError(f"{folder} and the model differ in {[*missing, *unexpected]}")
-        policy.optimizer.load_state_dict(state["optimizer"])
+        optimizer_state.finish_loading(policy, state["optimizer"])
         if same_layout:
             _set_generators(state["rng"])
 
     def _problem_with(self, folder: Path) -> str | None:
         """What is wrong with a checkpoint's files, the same on every rank."""
         recorded = json.loads((folder / ATTEST).read_text())["files"]
-        seen = _file_digests(folder, self._topology)
+        seen = _merged(_file_digests(folder, _share_of_files(folder, self._topology)), self._topology)
         for name in sorted(recorded):
             if seen.get(name) != recorded[name]:
                 return f"its file {name} {'is not what was written' if name in seen else 'is missing'}"
@@ -191,8 +198,8 @@ class Checkpoints:
 
 
 class Writing:
-    """One checkpoint on its way: begun here, written in the background, attested and published by `publish`.
-    Collective."""
+    """One checkpoint on its way: begun here, written and then read back in the background, attested and published by
+    `publish`. Collective."""
 
     def __init__(
         self, folder: Path, state: dict, weights: dict, progress: Progress, topology: Topology, *, hf_folder: str | Path
@@ -202,19 +209,30 @@ class Writing:
         self._progress, self._topology = progress, topology
         self._live = {part: digest(tensor.data) for part, tensor in _parts(weights)}
         self._queue = AsyncCallsQueue(persistent=False)
-        problem = None
+        self._reading: concurrent.futures.Future[tuple[dict, dict]] | None = None
+        problem, needed = None, num_bytes(state, topology)
         if topology.is_driver:
             shutil.rmtree(self._partial, ignore_errors=True)
             self._partial.mkdir(parents=True)
-            problem = _no_room(self._partial, state)
+            problem = _no_room(self._partial, needed)
         self._raise(collectives.broadcast(problem, topology))
         try:
-            self._queue.schedule_async_request(dist_checkpointing.save(state, self._partial, async_sharded_save=True))
+            self._queue.schedule_async_request(dist_checkpointing.save(state, self._partial, **_BACKGROUND))
         except (OSError, RuntimeError, CheckpointingException) as e:
             problem = _last_line(e)
         self._raise(problem)
 
-    def is_written(self) -> bool:
+    def is_done(self) -> bool:
+        """Whether it is written and read back."""
+        if self._reading is None:
+            if not self._is_written():
+                return False
+            self._add_side_files()
+            mine = _share_of_files(self._partial, self._topology)
+            self._reading = _in_background(lambda: self._read_back(mine))
+        return not collectives.on_any_rank(not self._reading.done(), self._topology)
+
+    def _is_written(self) -> bool:
         problem = None
         try:
             self._queue.maybe_finalize_async_calls(blocking=False)
@@ -226,21 +244,31 @@ class Writing:
         return self._queue.get_num_unfinalized_calls() == 0
 
     def wait(self, timeout_s: float) -> None:
-        """Until it is written. Raises TimeoutError on all ranks."""
+        """Until it is done. Raises TimeoutError on all ranks."""
         end = time.monotonic() + timeout_s
-        while not self.is_written():
+        while not self.is_done():
             if collectives.on_any_rank(time.monotonic() > end, self._topology):
                 raise TimeoutError(f"checkpoint: {self._folder} was still being written after {timeout_s:.0f} s")
             time.sleep(0.02)
 
-    def publish(self) -> None:
-        """Reads the weights back, compares them with what they were in the model, and gives the folder its name."""
+    def _add_side_files(self) -> None:
+        if self._topology.is_driver:
+            hf_weights.copy_side_files(self._hf_folder, self._partial / HF)
+            run = {**dataclasses.asdict(self._progress), "layout": _layout(self._topology)}
+            (self._partial / RUN).write_text(json.dumps(run))
+
+    def _read_back(self, files: list[str]) -> tuple[dict[tuple, str], dict[str, str]]:
+        """Digests of the weights that this rank wrote, and of its share of the files."""
         stored = Stored(self._partial)
-        read = {part: digest(stored.read(*part)) for part in self._live}
-        live, read = (
-            {k: v for one in collectives.gather(mine, self._topology) for k, v in one.items()}
-            for mine in (self._live, read)
-        )
+        return {part: digest(stored.read(*part)) for part in self._live}, _file_digests(self._partial, files)
+
+    def publish(self) -> None:
+        """When it is done: compares the weights with what they were in the model, and gives the folder its name."""
+        assert self._reading is not None
+        error = self._reading.exception()
+        self._raise(f"could not be read back: {error}" if isinstance(error, OSError) else None)
+        read, files = self._reading.result()
+        live, read, files = (_merged(mine, self._topology) for mine in (self._live, read, files))
         wrong = [part for part in live if live[part] != read[part]]
         if wrong:
             before = next(iter(published(self._folder.parent.parent)), None)
@@ -252,11 +280,6 @@ class Writing:
             raise AttestationError(
                 f"checkpoint {self._folder} is not published: what was written {what}; it stays as {self._partial}"
             )
-        if self._topology.is_driver:
-            hf_weights.copy_side_files(self._hf_folder, self._partial / HF)
-            run = {**dataclasses.asdict(self._progress), "layout": _layout(self._topology)}
-            (self._partial / RUN).write_text(json.dumps(run))
-        files = _file_digests(self._partial, self._topology)
         if self._topology.is_driver:
             (self._partial / ATTEST).write_text(json.dumps({"weights": _named(live), "files": files}, indent=1))
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -281,9 +304,7 @@ def _weights(policy: Policy) -> dict:
     keep = policy.precision.fp8 == "delayed"
     return {
         f"model{index}": {
-            name: x
-            for name, x in chunk.sharded_state_dict(metadata=METADATA).items()
-            if keep or not name.endswith("_extra_state")
+            name: x for name, x in chunk.sharded_state_dict().items() if keep or not name.endswith("_extra_state")
         }
         for index, chunk in enumerate(policy.chunks)
     }
@@ -335,29 +356,65 @@ def _named(digests: dict[tuple, str]) -> dict[str, str]:
     return {f"{key} {offset} {shape}": value for (key, offset, shape), value in sorted(digests.items())}
 
 
-def _file_digests(folder: Path, topology: Topology) -> dict[str, str]:
-    """Of every file but attest.json; the ranks share the work."""
+def _share_of_files(folder: Path, topology: Topology) -> list[str]:
+    """This rank's, of all but attest.json. Collective."""
     names = collectives.broadcast(
         sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != ATTEST), topology
     )
-    mine = {name: file_digest(folder / name) for name in names[topology.rank :: topology.world_size]}
-    return {name: value for part in collectives.gather(mine, topology) for name, value in part.items()}
+    return names[topology.rank :: topology.world_size]
 
 
-def _no_room(partial: Path, state: dict) -> str | None:
+def _file_digests(folder: Path, names: list[str]) -> dict[str, str]:
+    return {name: file_digest(folder / name) for name in names}
+
+
+def _merged(mine: dict, topology: Topology) -> dict:
+    """Of every rank. Collective."""
+    return {key: value for one in collectives.gather(mine, topology) for key, value in one.items()}
+
+
+def _in_background(work: Callable) -> concurrent.futures.Future:
+    """Of a thread that ends with the process: who gives a save up does not wait for it."""
+    future: concurrent.futures.Future = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as e:
+            future.set_exception(e)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+@contextlib.contextmanager
+def _trusted_pickles() -> Iterator[None]:
+    """Transformer Engine has the scales of delayed FP8 as pickles, which it reads only when told that it may: the files
+    have just been compared with their digests."""
+    name = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _no_room(partial: Path, needed: int) -> str | None:
     """Before anything is written, since Megatron's writer processes report a full disk late and obscurely."""
-    needed, free = num_bytes(state), shutil.disk_usage(partial).free
+    free = shutil.disk_usage(partial).free
     if free >= 1.05 * needed + 1e6:
         return None
     return f"needs {needed / 1e6:.1f} MB, and the disk has {free / 1e6:.1f} MB free"
 
 
-def num_bytes(state) -> int:
-    """Size of the whole tensors, over all ranks, of a sharded state."""
-    sizes = {
-        (t.key, t.global_shape): t.dtype.itemsize * torch.Size(t.global_shape).numel() for t in _sharded_tensors(state)
-    }
-    return sum(sizes.values())
+def num_bytes(state, topology: Topology) -> int:
+    """Size of the whole tensors of a sharded state, of which a rank may have no part. Collective."""
+    sizes = {t.key: t.dtype.itemsize * torch.Size(t.global_shape).numel() for t in _sharded_tensors(state)}
+    return sum(_merged(sizes, topology).values())
 
 
 def _last_line(e: BaseException) -> str:

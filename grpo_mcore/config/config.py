@@ -26,6 +26,9 @@ from grpo_mcore.config.bounds import (
 )
 
 FP8_ALIGN = 16  # cuBLAS: every dimension of an FP8 matrix product is a multiple of it
+# Attention without a fused kernel keeps a score for each pair of tokens, of every sequence as for the longest: on a GPU
+# it is for sequences of at most so many tokens.
+PLAIN_ATTENTION_TOKENS = 1024
 EXPONENT_LIMIT = 20.0  # log-ratios are clamped to +- this before exp: of the loss, and a term of every recipe
 
 
@@ -127,6 +130,8 @@ class Optimizer:
     beta2: Fraction = 0.999  # decay of the squared gradient's running mean
     eps: PositiveFloat = 1e-8  # added to an update's denominator: with 0 a weight without gradient becomes NaN
     weight_decay: NonNegativeFloat = 0.01  # decoupled from the gradient
+    # what is decayed; matrices: neither norms nor biases, which are vectors
+    decay: Literal["all", "matrices"] = "all"
     clip_grad: NonNegativeFloat = 1.0  # largest global norm of the gradient; 0: no clipping
 
 

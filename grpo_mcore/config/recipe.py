@@ -101,6 +101,7 @@ ROWS = (
     Row("AdamW betas", lambda c: (c.optimizer.beta1, c.optimizer.beta2), (0.9, 0.999), (0.9, 0.999)),
     Row("AdamW eps", key("optimizer.eps"), 1e-8, 1e-8),
     Row("weight decay", key("optimizer.weight_decay"), 0.01, 0.01),
+    Row("what is decayed", key("optimizer.decay"), "all", "all"),  # torch's AdamW, in both
     Row("gradient clip", key("optimizer.clip_grad"), 1.0, 1.0, "global norm"),
     Row("main weights", fixed("float32"), None, "float32"),
     Row("training precision", training_precision, "bfloat16", "bfloat16"),

@@ -6,7 +6,7 @@ import operator
 import typing
 
 from grpo_mcore.config.bounds import Bound, Contains, Section, bounds_of
-from grpo_mcore.config.config import Config, InputError, packed_alignment
+from grpo_mcore.config.config import PLAIN_ATTENTION_TOKENS, Config, InputError, packed_alignment
 
 
 def check(config: Config) -> None:
@@ -176,6 +176,20 @@ def check_device(config: Config, device: str) -> None:
         "engine.offload_trainer",
         "cannot take the optimizer off the GPU with precision.params = float32: its weights are the model's own",
         "leave optimizer out, or train in bfloat16",
+    )
+    longest, unfused = config.longest_train_tokens, p.params == "float32" and device == "cuda"
+    need(
+        not unfused or longest <= PLAIN_ATTENTION_TOKENS,
+        "precision.params",
+        f"has no fused attention on a GPU, and without it a sequence has at most {PLAIN_ATTENTION_TOKENS} tokens, not "
+        f"{longest}",
+        "train in bfloat16, or shorten the sequences",
+    )
+    need(
+        not unfused or config.parallel.cp == 1,
+        "parallel.cp",
+        "needs fused attention, which precision.params = float32 does not have on a GPU",
+        "train in bfloat16, or set it to 1",
     )
     need(
         e.placement != "cpu" or device != "cuda",

@@ -53,7 +53,8 @@ class Adam(torch.optim.Optimizer):
     parameter, a resumed run silently shares one counter among all of them.
     """
 
-    def __init__(self, params, lr, betas, eps, weight_decay, adam_w_mode=True):
+    def __init__(self, params, lr, betas, eps, weight_decay, adam_w_mode=True, capturable=False):
+        """`capturable`, by CUDA graphs, says nothing here."""
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.decoupled = adam_w_mode
 
@@ -116,6 +117,14 @@ def install() -> None:
 
     torch.Tensor.type = type_as_cuda
 
+    # Where Transformer Engine is installed, Megatron takes its kernels, device or no device.
+    plain = importlib.import_module("megatron.core.utils")
+    for name in ("clip_grads", "optimizer"):
+        module = importlib.import_module(f"megatron.core.optimizer.{name}")
+        module.multi_tensor_applier = plain.local_multi_tensor_applier
+        module.multi_tensor_scale_impl = plain.local_multi_tensor_scale
+        module.l2_norm_impl = plain.local_multi_tensor_l2_norm
+        module.multi_tensor_scale_tensor_impl = None
     optimizer = importlib.import_module("megatron.core.optimizer")
     sharded = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
     optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = Adam, False

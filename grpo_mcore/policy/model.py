@@ -4,6 +4,7 @@ Families: Qwen2, Qwen3, Llama (dense). On CUDA the layers are Transformer Engine
 (plain_layers.py).
 """
 
+import importlib.metadata
 from typing import Protocol
 
 import torch
@@ -11,11 +12,20 @@ import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from grpo_mcore.config.config import FP8_ALIGN, InputError, Parallel, Precision, packed_alignment
+from grpo_mcore.config.config import (
+    FP8_ALIGN,
+    PLAIN_ATTENTION_TOKENS,
+    Config,
+    InputError,
+    Parallel,
+    Precision,
+    packed_alignment,
+)
 from grpo_mcore.loss.batch import Cost, Packing
 from grpo_mcore.parallel import pipeline, vocab
 from grpo_mcore.parallel.topology import Topology
@@ -243,6 +253,7 @@ def transformer_config(
         pipeline_dtype=params_dtype,
         bf16=params_dtype == torch.bfloat16,
         **_fp8(precision),
+        attention_backend=_attention_backend(precision, cuda),
         # Every weight is loaded over the initial one, but only an initialised parameter is marked as split over tp,
         # and an unmarked shard is left out of the gradient norm.
         perform_initialization=True,
@@ -273,6 +284,20 @@ def _recompute(parallel: Parallel) -> dict:
     }
 
 
+def has_flash_attention() -> bool:
+    """Whether one of the packages is here that Transformer Engine takes for it."""
+    names = ("flash-attn", "flash-attn-3", "flash-attn-4")
+    return any(found for name in names for found in importlib.metadata.distributions(name=name))
+
+
+def _attention_backend(precision: Precision, cuda: bool) -> AttnBackend:
+    """Transformer Engine's choice, but for a deterministic run: cuDNN's deterministic backward pass over packed
+    sequences asks for some 128 bytes a score on a Hopper GPU (Transformer Engine 2.20)."""
+    if not (cuda and precision.params == "bfloat16" and torch.are_deterministic_algorithms_enabled()):
+        return AttnBackend.auto
+    return AttnBackend.flash if has_flash_attention() else AttnBackend.unfused
+
+
 def _fp8(precision: Precision) -> dict:
     """Megatron makes Transformer Engine's recipe of these, and enters it layer by layer."""
     if precision.fp8 is None:
@@ -287,6 +312,23 @@ def _fp8(precision: Precision) -> dict:
         "num_layers_at_start_in_bf16": first,
         "num_layers_at_end_in_bf16": last,
     }
+
+
+def check_attention(config: Config, device: torch.device) -> None:
+    """The rule between a deterministic run and what is installed. Raises InputError."""
+    longest = config.longest_train_tokens
+    if (
+        device.type == "cuda"
+        and config.deterministic
+        and longest > PLAIN_ATTENTION_TOKENS
+        and not has_flash_attention()
+    ):
+        raise InputError(
+            "deterministic",
+            True,
+            f"needs flash-attn on a GPU for sequences of more than {PLAIN_ATTENTION_TOKENS} tokens, here {longest}",
+            "pip install flash-attn, or set it to false",
+        )
 
 
 def build(hf_config, *, topology: Topology, precision: Precision) -> list[Backbone]:

@@ -88,8 +88,7 @@ class FrozenPolicy:
 
 
 class Policy(FrozenPolicy):
-    """Learns. The optimizer's state is sharded over data ranks. Weights of biases and norms are not decayed (Megatron's
-    rule)."""
+    """Learns. The optimizer's state is sharded over data ranks."""
 
     def __init__(
         self,
@@ -134,7 +133,11 @@ class Policy(FrozenPolicy):
                 overlap_param_gather=axes.overlap_param_gather,
             ),
             self.modules,
+            # Without any, what Megatron would not decay stands in a group of its own.
+            config_overrides={} if optimizer.decay == "all" else None,
         )
+        for group in self.optimizer.param_groups:  # Megatron's scheduler would do it, which is not used
+            group["weight_decay"] *= group["wd_mult"]
 
     def update(self, batch: GlobalBatch, loss: LossFunction, *, lr: float) -> dict[str, metrics.Metric]:
         """One optimizer step. Collective. Returns this rank's metrics: those of the ranks that report, merged, are the

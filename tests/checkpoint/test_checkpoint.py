@@ -8,6 +8,8 @@ import os
 import random
 import shutil
 import subprocess
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -15,13 +17,14 @@ import torch
 from megatron.core import dist_checkpointing
 from safetensors.torch import load_file
 
-from grpo_mcore.checkpoint import checkpoint, convert
+from grpo_mcore.checkpoint import checkpoint, convert, optimizer_state
 from grpo_mcore.checkpoint.checkpoint import AttestationError, Checkpoints, Progress
 from grpo_mcore.config import config
 from grpo_mcore.config.config import InputError
 from grpo_mcore.parallel import topology
+from grpo_mcore.policy.policy import Policy
 from tests.dist import spawn
-from tests.policy.test_policy import batch_of, connect, make_policy, on_policy_update
+from tests.policy.test_policy import batch_of, connect, decays, make_policy, on_policy_update
 
 
 def steps(policy, topo, seeds) -> dict[str, torch.Tensor]:
@@ -141,6 +144,27 @@ def test_a_run_may_begin_from_another_runs_checkpoint_with_its_optimizer_at_step
     assert Checkpoints(tmp_path / "second", second, settings(start_from=str(start))).restore().step == 1
 
 
+def test_the_optimizers_settings_are_the_configurations_and_not_the_checkpoints(model_folders, policy, tmp_path):
+    save(policy, tmp_path, 1)
+    step = policy.optimizer.param_groups[0]["step"]
+    changed = config.Optimizer(lr=3e-4, beta1=0.8, beta2=0.95, eps=1e-6, weight_decay=0.3, decay="matrices")
+    other = make_policy(model_folders["qwen2_tied"], policy.topology, optimizer=changed)
+    assert Checkpoints(tmp_path, other, settings()).restore() == Progress(1)
+    for group in other.optimizer.param_groups:
+        assert (group["betas"], group["eps"], group["step"]) == ((0.8, 0.95), 1e-6, step)
+    assert decays(other) == {1: 0.0, 2: 0.3}
+
+    # One update, by hand: the moments are the checkpoint's, all else is the configuration's.
+    main, state = other.optimizer.param_groups[0]["params"][0], other.optimizer.chained_optimizers[0].optimizer.state
+    weight, m, v = (x.detach().double() for x in (main, state[main]["exp_avg"], state[main]["exp_avg_sq"]))
+    on_policy_update(other, batch_of(policy.topology, max_tokens=100, seed=5), lr=3e-4)
+    gradient = main.grad.double()
+    m, v = 0.8 * m + 0.2 * gradient, 0.95 * v + 0.05 * gradient**2
+    adam = m / (1 - 0.8 ** (step + 1)) / ((v / (1 - 0.95 ** (step + 1))).sqrt() + 1e-6)
+    expected = weight * (1 - 3e-4 * other.optimizer.param_groups[0]["weight_decay"]) - 3e-4 * adam
+    torch.testing.assert_close(main.detach().double(), expected, rtol=1e-6, atol=1e-7)
+
+
 def names(run_dir: Path) -> list[str]:
     return sorted(p.name for p in (run_dir / "checkpoints").iterdir())
 
@@ -156,6 +180,22 @@ def test_a_save_is_published_when_it_is_written_and_not_before(policy, tmp_path)
     Checkpoints(tmp_path, policy, settings()).restore()
     for name, tensor in policy.export():
         assert torch.equal(tensor, saved[name]) and not torch.equal(tensor, later[name]), name
+
+
+def test_what_was_written_is_read_back_beside_the_training(policy, tmp_path, monkeypatch):
+    checkpoints, honest, go_on = Checkpoints(tmp_path, policy, settings()), checkpoint.file_digest, threading.Event()
+    monkeypatch.setattr(checkpoint, "file_digest", lambda path: go_on.wait(30) and honest(path))
+    steps(policy, policy.topology, [1])
+    checkpoints.save(Progress(1))
+    end = time.monotonic() + 60
+    while not (tmp_path / "checkpoints/step_000001.partial/run.json").exists() and time.monotonic() < end:
+        checkpoints.poll()
+        time.sleep(0.01)
+    checkpoints.poll()  # does not wait
+    assert names(tmp_path) == ["step_000001.partial"]
+    go_on.set()
+    checkpoints.wait()
+    assert names(tmp_path) == ["step_000001"]
 
 
 def test_the_newest_are_kept_and_the_best(policy, tmp_path):
@@ -183,12 +223,12 @@ def test_a_damaged_and_a_half_written_checkpoint_are_named_and_the_one_before_is
     for step in (1, 2, 3, 4):
         save(policy, tmp_path, step, keep=4)
     damage(weights_file(tmp_path / "checkpoints/step_000004"))
-    (tmp_path / "checkpoints/step_000003/common.pt").unlink()
+    (tmp_path / "checkpoints/step_000003/.metadata").unlink()
     (tmp_path / "checkpoints/step_000005.partial").mkdir()
     assert Checkpoints(tmp_path, policy, settings()).restore().step == 2
     said = capsys.readouterr().out
     assert "step_000004 is passed over: its file" in said and "is not what was written" in said
-    assert "step_000003 is passed over: its file common.pt is missing" in said
+    assert "step_000003 is passed over: its file .metadata is missing" in said
     assert "step_000005.partial is half-written" in said
 
 
@@ -282,17 +322,42 @@ def test_a_full_disk_is_one_clear_error_and_the_checkpoint_before_it_stays(polic
 
 def test_a_checkpoint_that_cannot_be_written_leaves_nothing_behind(policy, small_disk, monkeypatch):
     # The disk fills up after it was measured: Megatron's writers meet the error.
-    monkeypatch.setattr(checkpoint, "_no_room", lambda partial, state: None)
+    monkeypatch.setattr(checkpoint, "_no_room", lambda partial, needed: None)
     fill(small_disk, leave=100_000)
     with pytest.raises(InputError, match="could not be written"):
         save(policy, small_disk, 1)
     assert names(small_disk) == []
 
 
+def test_scales_of_delayed_fp8_may_be_unpickled_while_a_checkpoint_is_loaded_and_at_no_other_time():
+    engine = pytest.importorskip("transformer_engine.pytorch._extra_state")
+    with checkpoint._trusted_pickles():
+        assert engine.unsafe_pickle_extra_state_enabled()
+    assert not engine.unsafe_pickle_extra_state_enabled()
+
+
 def test_the_size_asked_of_the_disk_is_the_size_written(policy, tmp_path):
     save(policy, tmp_path, 1)
     weights = checkpoint._weights(policy)
-    state = {**weights, "optimizer": policy.optimizer.sharded_state_dict(weights, metadata=checkpoint.METADATA)}
+    state = {**weights, "optimizer": optimizer_state.sharded(policy, weights)}
     written = sum(f.stat().st_size for f in checkpoint.published(tmp_path)[0].glob("*.distcp"))
     # 20%: the files' own headers, in a model of 0.5 MB.
-    assert written == pytest.approx(checkpoint.num_bytes(state), rel=0.2)
+    assert written == pytest.approx(checkpoint.num_bytes(state, policy.topology), rel=0.2)
+
+
+@pytest.mark.gpu
+def test_delayed_fp8_goes_on_with_the_scales_that_were_saved(model_folders, tmp_path):
+    topo = topology.connect(config.Parallel(), device=torch.device("cuda", 0), timeout_s=60, seed=1)
+    precision = config.Precision(fp8="delayed", fp8_amax_history=4)
+    kwargs = dict(precision=precision, temperature=0.7, optimizer=config.Optimizer(lr=1e-3))
+    policy = Policy(model_folders["qwen3"], topo, **kwargs)
+    b = batch_of(topo, max_tokens=64, precision=precision)
+    for _ in range(3):
+        on_policy_update(policy, b)
+    checkpoints = Checkpoints(tmp_path, policy, settings())
+    checkpoints.save(Progress(3))
+    checkpoints.wait()
+    resumed = Policy(model_folders["qwen3"], topo, **kwargs)
+    assert Checkpoints(tmp_path, resumed, settings()).restore().step == 3
+    assert all(map(torch.equal, policy.logprobs(b.microbatches), resumed.logprobs(b.microbatches)))
+    topology.disconnect()

@@ -395,6 +395,19 @@ def test_a_coefficient_may_be_zero_but_not_negative(minimal, name):
             "Remedy: set fp8_first_layers_bf16 and fp8_last_layers_bf16 to 0, or choose tensorwise or blockwise.",
         ),
         (
+            ["precision.params=float32", "engine.offload_trainer=[]", "device=cuda"],
+            "precision.params = 'float32': has no fused attention on a GPU, and without it a sequence has at most 1024 "
+            "tokens, not 8192. Remedy: train in bfloat16, or shorten the sequences.",
+        ),
+        (
+            [
+                *("precision.params=float32", "engine.offload_trainer=[]", "device=cuda", "parallel.cp=2"),
+                *("rollout.max_total_tokens=1024", "data.max_prompt_tokens=24"),
+            ],
+            "parallel.cp = 2: needs fused attention, which precision.params = float32 does not have on a GPU. "
+            "Remedy: train in bfloat16, or set it to 1.",
+        ),
+        (
             ["checkpoint.keep_best=2", "checkpoint.best_metric=eval/mean@8"],
             "checkpoint.best_metric = 'eval/mean@8': is known of a checkpoint only if eval.every = 10 divides "
             "checkpoint.every = 10, "

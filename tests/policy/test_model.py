@@ -3,10 +3,13 @@
 Not covered here: what the model computes (test_policy.py). Running FP8 is marked gpu.
 """
 
+import dataclasses
+
 import pytest
 import torch
 import transformers as tf
 from megatron.core.enums import Fp8Recipe
+from megatron.core.transformer.enums import AttnBackend
 
 from grpo_mcore.config import config
 from grpo_mcore.config.config import InputError, Parallel, Precision
@@ -122,6 +125,33 @@ def test_rules_between_the_axes_and_the_model_name_a_remedy(parallel, precision,
     assert str(e.value) == message
 
 
+def test_a_deterministic_run_on_a_gpu_takes_flash_attention_and_without_it_short_sequences(monkeypatch):
+    long = config.Config(model="m", run_dir="r", num_steps=1, data=config.Data(train="t"), deterministic=True)
+    short = dataclasses.replace(long, rollout=config.Rollout(max_total_tokens=1024))
+    gpu, bfloat16 = torch.device("cuda"), Precision()
+    monkeypatch.setattr(model, "has_flash_attention", lambda: False)
+    model.check_attention(short, gpu)
+    model.check_attention(long, torch.device("cpu"))
+    model.check_attention(dataclasses.replace(long, deterministic=False), gpu)
+    with pytest.raises(InputError, match="needs flash-attn on a GPU for sequences of more than 1024 tokens, here 8192"):
+        model.check_attention(long, gpu)
+    assert model._attention_backend(bfloat16, cuda=True) == AttnBackend.auto
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert model._attention_backend(bfloat16, cuda=True) == AttnBackend.unfused
+    assert model._attention_backend(bfloat16, cuda=False) == AttnBackend.auto
+    monkeypatch.setattr(model, "has_flash_attention", lambda: True)
+    assert model._attention_backend(bfloat16, cuda=True) == AttnBackend.flash
+    model.check_attention(long, gpu)
+
+
+def test_flash_attention_is_there_if_one_of_its_packages_is(monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    assert not model.has_flash_attention()
+    (tmp_path / "flash_attn_3-3.0.0.dist-info").mkdir()
+    (tmp_path / "flash_attn_3-3.0.0.dist-info/METADATA").write_text("Name: flash-attn-3\nVersion: 3.0.0\n")
+    assert model.has_flash_attention()
+
+
 def test_fp8_wants_dimensions_that_its_matrix_products_take():
     # (4 + 2 * 2 heads) * 20 = 160 columns, over tp 2: 80 = 5 * 16; 40 FFN columns are none
     odd = tf.Qwen2Config(
@@ -183,3 +213,32 @@ def test_fp8_layers_score_near_bfloat16_and_learn(model_folders, recipe):
     assert (torch.cat(scores) - torch.cat(hf_logprobs(folder, b))).abs().mean() < 0.5
     assert 0 < on_policy_update(policy, b)["update/grad_norm"].value < float("inf")
     topology.disconnect()
+
+
+@pytest.mark.gpu
+def test_the_second_updates_gradients_in_blockwise_fp8_do_not_depend_on_what_is_computed_again(model_folders):
+    """The first update changes the weights much: a product computed again with an FP8 copy from before would show."""
+    seen = {}
+    for recompute in ("none", "selective"):
+        topo = topology.connect(
+            Parallel(recompute=recompute, recompute_modules=("mlp",)),
+            device=torch.device("cuda", 0),
+            timeout_s=60,
+            seed=1,
+        )
+        precision = Precision(fp8="blockwise")
+        # Such an eps keeps the rounding of a gradient near 0 from choosing the sign of its weight's whole change.
+        optimizer = config.Optimizer(eps=1.0, clip_grad=0.0)
+        policy = Policy(model_folders["qwen3"], topo, precision=precision, temperature=0.7, optimizer=optimizer)
+        b = batch_of(topo, max_tokens=64, precision=precision)
+        seen[recompute] = []
+        for _ in range(2):
+            on_policy_update(policy, b, lr=0.1)
+            seen[recompute].append({name: p.main_grad.clone() for name, p in policy.chunks[0].named_parameters()})
+        topology.disconnect()
+    first, second = seen["none"]
+    for name in first:
+        assert (second[name] - first[name]).norm() > 0.5 * first[name].norm(), name
+        # Attention's backward pass may add in another order.
+        for expected, found in zip(seen["none"], seen["selective"], strict=True):
+            assert (found[name] - expected[name]).norm() <= 0.05 * expected[name].norm() + 1e-8, name

@@ -49,14 +49,10 @@ def connect(**axes):
     return topology.connect(config.Parallel(**axes), device=torch.device("cpu"), timeout_s=60, seed=1)
 
 
-def make_policy(folder: str, topo, *, dtype: str = "float32") -> Policy:
-    return Policy(
-        folder,
-        topo,
-        precision=config.Precision(params=dtype),
-        temperature=TEMPERATURE,
-        optimizer=config.Optimizer(lr=1e-3),
-    )
+def make_policy(
+    folder: str, topo, *, dtype: str = "float32", optimizer: config.Optimizer = config.Optimizer(lr=1e-3)
+) -> Policy:
+    return Policy(folder, topo, precision=config.Precision(params=dtype), temperature=TEMPERATURE, optimizer=optimizer)
 
 
 def batch_of(
@@ -377,6 +373,31 @@ def test_an_update_makes_rewarded_responses_more_likely(model_folders, alone):
         policy.update(b, functools.partial(loss.grpo, cfg=config.Loss()), lr=1e-3)
         (after,) = policy.logprobs([m])
         assert ((after - before) * m.advantage_R * m.weight_R).sum() > 0
+
+
+def decays(policy: Policy) -> dict[int, float]:
+    """Weight decay by the number of a parameter's dimensions."""
+    (inner,) = policy.optimizer.chained_optimizers
+    return {
+        parameter.dim(): policy.optimizer.param_groups[inner.model_param_group_index_map[parameter][0]]["weight_decay"]
+        for parameter in policy.chunks[0].parameters()
+    }
+
+
+def test_all_weights_are_decayed_or_all_but_norms_and_biases(model_folders, alone):
+    lr, decay, changed = 0.01, 0.5, {}
+    for what in ("all", "matrices"):
+        policy = make_policy(
+            model_folders["qwen2_tied"], alone, optimizer=config.Optimizer(weight_decay=decay, decay=what)
+        )
+        assert decays(policy) == {1: decay if what == "all" else 0.0, 2: decay}
+        before = {name: p.detach().clone() for name, p in policy.chunks[0].named_parameters()}
+        on_policy_update(policy, batch_of(alone, max_tokens=100), lr=lr)
+        changed[what] = {name: p.detach() - before[name] for name, p in policy.chunks[0].named_parameters()}
+    for name, weight in before.items():
+        expected = -lr * decay * weight if weight.dim() == 1 else torch.zeros_like(weight)
+        torch.testing.assert_close(changed["all"][name] - changed["matrices"][name], expected, rtol=1e-4, atol=1e-6)
+    assert changed["all"]["decoder.final_layernorm.weight"].abs().min() > 0
 
 
 def test_bfloat16_stays_within_its_error_of_float32(model_folders, alone):
