@@ -23,8 +23,10 @@ LIBRARIES = ("megatron", "transformer_engine", "vllm", "ray")
 # What an expression of a module is an object of.
 INSTANCES = {
     "grpo_mcore.checkpoint.checkpoint": {
-        "policy.optimizer": "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer",
-        "self._queue": "megatron.core.dist_checkpointing.strategies.async_utils:AsyncCallsQueue",
+        "self._queue": "megatron.core.dist_checkpointing.strategies.async_utils:AsyncCallsQueue"
+    },
+    "grpo_mcore.checkpoint.optimizer_state": {
+        "policy.optimizer": "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
     },
     "grpo_mcore.policy.policy": {
         "self.optimizer": "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer",
@@ -159,7 +161,7 @@ def test_no_instance_is_stale():
     ],
 )
 def test_a_call_that_does_not_fit_is_found(source, problem):
-    (call,) = calls("grpo_mcore.checkpoint.checkpoint", f"def f():\n    {source}")
+    (call,) = calls("grpo_mcore.checkpoint.optimizer_state", f"def f():\n    {source}")
     found = misfit(call)
     assert (found is None) if problem is None else (problem in found)
 

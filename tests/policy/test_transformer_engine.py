@@ -66,9 +66,9 @@ def split_axis(row: hf_weights.Row) -> int | None:
 
 def sharded(chunks) -> dict[str, tuple]:
     """What a checkpoint would hold of the chunks: (whole shape, this rank's offset) by key."""
-    from grpo_mcore.checkpoint.checkpoint import METADATA, _sharded_tensors
+    from grpo_mcore.checkpoint.checkpoint import _sharded_tensors
 
-    states = [chunk.sharded_state_dict(metadata=METADATA) for chunk in chunks]
+    states = [chunk.sharded_state_dict() for chunk in chunks]
     return {(t.key, tuple(t.global_offset)): tuple(t.global_shape) for s in states for t in _sharded_tensors(s)}
 
 
