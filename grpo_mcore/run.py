@@ -12,7 +12,7 @@ import torch
 
 from grpo_mcore import entry
 from grpo_mcore.checkpoint import checkpoint
-from grpo_mcore.config import config, file as config_file, rules
+from grpo_mcore.config import config, rules
 from grpo_mcore.data import prompts, sources
 from grpo_mcore.loss.loss import OverRanks
 from grpo_mcore.parallel import collectives, topology
@@ -21,7 +21,7 @@ from grpo_mcore.policy import model, warm_start
 from grpo_mcore.policy.model_folder import local_folder
 from grpo_mcore.policy.policy import FrozenPolicy, Policy
 from grpo_mcore.refit.refit import Refit
-from grpo_mcore.report import curves, run_folder, sinks
+from grpo_mcore.report import claim, curves, run_folder, sinks
 from grpo_mcore.report.provenance import provenance
 from grpo_mcore.reward.grader import Grader
 from grpo_mcore.rollout.engines import Engines
@@ -160,7 +160,8 @@ def open_run(cfg: config.Config) -> Iterator[Run]:
 
 
 def start_engines(cfg: config.Config, given: Inputs, stack: contextlib.ExitStack) -> Engines:
-    prepare_run_dir(cfg)
+    stack.enter_context(claim.claimed(cfg.run_dir))
+    prepare_run_dir(cfg, given)
     what = "masked" if cfg.data.overlong_prompts == "mask" else "left out"
     print(
         f"{len(given.train_prompts)} prompts ({given.num_overlong} over-long {what}), {len(given.eval_prompts)} for "
@@ -202,19 +203,16 @@ def check_lengths(cfg: config.Config, hf_config) -> None:
         )
 
 
-def prepare_run_dir(cfg: config.Config) -> None:
-    """Makes the folder and saves the resolved configuration, and for each start what it ran with. Raises InputError if
-    it cannot be written."""
-    folder = Path(cfg.run_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(config_file.to_yaml(cfg))
-        with (folder / "provenance.jsonl").open("a") as f:
-            f.write(json.dumps(provenance()) + "\n")
-    except OSError as e:
-        raise config.InputError(
-            "run_dir", cfg.run_dir, f"cannot be written ({e.strerror})", "name another folder"
-        ) from e
+def prepare_run_dir(cfg: config.Config, given: Inputs) -> None:
+    """Saves the resolved configuration, and for each start what it ran with; says what has changed since the last one.
+    Raises InputError, with nothing written, if the run cannot go on as it is asked to."""
+    step = checkpoint.newest_step(cfg.run_dir)
+    contents = {"model": claim.folder_digest(given.folder), "data.train": prompts.digest(given.train_prompts)}
+    for change in claim.changes(cfg, step, contents):
+        print(f"changed since the last start: {change}", flush=True)
+    claim.record(cfg, contents)
+    with (Path(cfg.run_dir) / "provenance.jsonl").open("a") as f:
+        f.write(json.dumps(provenance()) + "\n")
 
 
 def make_model(cfg: config.Config) -> None:
@@ -235,11 +233,9 @@ def make_model(cfg: config.Config) -> None:
 
 def is_finished(cfg: config.Config) -> bool:
     """Whether the run is at its end and summarised; the driver then says so, and shows the summary again."""
-    done = checkpoint.published(cfg.run_dir)
-    summary = Path(cfg.run_dir) / "summary.json"
-    step = checkpoint.progress_of(done[0]).step if done else 0
+    summary, step = Path(cfg.run_dir) / "summary.json", checkpoint.newest_step(cfg.run_dir)
     why = stop_reason(cfg.stop, run_folder.read_metrics(cfg.run_dir), step)
-    if not (done and summary.is_file() and (step >= cfg.num_steps or why)):
+    if not (step and summary.is_file() and (step >= cfg.num_steps or why)):
         return False
     if topology.rank() == 0:
         print(

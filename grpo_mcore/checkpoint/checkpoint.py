@@ -76,6 +76,12 @@ def progress_of(folder: Path) -> Progress:
     return Progress(**{f.name: run[f.name] for f in dataclasses.fields(Progress)})
 
 
+def newest_step(run_dir: str | Path) -> int:
+    """Of the published checkpoints; 0 without any."""
+    done = published(run_dir)
+    return progress_of(done[0]).step if done else 0
+
+
 def ranked(run_dir: str | Path, metric: str) -> list[tuple[Path, float]]:
     """The checkpoints of whose step the metric is known, and its value: highest first, of equals the newest."""
     value = {row["step"]: row[metric] for row in run_folder.read_metrics(run_dir) if metric in row}

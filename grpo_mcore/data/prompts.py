@@ -1,5 +1,6 @@
 """Problem -> prompt text -> token ids -> Prompt; a seeded stream of them whose whole state is one number."""
 
+import hashlib
 import json
 import random
 from collections.abc import Sequence
@@ -69,6 +70,14 @@ def load(
             "raise data.max_prompt_tokens, or check the file",
         )
     return prompts, too_long
+
+
+def digest(prompts: Sequence[Prompt]) -> str:
+    """Of all that a run learns from them: token ids and answers, in their order."""
+    sha = hashlib.sha256()
+    for p in prompts:
+        sha.update(json.dumps([p.token_ids, p.answer, p.masked]).encode())
+    return sha.hexdigest()[:16]
 
 
 class Stream:

@@ -1,5 +1,5 @@
-"""What a run leaves in its folder, read back: metrics.jsonl, config.yaml, provenance.jsonl, summary.json, rollouts/,
-the checkpoints' layout.
+"""What a run leaves in its folder, read back: metrics.jsonl, config.yaml, identity.json, provenance.jsonl,
+summary.json, rollouts/, the checkpoints' layout.
 
 A run may still be going: a half-written last line is dropped, and what is missing is empty. What is damaged is an
 InputError.
@@ -68,6 +68,11 @@ def read_provenance(run_dir: str | Path) -> list[dict]:
 def read_summary(run_dir: str | Path) -> dict:
     """Of a finished run; else empty."""
     return _read_object(Path(run_dir) / "summary.json")
+
+
+def read_identity(run_dir: str | Path) -> dict:
+    """Digests of what the run was made of (claim.py), by key; empty for a run of an older version."""
+    return _read_object(Path(run_dir) / "identity.json")
 
 
 def read_layout(run_dir: str | Path) -> dict:
