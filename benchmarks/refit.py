@@ -134,6 +134,9 @@ def run(cfg: config.Config, topo: topology.Topology, args: argparse.Namespace) -
     cuda = topo.device.type == "cuda"
     engines = Engines(cfg, cfg.model, cuda=cuda, stop_token_ids=[]) if topo.is_driver else None
     try:
+        if engines and cfg.engine.is_colocated(topo.device.type):
+            engines.wait_until_ready()  # they measure the memory that the policy leaves alone, and sleep
+        collectives.broadcast(None, topo)
         policy = Policy(
             cfg.model, topo, precision=cfg.precision, temperature=1.0, optimizer=cfg.optimizer, load_weights=False
         )
@@ -216,7 +219,7 @@ def options() -> argparse.Namespace:
         parser.error("--repeats must be 1 or more, --warmup 0 or more")
     if args.transport not in ("auto", "broadcast", "shared"):
         raise InputError("--transport", args.transport, "must be auto, broadcast or shared", "choose among them")
-    ranks = topology.world_size()
+    ranks, cuda = topology.world_size(), args.device.type == "cuda"
     args.cfg = dataclasses.replace(
         base,
         model=args.model,
@@ -229,7 +232,8 @@ def options() -> argparse.Namespace:
         refit=config.Refit(transport=args.transport, bucket_bytes=args.bucket_mib and args.bucket_mib << 20),
         engine=dataclasses.replace(
             base.engine,
-            num_engines=args.engines or (ranks if args.device.type == "cuda" else 1),
+            placement="disaggregated" if cuda and args.transport == "broadcast" else base.engine.placement,
+            num_engines=args.engines or (ranks if cuda else 1),
             dtype=args.dtype,
             kv_cache_bytes=args.kv_cache_bytes,
             max_running_responses=16,

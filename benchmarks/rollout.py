@@ -202,7 +202,7 @@ def run(cfg: config.Config, args: argparse.Namespace) -> dict:
     cuda = topology.pick_device(cfg.device).type == "cuda"
     with tempfile.TemporaryDirectory() as run_dir:
         engines = Engines(
-            dataclasses.replace(cfg, run_dir=run_dir), cfg.model, cuda=cuda, stop_token_ids=[], load_weights=True
+            dataclasses.replace(cfg, run_dir=run_dir), cfg.model, cuda=cuda, stop_token_ids=[], alone=True
         )
         try:
             engines.wait_until_ready()

@@ -118,8 +118,9 @@ def open_run(cfg: config.Config) -> Iterator[Run]:
     """Everything `train` needs. Raises InputError."""
     given = read_inputs(cfg)
     with contextlib.ExitStack() as stack:
-        # Engines start while the policy is built.
-        engines = start_engines(cfg, given, stack) if topology.rank() == 0 else None
+        # Engines start while the policy is built, or, on the trainers' own GPUs, before it.
+        in_turns = cfg.engine.is_colocated(given.device.type)
+        engines = start_engines(cfg, given, stack) if topology.rank() == 0 and not in_turns else None
         topo = topology.connect(
             cfg.parallel,
             device=given.device,
@@ -128,6 +129,8 @@ def open_run(cfg: config.Config) -> Iterator[Run]:
             num_threads=cfg.num_threads,
             deterministic=cfg.deterministic,
         )
+        if in_turns:
+            engines = start_asleep(cfg, given, topo, stack)
         precision, temperature, kernels = cfg.precision, cfg.rollout.temperature, cfg.kernels
         policy = Policy(
             given.folder, topo, precision=precision, temperature=temperature, optimizer=cfg.optimizer, kernels=kernels
@@ -172,6 +175,17 @@ def start_engines(cfg: config.Config, given: Inputs, stack: contextlib.ExitStack
     engines = Engines(cfg, given.folder, cuda=cuda, stop_token_ids=given.tokenizer.stop_token_ids)
     stack.callback(engines.stop)
     entry.stop_on_sigterm()
+    return engines
+
+
+def start_asleep(cfg: config.Config, given: Inputs, topo: Topology, stack: contextlib.ExitStack) -> Engines | None:
+    """Engines on the trainers' GPUs measure how much memory they may take. Meanwhile the trainers hold what CUDA takes
+    for itself, and nothing else; afterwards the engines sleep. Collective. Raises InputError, EngineError."""
+    engines = None
+    if topo.is_driver:
+        engines = start_engines(cfg, given, stack)
+        engines.wait_until_ready()
+    collectives.broadcast(None, topo)
     return engines
 
 

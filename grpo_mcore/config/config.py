@@ -171,10 +171,11 @@ class Engine:
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"  # of cached keys and values; auto: dtype's; fp8: on a GPU only
     # memory for keys and values; null: what gpu_memory_frac leaves (a CPU engine needs a number)
     kv_cache_bytes: PositiveInt | None = None
-    # share of a GPU's memory that an engine takes; null: 0.5 colocated, 0.9 disaggregated
+    # share of a GPU's memory that an engine takes; null: 0.5 in turns with a trainer, 0.9 where it is alone
     gpu_memory_frac: PositiveFraction | None = None
     max_running_responses: PositiveInt = 256  # responses that one engine samples at a time
-    max_batched_tokens: PositiveInt | None = None  # tokens of one engine step; null: vLLM's own choice
+    # tokens of one engine step; null: 8192 on a GPU, 2048 on a CPU, which takes at least the longest sequence
+    max_batched_tokens: PositiveInt | None = None
     prefix_caching: bool = True  # siblings share the keys and values of their prompt
     enforce_eager: bool = False  # no compiled graphs; a CPU engine never has them
     # what leaves the GPU while colocated engines sample
@@ -189,6 +190,14 @@ class Engine:
     def is_colocated(self, device: str) -> bool:
         """Whether engines and trainers of this device (cpu, cuda) take turns on it."""
         return device == "cuda" and self.placement in ("auto", "colocated")
+
+    def share_of_gpu(self, *, in_turns: bool) -> float:
+        """Of its memory; `in_turns`: a trainer has the same GPU."""
+        return self.gpu_memory_frac or (0.5 if in_turns else 0.9)
+
+    def tokens_per_step(self, device: str) -> int:
+        """Most tokens of one engine step on this device (cpu, cuda)."""
+        return self.max_batched_tokens or (8192 if device == "cuda" else 2048)
 
 
 @dataclass(frozen=True)

@@ -192,6 +192,18 @@ def check_device(config: Config, device: str) -> None:
         "train in bfloat16, or set it to 1",
     )
     need(
+        not e.is_colocated(device) or config.rollout.cache_after_refit != "keep",
+        "rollout.cache_after_refit",
+        "cannot keep what colocated engines give back before every update",
+        "leave it at recompute, or set engine.placement=disaggregated",
+    )
+    need(
+        not e.is_colocated(device) or config.refit.transport != "broadcast",
+        "refit.transport",
+        "is NCCL's on GPUs, which refuses two processes on one, and colocated engines stand on the trainers'",
+        "set it to auto, or set engine.placement=disaggregated",
+    )
+    need(
         e.placement != "cpu" or device != "cuda",
         "engine.placement",
         "is for engines on a CPU, and this is a GPU",

@@ -151,7 +151,7 @@ def evaluate_model(cfg: config.Config, source: str | None, *, compare_with: str 
         if earlier:
             check_paired(eval_prompts, earlier[0])
         cuda = topology.pick_device(cfg.device).type == "cuda"
-        engines = Engines(cfg, folder, cuda=cuda, stop_token_ids=tokenizer.stop_token_ids, load_weights=True)
+        engines = Engines(cfg, folder, cuda=cuda, stop_token_ids=tokenizer.stop_token_ids, alone=True)
         try:
             engines.wait_until_ready()
             with Grader(cfg.reward) as grader:

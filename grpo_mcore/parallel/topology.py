@@ -13,6 +13,22 @@ from grpo_mcore.config.config import InputError, Parallel
 from grpo_mcore.parallel import cpu
 
 
+# What vLLM pins in the processes of its batch-invariant engines (`override_envs_for_invariance`, 0.26 to 0.32). NCCL
+# never compares its variables between the ranks of a communicator: where they choose otherwise, they hang.
+DETERMINISTIC_NCCL = {
+    "NCCL_LAUNCH_MODE": "GROUP",
+    "NCCL_COLLNET_ENABLE": "0",
+    "NCCL_NVLS_ENABLE": "0",
+    "NCCL_P2P_NET_DISABLE": "1",
+    "NCCL_MIN_NCHANNELS": "1",
+    "NCCL_MAX_NCHANNELS": "1",
+    "NCCL_PROTO": "Simple",
+    "NCCL_ALGO": "ring,tree;allreduce:tree",
+    "NCCL_NTHREADS": "1",
+    "NCCL_SOCKET_NTHREADS": "1",
+}
+
+
 @dataclass(frozen=True)
 class Topology:
     """Sizes and coordinates of every axis, and the groups to talk in. Make it with `connect`."""
@@ -78,6 +94,12 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def nccl_environment(deterministic: bool) -> dict[str, str]:
+    """NCCL's variables of this run, for trainers and engines alike: this process's, and what makes it deterministic."""
+    given = {name: value for name, value in os.environ.items() if name.startswith("NCCL_")}
+    return given | (DETERMINISTIC_NCCL if deterministic else {})
+
+
 def pick_device(device: str) -> torch.device:
     """'auto', 'cpu' or 'cuda' to this rank's device. Raises RuntimeError for a CUDA that is not there."""
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
@@ -107,11 +129,8 @@ def connect(
         )
     torch.set_num_threads(num_threads)
     if deterministic:  # of cuBLAS, Transformer Engine's attention, NCCL and torch's own kernels, in this order
-        os.environ |= {
-            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-            "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
-            "NCCL_ALGO": "Ring",
-        }
+        os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
+        os.environ |= nccl_environment(deterministic)
         torch.use_deterministic_algorithms(True)
     cpu.install()
     from megatron.core import parallel_state

@@ -5,6 +5,8 @@ Arithmetic on the model's shapes, and the assumptions below. It has not been com
 optimizer are compared with what Megatron allocates on a CPU (tests/plan/test_memory.py). Bytes are of one GPU, the
 fullest; GB are 1e9 bytes.
 
+    start      an engine, with a cache for one longest sequence at least: it refuses to start if that is not within its
+               share of the GPU (engine.gpu_memory_frac), whatever else is free. If colocated there is no policy yet
     update     policy, gradients, optimizer, activations; a colocated engine sleeps, its weights and KV cache given back
     rollout    engine and KV cache; beside it, if colocated, what of the policy stays on the GPU between updates
 
@@ -32,7 +34,7 @@ GIB = 1 << 30
 
 # Assumptions: nobody's measurement of this program.
 TRAINER_OVERHEAD_BYTES = 3 * GIB  # CUDA's context, NCCL's buffers, workspaces of cuBLAS and Transformer Engine
-ENGINE_OVERHEAD_BYTES = 4 * GIB  # of vLLM awake: context, CUDA graphs, activations of a prefill, the sampler's logits
+ENGINE_OVERHEAD_BYTES = 3 * GIB  # of vLLM awake: context, CUDA graphs, the sampler's logits
 ENGINE_ASLEEP_BYTES = 2 * GIB  # of vLLM asleep: context and CUDA graphs
 ALLOCATOR_SLACK = 1.1  # what the caching allocator holds, over what is asked of it, of tensors that come and go
 HEAD_WORKSPACE_BYTES = 64 << 20  # of the Triton kernel
@@ -86,6 +88,14 @@ class Case:
                 f"takes {engine_gpus} of {machine.num_gpus} GPUs",
                 "lower it",
             )
+        cache, longest = cfg.engine.kv_cache_bytes, longest_sequence_bytes(self)
+        if cache is not None and cache < longest:
+            raise InputError(
+                "engine.kv_cache_bytes",
+                cache,
+                f"must hold the longest sequence, {cfg.longest_tokens} tokens: an engine refuses to start without",
+                f"set it to {math.ceil(longest)} or more",
+            )
         rules.check_ranks(cfg, self.ranks)
         model.check_parallel(self.hf_config, cfg.parallel, cfg.precision)
         if cfg.precision.fp8 and not self.gpu.fp8_flops_per_s:
@@ -122,7 +132,7 @@ class Case:
     @property
     def engine_memory_frac(self) -> float:
         """Of a GPU's memory, for its engine."""
-        return self.cfg.engine.gpu_memory_frac or (0.5 if self.colocated else 0.9)
+        return self.cfg.engine.share_of_gpu(in_turns=self.colocated)
 
     @property
     def offloaded(self) -> tuple[str, ...]:
@@ -248,13 +258,33 @@ def engine_weight_bytes(case: Case) -> float:
     return (layer_bytes + _itemsize(e.dtype) * (case.num_parameters - layers)) / e.tp
 
 
+def prefill_bytes(case: Case) -> float:
+    """Activations of an engine step of prompts alone, on one GPU: the residual stream, a norm's output and the next
+    residual, and an MLP's gate and up with their product."""
+    e, hf = case.cfg.engine, case.hf_config
+    return e.tokens_per_step("cuda") * _itemsize(e.dtype) * (3 * hf.hidden_size + 3 * hf.intermediate_size / e.tp)
+
+
+def engine_bytes(case: Case) -> dict[str, float]:
+    """On one GPU, without its cache."""
+    return {
+        "engine: weights": engine_weight_bytes(case),
+        "engine: activations of prompts": prefill_bytes(case),
+        "engine: CUDA graphs, workspaces": ENGINE_OVERHEAD_BYTES,
+    }
+
+
+def longest_sequence_bytes(case: Case) -> float:
+    """In an engine's cache, on one GPU."""
+    return case.cfg.longest_tokens * case.kv_bytes_per_token / case.cfg.engine.tp
+
+
 def kv_cache_bytes(case: Case) -> float:
     """On one GPU: as configured, else what the engine's share of the GPU leaves; at least one longest sequence."""
-    e = case.cfg.engine
-    if e.kv_cache_bytes is not None:
-        return e.kv_cache_bytes
-    left = case.gpu.memory_bytes * case.engine_memory_frac - (engine_weight_bytes(case) + ENGINE_OVERHEAD_BYTES)
-    return max(left, case.cfg.longest_tokens * case.kv_bytes_per_token / e.tp)
+    if case.cfg.engine.kv_cache_bytes is not None:
+        return case.cfg.engine.kv_cache_bytes
+    left = case.gpu.memory_bytes * case.engine_memory_frac - sum(engine_bytes(case).values())
+    return max(left, longest_sequence_bytes(case))
 
 
 def kv_cache_tokens(case: Case) -> float:
@@ -268,17 +298,21 @@ class Memory:
 
     phases: dict[str, dict[str, float]]
     capacity_bytes: float
+    start_bytes: float  # of them, what an engine may take at its start
 
     def total(self, phase: str) -> float:
         return sum(self.phases[phase].values())
 
+    def limit(self, phase: str) -> float:
+        return self.start_bytes if phase == "start" else self.capacity_bytes
+
     @property
     def fullest(self) -> str:
-        return max(self.phases, key=self.total)
+        return max(self.phases, key=lambda phase: self.total(phase) / self.limit(phase))
 
     @property
     def fits(self) -> bool:
-        return self.total(self.fullest) <= self.capacity_bytes
+        return self.total(self.fullest) <= self.limit(self.fullest)
 
 
 def needed(case: Case) -> Memory:
@@ -292,12 +326,13 @@ def needed(case: Case) -> Memory:
     if case.colocated:
         stays = _fullest(states.values()).items()
         beside = {name: size for name, size in stays if not name.startswith(case.offloaded)} | framework
-    engine = {
-        "engine: weights": engine_weight_bytes(case),
-        "engine: CUDA graphs, workspaces": ENGINE_OVERHEAD_BYTES,
-        "engine: KV cache": kv_cache_bytes(case),
+    engine, cache, capacity = engine_bytes(case), case.cfg.engine.kv_cache_bytes, case.gpu.memory_bytes
+    phases = {
+        "start": {**engine, "engine: KV cache": cache or longest_sequence_bytes(case)},
+        "update": update,
+        "rollout": {**beside, **engine, "engine: KV cache": kv_cache_bytes(case)},
     }
-    return Memory({"update": update, "rollout": {**beside, **engine}}, case.gpu.memory_bytes)
+    return Memory(phases, capacity, capacity if cache else capacity * case.engine_memory_frac)
 
 
 def _fullest(parts: Iterable[dict[str, float]]) -> dict[str, float]:
@@ -333,7 +368,7 @@ def remedies(case: Case) -> Iterator[dict[str, object]]:
         yield {"engine.kv_cache_bytes": None}
     else:
         for percent in range(80, 0, -10):
-            if percent / 100 < case.engine_memory_frac:
+            if percent / 100 != case.engine_memory_frac:
                 yield {"engine.gpu_memory_frac": percent / 100}
     if case.colocated and set(case.offloaded) != {"gradients", "optimizer"}:
         yield {"engine.offload_trainer": ("gradients", "optimizer")}
@@ -377,6 +412,7 @@ def check(case: Case) -> Memory:
     m, machine = needed(case), case.machine
     if m.fits:
         return m
+    limit = m.limit(m.fullest)
     largest = sorted(m.phases[m.fullest].items(), key=lambda part: -part[1])[:3]
     most = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in largest)
     change = smallest_change(case)
@@ -391,7 +427,8 @@ def check(case: Case) -> Memory:
     raise InputError(
         f"{m.fullest} on {machine.num_gpus} x {machine.name}",
         f"{m.total(m.fullest) / 1e9:.1f} GB",
-        f"must be at most the GPU's {m.capacity_bytes / 1e9:.1f} GB; most of it: {most}",
+        f"must be at most {limit / 1e9:.1f} GB, {'the GPU' if limit == m.capacity_bytes else 'its share of the GPU'}; "
+        f"most of it: {most}",
         remedy,
     )
 

@@ -180,14 +180,14 @@ def report(case: Case, a: Assumptions) -> str:
         lines.append(f"  {name:34}" + "".join(sizes))
     sums, step_s = "".join(f"{m.total(phase) / 1e9:9.2f}" for phase in m.phases), sum(seconds.values())
     lines += [
-        f"  {'sum':34}{sums}   of {m.capacity_bytes / 1e9:.1f}",
+        f"  {'sum':34}{sums}   of {m.capacity_bytes / 1e9:.1f}, start: of {m.start_bytes / 1e9:.1f}",
         "",
         "seconds of a step",
         *(f"  {phase:34}{s:9.1f}" for phase, s in seconds.items()),
         f"  {'sum':34}{step_s:9.1f}   {cfg.num_steps} steps: {cfg.num_steps * step_s / 3600:.1f} hours",
         f"  {running_responses(case, a):.0f} responses run at once on an engine",
         "",
-        f"Assumed: {a}; {memory.ENGINE_OVERHEAD_BYTES >> 30} GiB of an engine beside weights and KV cache; "
+        f"Assumed: {a}; {memory.ENGINE_OVERHEAD_BYTES >> 30} GiB of an engine for CUDA and its graphs; "
         f"every token a response token{sleeps}. Not in it: reward, evaluation.",
         "Arithmetic, which has not been compared with a GPU.",
     ]

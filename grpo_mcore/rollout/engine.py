@@ -11,6 +11,7 @@ from pathlib import Path
 
 from grpo_mcore.config import config
 from grpo_mcore.config.config import InputError
+from grpo_mcore.parallel import topology
 
 LOADED = -1  # version of the weights an engine started with
 
@@ -63,9 +64,12 @@ class Engine:
             self._released.set()
         self._paused = self._asleep = False
 
-    async def ready(self, stop_token_ids: list[int]) -> tuple[str, list[int]]:
-        """(host, ids of this process and its children), when it can take requests."""
+    async def ready(self, stop_token_ids: list[int], asleep: bool) -> tuple[str, list[int]]:
+        """(host, ids of this process and its children), when it can take requests; with `asleep` when it has given its
+        memory back, until its first refit."""
         self._stop_token_ids = stop_token_ids
+        if asleep:
+            await self.sleep()
         return socket.gethostname(), [os.getpid(), *_children(os.getpid())]
 
     async def health(self) -> None:
@@ -222,9 +226,9 @@ def _children(process_id: int) -> list[int]:
     return found[1:]
 
 
-def arguments(cfg: config.Config, folder: str, *, cuda: bool, load_weights: bool) -> dict[str, object]:
-    """vLLM's engine arguments. Raises InputError."""
-    e = cfg.engine
+def arguments(cfg: config.Config, folder: str, *, cuda: bool, alone: bool) -> dict[str, object]:
+    """vLLM's engine arguments; `alone`: there is no trainer. Raises InputError."""
+    e, device = cfg.engine, "cuda" if cuda else "cpu"
     args: dict[str, object] = dict(
         model=str(Path(folder).absolute()),
         dtype=e.dtype,
@@ -233,7 +237,7 @@ def arguments(cfg: config.Config, folder: str, *, cuda: bool, load_weights: bool
         kv_cache_memory_bytes=e.kv_cache_bytes,
         max_model_len=cfg.longest_tokens,
         max_num_seqs=e.max_running_responses,
-        max_num_batched_tokens=e.max_batched_tokens,
+        max_num_batched_tokens=e.tokens_per_step(device),
         enable_prefix_caching=e.prefix_caching,
         enforce_eager=e.enforce_eager or not cuda,
         tensor_parallel_size=e.tp,
@@ -242,17 +246,14 @@ def arguments(cfg: config.Config, folder: str, *, cuda: bool, load_weights: bool
         skip_tokenizer_init=True,
         generation_config="vllm",  # not the model folder's: it may carry a temperature or a top_p of its own
         logprobs_mode="processed_logprobs",  # those of the distribution that was sampled from
-        load_format="auto" if load_weights else "dummy",
+        load_format="auto" if alone else "dummy",  # beside a trainer the first refit brings them
         weight_transfer_config={"backend": "grpo_mcore"},  # receiver.py's, for every transport
         worker_extension_cls="grpo_mcore.refit.receiver.WorkerExtension",
         disable_log_stats=True,
     )
     if cuda:
-        colocated = e.is_colocated("cuda")
-        args |= dict(
-            enable_sleep_mode=colocated, gpu_memory_utilization=e.gpu_memory_frac or (0.5 if colocated else 0.9)
-        )
-        return args
+        in_turns = e.is_colocated(device) and not alone
+        return args | dict(enable_sleep_mode=in_turns, gpu_memory_utilization=e.share_of_gpu(in_turns=in_turns))
     if e.kv_cache_bytes is None:
         raise InputError(
             "engine.kv_cache_bytes",
@@ -266,7 +267,7 @@ def arguments(cfg: config.Config, folder: str, *, cuda: bool, load_weights: bool
         block_size=32,  # the CPU's default of 128 leaves short prompts without a prefix hit
         # A seeded request whose prompt is split over two engine steps rewinds its generator, which a CPU's cannot.
         enable_chunked_prefill=False,
-        max_num_batched_tokens=max(e.max_batched_tokens or 2048, cfg.longest_tokens),
+        max_num_batched_tokens=max(e.tokens_per_step(device), cfg.longest_tokens),
     )
 
 
@@ -274,6 +275,8 @@ def environment(cfg: config.Config, *, cuda: bool) -> dict[str, str]:
     """Variables of an engine's processes."""
     env = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1"}
     if cuda:
+        # A refit by NCCL is one communicator of the driver and all engines.
+        env |= topology.nccl_environment(cfg.deterministic)
         return env | ({"VLLM_BATCH_INVARIANT": "1"} if cfg.deterministic else {})
     return env | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core is its own worker: one process less to start

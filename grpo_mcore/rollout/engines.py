@@ -4,6 +4,10 @@ A thread deals requests out by load (dispatch.py), takes the answers, and asks a
 sample while the trainer trains. An engine that dies, fails, answers garbage or no longer answers is replaced, and its
 requests go to the others; the replacement takes part from the next refit on. Whatever cannot go on says which engine,
 in which phase, with its own last words.
+
+Engines that take turns with trainers on GPUs start only while these have given their memory back, because vLLM takes
+for its own what others allocate while it measures: the first ones before there is a policy, replacements in `assemble`.
+They sleep until the next refit.
 """
 
 import contextlib
@@ -21,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ray
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from grpo_mcore.config import config
 from grpo_mcore.rollout import engine, placement
@@ -46,6 +49,7 @@ class Slot:
     index: int
     log: Path
     actor: ray.actor.ActorHandle
+    began: float  # time.monotonic() of its start
     host: str = ""
     process_ids: Sequence[int] = ()  # once it has started: the actor's and its children's
     ready: bool = False  # takes requests: started, and refitted with the others
@@ -67,14 +71,15 @@ class _Request:
 
 class Engines:
     def __init__(
-        self, cfg: config.Config, folder: str, *, cuda: bool, stop_token_ids: list[int], load_weights: bool = False
+        self, cfg: config.Config, folder: str, *, cuda: bool, stop_token_ids: list[int], alone: bool = False
     ):
         """Starts Ray (or joins the cluster of RAY_ADDRESS) and the engines, without waiting for them.
 
-        Without `load_weights` an engine's weights are arbitrary until the first refit. Raises InputError.
+        `alone`: there is no trainer. Engines load the folder's weights and have their GPUs to themselves; else their
+        weights are arbitrary until the first refit. Raises InputError.
         """
         self._cfg, self._stop_token_ids = cfg.engine, stop_token_ids
-        self._args = engine.arguments(cfg, folder, cuda=cuda, load_weights=load_weights)
+        self._args = engine.arguments(cfg, folder, cuda=cuda, alone=alone)
         self._environment = engine.environment(cfg, cuda=cuda)
         self._logs = Path(cfg.run_dir).absolute() / "logs"
         self._logs.mkdir(parents=True, exist_ok=True)
@@ -86,11 +91,12 @@ class Engines:
         self._events: queue.SimpleQueue = queue.SimpleQueue()
         self._names = itertools.count()
         self._refitting = False
-        self._starting: dict[ray.ObjectRef, Slot] = {}  # replacements
-        placement.start_ray(cfg.engine, cuda=cuda)
-        self._bundle: dict[str, float] = {"CPU": 1, **({"GPU": cfg.engine.tp} if cuda else {})}
-        self._group = placement.reserve([self._bundle] * cfg.engine.num_engines, cfg.engine.start_timeout_s)
-        self._slots = [self._start(i) for i in range(cfg.engine.num_engines)]
+        self._in_turns = not alone and cfg.engine.is_colocated("cuda" if cuda else "cpu")
+        self._starting: dict[ray.ObjectRef, Slot] = {}
+        placement.start_ray(cfg.engine, cuda=cuda, alone=alone)
+        self._group = placement.reserve(cfg.engine, cuda=cuda)
+        self._slots: list[Slot | None] = [None] * cfg.engine.num_engines
+        self._fill()
         self._thread = threading.Thread(target=self._serve, name="engines", daemon=True)
         self._thread.start()
 
@@ -99,14 +105,17 @@ class Engines:
             f"engine_{index}.log" if not self.num_failures else f"engine_{index}.after_failure_{self.num_failures}.log"
         )
         n = self._cfg.num_threads
-        actor = ray.remote(Engine).options(
-            num_cpus=1,
-            num_gpus=self._bundle.get("GPU", 0),
-            max_concurrency=1000,
-            runtime_env={"env_vars": self._environment},
-            scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index),
-        )
-        return Slot(index, log, actor.remote(self._args, str(log), self._cfg.cores[index * n : (index + 1) * n]))
+        actor = placement.in_bundle(Engine, self._group, index, self._environment)
+        cores = self._cfg.cores[index * n : (index + 1) * n]
+        return Slot(index, log, actor.remote(self._args, str(log), cores), time.monotonic())
+
+    def _fill(self) -> None:
+        """Starts an engine in each place that has none."""
+        with self._lock:
+            for index, slot in enumerate(self._slots):
+                if slot is None:
+                    self._slots[index] = slot = self._start(index)
+                    self._starting[slot.actor.ready.remote(self._stop_token_ids, self._in_turns)] = slot
 
     @property
     def address(self) -> str:
@@ -118,20 +127,42 @@ class Engines:
     def ready(self) -> list[Slot]:
         """The engines that take part."""
         with self._lock:
-            return [slot for slot in self._slots if slot.ready]
+            return [slot for slot in self._slots if slot is not None and slot.ready]
 
     def wait_until_ready(self) -> None:
-        end = time.monotonic() + self._cfg.start_timeout_s
-        refs = {slot: slot.actor.ready.remote(self._stop_token_ids) for slot in self._slots}
-        started, failed = self.collect(refs, end - time.monotonic())
-        for slot, problem in failed.items():
-            raise EngineError(f"engine start: engine {slot.index} failed: {problem}. {slot.last_words()}")
-        for slot, (host, process_ids) in started.items():
-            self._admit(slot, host, process_ids)
+        """All of them, for the first time. Raises EngineError for the first that fails."""
+        while over := self._next_start(wait=True):
+            slot, problem = over
+            if problem is not None:
+                raise EngineError(f"engine start: engine {slot.index} failed: {problem}. {slot.last_words()}")
+            self._admit(slot)
 
-    def _admit(self, slot: Slot, host: str, process_ids: Sequence[int]) -> None:
+    def _next_start(self, *, wait: bool) -> tuple[Slot, str | None] | None:
+        """An engine whose start is over, and what went wrong with it. None if none is over: with `wait`, if none is
+        under way."""
         with self._lock:
-            slot.host, slot.process_ids, slot.ready = host, process_ids, True
+            starting = dict(self._starting)
+        if not starting:
+            return None
+        oldest = min(starting, key=lambda ref: starting[ref].began)
+        left_s = max(starting[oldest].began + self._cfg.start_timeout_s - time.monotonic(), 0)
+        done, _ = ray.wait(list(starting), timeout=left_s if wait else 0)
+        if not done and left_s and not wait:
+            return None
+        ref = done[0] if done else oldest
+        with self._lock:
+            slot = self._starting.pop(ref)
+        if not done:
+            return slot, f"did not start within {self._cfg.start_timeout_s:.0f} s"
+        try:
+            slot.host, slot.process_ids = ray.get(ref)
+        except ray.exceptions.RayError as e:
+            return slot, _last_line(e)
+        return slot, None
+
+    def _admit(self, slot: Slot) -> None:
+        with self._lock:
+            slot.ready = True
             self._dispatch.join(slot)
             self._deal()
 
@@ -254,16 +285,16 @@ class Engines:
             return next((self._requests[key].phase for key in self._dispatch.dealt_to(slot)), "idle")
 
     def lose(self, slot: Slot, phase: str, problem: str) -> None:
-        """Ends an engine, starts one in its place, and gives its requests to the others.
+        """Ends an engine, has another take its place, and gives its requests to the others.
 
         Raises EngineError after engine.max_failures failures, EnginesLost if none is left.
         """
         with self._lock:
-            if not slot.ready:  # by the other thread
+            if self._slots[slot.index] is not slot:  # by the other thread
                 return
             self.num_failures += 1
-            slot.ready = False
-            left = self._dispatch.leave(slot)
+            left = self._dispatch.leave(slot) if slot.ready else []
+            slot.ready, self._slots[slot.index] = False, None
             what = f"{phase}: engine {slot.index} failed: {problem}. {slot.last_words()}"
             _kill(slot)
             if self.num_failures > self._cfg.max_failures:
@@ -273,11 +304,11 @@ class Engines:
                 )
             print(
                 f"{what}\n{len(left)} of its requests go to the {len(self.ready)} other engines; a replacement is "
-                f"started",
+                f"started{' by the next refit' if self._in_turns else ''}",
                 flush=True,
             )
-            self._slots[slot.index] = replacement = self._start(slot.index)
-            self._starting[replacement.actor.ready.remote(self._stop_token_ids)] = replacement
+            if not self._in_turns:
+                self._fill()
             self._deal()
             if not self.ready:
                 raise EnginesLost(what)
@@ -296,41 +327,32 @@ class Engines:
 
     def assemble(self, phase: str) -> list[Slot]:
         """The engines that take part from now on, for the caller to refit them: those that answer, and replacements
-        that have started.
+        that have started. A replacement that does not start is a failure as any other.
 
-        Waits for one if none is left. Raises EngineError if a replacement could not start, or after engine.max_failures
-        failures.
+        Waits for one if none is left, and where they take turns with trainers, which have given their memory back now,
+        for all. Raises EngineError after engine.max_failures failures.
         """
         self._raise_if_failed()
         _, failed = self.collect({slot: slot.actor.health.remote() for slot in self.ready}, self._cfg.health_timeout_s)
         for slot, problem in failed.items():
             with contextlib.suppress(EnginesLost):
                 self.lose(slot, phase, problem)
-        if self._starting:
-            self._admit_replacements()
+        if self._in_turns:
+            self._fill()
+        while over := self._next_start(wait=self._in_turns or not self.ready):
+            slot, problem = over
+            if problem is None:
+                self._admit(slot)
+                continue
+            with contextlib.suppress(EnginesLost):
+                self.lose(slot, "engine start", problem)
+            if not self.ready:
+                self._fill()
         return self.ready
 
     def _raise_if_failed(self) -> None:
         if self._failed is not None:
             raise self._failed
-
-    def _admit_replacements(self) -> None:
-        done, _ = ray.wait(list(self._starting), num_returns=1, timeout=0 if self.ready else self._cfg.start_timeout_s)
-        done, _ = ray.wait(list(self._starting), num_returns=len(self._starting), timeout=0) if done else (done, [])
-        if not done and not self.ready:
-            raise EngineError(
-                f"engine start: no replacement was ready within {self._cfg.start_timeout_s:.0f} s. "
-                f"{next(iter(self._starting.values())).last_words()}"
-            )
-        for ref in done:
-            slot = self._starting.pop(ref)
-            try:
-                host, process_ids = ray.get(ref)
-            except ray.exceptions.RayError as e:
-                raise EngineError(
-                    f"engine start: the replacement of engine {slot.index} failed: {_last_line(e)}. {slot.last_words()}"
-                ) from e
-            self._admit(slot, host, process_ids)
 
     # --- calls to all -------------------------------------------------------------------------------------------------
 
@@ -365,7 +387,7 @@ class Engines:
 
     def stop(self) -> None:
         self._events.put(None)
-        for slot in [*self._slots, *self._starting.values()]:
+        for slot in filter(None, self._slots):
             _kill(slot)
         ray.shutdown()
 

@@ -3,30 +3,32 @@ them."""
 
 import os
 import time
+from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from grpo_mcore.config import config
 from grpo_mcore.config.config import InputError
 
 
-def start_ray(cfg: config.Engine, *, cuda: bool) -> None:
+def start_ray(cfg: config.Engine, *, cuda: bool, alone: bool) -> None:
+    """Or joins the cluster of RAY_ADDRESS. `alone`: there is no trainer. Raises InputError."""
     if "RAY_ADDRESS" in os.environ:
         ray.init(log_to_driver=False)
         return
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if cuda and cfg.placement == "disaggregated":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(
-            engine_gpus(hidden, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), cfg)
-        )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if cuda:
+        num_trainers = 0 if alone else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(engine_gpus(visible, num_trainers, cfg))
     try:
         _start_here(cfg)
     finally:
-        if hidden is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = hidden
+        if visible is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible
         elif cuda:
-            os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+            del os.environ["CUDA_VISIBLE_DEVICES"]
 
 
 def _start_here(cfg: config.Engine) -> None:
@@ -52,32 +54,52 @@ def _start_here(cfg: config.Engine) -> None:
 
 
 def engine_gpus(visible: str | None, num_trainers: int, cfg: config.Engine) -> list[str]:
-    """Of this machine's GPUs those behind the trainers', which take the first ones. `visible` is CUDA_VISIBLE_DEVICES.
-    Raises InputError."""
+    """Which of this machine's GPUs engines may have: the trainers' own, which are the first ones, or those behind them;
+    all where there is no trainer. `visible` is CUDA_VISIBLE_DEVICES. Raises InputError."""
     import torch
 
     gpus = [str(i) for i in range(torch.cuda.device_count())] if visible is None else visible.split(",")
-    needed = cfg.num_engines * cfg.tp
-    if len(gpus) < num_trainers + needed:
+    theirs, where = gpus, ""
+    if num_trainers and cfg.is_colocated("cuda"):
+        theirs, where = gpus[:num_trainers], f" among the {num_trainers} of the trainers"
+    elif num_trainers:
+        theirs, where = gpus[num_trainers:], f" beside the {num_trainers} of the trainers"
+    if len(theirs) < cfg.num_engines * cfg.tp:
         raise InputError(
             "engine.num_engines",
             cfg.num_engines,
-            f"x engine.tp = {cfg.tp} needs {needed} GPUs beside the {num_trainers} of the trainers, and this "
-            f"machine shows {len(gpus)}",
-            "lower it, start fewer trainers, set engine.placement=colocated, or join a Ray cluster (RAY_ADDRESS)",
+            f"x engine.tp = {cfg.tp} needs {cfg.num_engines * cfg.tp} GPUs{where}, and this machine shows {len(gpus)}",
+            "lower it, change the number of trainers or engine.placement, or join a Ray cluster (RAY_ADDRESS)",
         )
-    return gpus[num_trainers:]
+    return theirs
 
 
-def reserve(bundles: list[dict[str, float]], timeout_s: float) -> PlacementGroup:
-    """Room for all engines, as near to each other as may be; an engine's GPUs are on one machine. Raises InputError."""
-    group = placement_group(bundles, strategy="PACK")
-    if not group.wait(timeout_s):
-        have = {name: n for name, n in ray.cluster_resources().items() if name in ("CPU", "GPU")}
-        raise InputError(
-            "engine.num_engines",
-            len(bundles),
-            f"needs {bundles[0]} each on one machine, and the Ray cluster has {have} in all",
-            "lower it or engine.tp, or let more machines join",
-        )
-    return group
+def reserve(cfg: config.Engine, *, cuda: bool) -> PlacementGroup:
+    """A bundle for each engine, as near to each other as may be; its GPUs are on one machine. Raises InputError."""
+    needs: dict[str, float] = {"CPU": 1, **({"GPU": cfg.tp} if cuda else {})}
+    have = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = sum(int(min(node.get(name, 0) // n for name, n in needs.items())) for node in have)
+    problem = f"the Ray cluster has room for {room}"
+    if room >= cfg.num_engines:
+        group = placement_group([needs] * cfg.num_engines, strategy="PACK")
+        if group.wait(cfg.start_timeout_s):
+            return group
+        problem = f"others did not leave that much of the Ray cluster within {cfg.start_timeout_s:.0f} s"
+    raise InputError(
+        "engine.num_engines",
+        cfg.num_engines,
+        f"needs {needs} each on one machine, and {problem}",
+        "lower it or engine.tp, or let more machines join first",
+    )
+
+
+def in_bundle(actor: type, group: PlacementGroup, index: int, environment: dict[str, str]) -> Any:
+    """Of `actor` what `remote` makes one of, with all that the bundle has."""
+    bundle = group.bundle_specs[index]
+    return ray.remote(actor).options(
+        num_cpus=bundle["CPU"],
+        num_gpus=bundle.get("GPU", 0),
+        max_concurrency=1000,
+        runtime_env={"env_vars": environment},
+        scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
+    )
