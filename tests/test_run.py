@@ -1,5 +1,5 @@
-"""When the stop rule ends a run, in worked numbers, and what is said at the end.
-
+"""In which order the parts of a run are made; when the stop rule ends it, in worked numbers, and what is said at the
+end.
 Not covered here: that the run then evaluates, saves and is finished (test_stages.py runs one).
 """
 
@@ -8,8 +8,53 @@ import types
 
 import pytest
 
+from grpo_mcore import run
+from grpo_mcore.config import config, file as config_file
 from grpo_mcore.config.config import Stop
+from grpo_mcore.data import arithmetic
+from grpo_mcore.rollout.engines import EngineError, Engines
 from grpo_mcore.run import stop_reason, summarize
+from tests.dist import ROOT, spawn
+
+
+def begin_in_turns(folder: str, cache: str) -> list[str]:
+    """What happens in this order when a run begins whose engines take turns with its trainers, which here only the
+    configuration says, since a CPU has nothing to lend; `cache` is the engines'."""
+    keys = [
+        f"model={folder}/model",
+        f"run_dir={folder}/run",
+        "warm_start=null",
+        "engine.num_engines=1",
+        "engine.offload_trainer=[]",
+    ]
+    cfg = config_file.load(ROOT / "configs/quickstart.yaml", [*keys, f"engine.kv_cache_bytes={cache}"])
+    happened: list[str] = []
+
+    class Policy(run.Policy):
+        def __init__(self, *args, **kwargs):
+            happened.append("a policy")
+            super().__init__(*args, **kwargs)
+
+    def wait(engines):
+        honest_wait(engines)
+        happened.append(f"{len(engines.ready)} engine")
+
+    honest_wait, Engines.wait_until_ready = Engines.wait_until_ready, wait
+    run.Policy, config.Engine.is_colocated = Policy, lambda self, device: True
+    try:
+        with run.open_run(cfg):
+            happened.append("a run")
+    except EngineError as e:
+        happened.append(str(e))
+    return happened
+
+
+@pytest.mark.slow
+def test_engines_on_the_trainers_gpus_have_started_before_there_is_a_policy(tmp_path):
+    arithmetic.make_model(tmp_path / "model", seed=1)
+    assert spawn(begin_in_turns, 1, str(tmp_path), "67108864") == [["1 engine", "a policy", "1 engine", "a run"]]
+    ((ended,),) = spawn(begin_in_turns, 1, str(tmp_path), "1")
+    assert "engine start: engine 0 failed" in ended and "No available memory for the cache" in ended  # its own words
 
 
 def rows(rewards: list[float], truncated: float | list[float] = 0.0) -> list[dict]:

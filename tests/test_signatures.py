@@ -171,5 +171,5 @@ def test_an_engine_on_a_gpu_is_asked_for_what_vllm_knows(path):
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     cfg: config.Config = file.load(path)
-    arguments = engine.arguments(cfg, "folder", cuda=True, load_weights=False)
+    arguments = engine.arguments(cfg, "folder", cuda=True, alone=False)
     inspect.signature(AsyncEngineArgs).bind(**arguments)

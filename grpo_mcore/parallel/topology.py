@@ -12,7 +12,6 @@ import torch.distributed as dist
 from grpo_mcore.config.config import InputError, Parallel
 from grpo_mcore.parallel import cpu
 
-
 # What vLLM pins in the processes of its batch-invariant engines (`override_envs_for_invariance`, 0.26 to 0.32). NCCL
 # never compares its variables between the ranks of a communicator: where they choose otherwise, they hang.
 DETERMINISTIC_NCCL = {

@@ -15,6 +15,7 @@ import itertools
 import math
 import os
 import queue
+import re
 import signal
 import socket
 import threading
@@ -56,8 +57,12 @@ class Slot:
     ping: tuple[ray.ObjectRef, float] | None = None  # and when it was sent
 
     def last_words(self) -> str:
-        lines = self.log.read_text(errors="replace").splitlines()[-15:] if self.log.is_file() else []
-        return f"The end of {self.log}:\n  " + "\n  ".join(lines or ["(empty)"])
+        """The end of its log, and errors before it: vLLM's last one may only say that there was a first."""
+        lines = self.log.read_text(errors="replace").splitlines() if self.log.is_file() else []
+        causes = [line for line in dict.fromkeys(lines[:-15]) if re.search(r"\w(Error|Exception): ", line)]
+        return "\n  ".join(
+            [f"The end of {self.log}:", *causes[-3:], *lines[-15:]] if lines else [f"{self.log} is empty"]
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,9 +75,7 @@ class _Request:
 
 
 class Engines:
-    def __init__(
-        self, cfg: config.Config, folder: str, *, cuda: bool, stop_token_ids: list[int], alone: bool = False
-    ):
+    def __init__(self, cfg: config.Config, folder: str, *, cuda: bool, stop_token_ids: list[int], alone: bool = False):
         """Starts Ray (or joins the cluster of RAY_ADDRESS) and the engines, without waiting for them.
 
         `alone`: there is no trainer. Engines load the folder's weights and have their GPUs to themselves; else their

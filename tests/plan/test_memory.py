@@ -169,8 +169,25 @@ def test_the_memory_of_the_8k_stage_worked_by_hand():
     assert update["head"] == pytest.approx(1.1 * (8192 * 1536 * (3 * 2 + 2 + 4) + 2 * 151936 * 1536 + (64 << 20)))
     assert "reference policy" not in update
     assert "reference policy" in memory.needed(case("original/deepscaler_8k")).phases["update"]
-    # Half of 79.1 GiB, without weights of 3.55 GB and 4 GiB.
-    assert rollout["engine: KV cache"] / 1e9 == pytest.approx(0.5 * 79.1 * 1.073741824 - 3.554176 - 4 * 1.073741824)
+    # 8192 tokens of prompts: three rows of 1536, gate, up and their product of 8960, in bfloat16.
+    prefill = 8192 * 2 * 3 * (1536 + 8960) / 1e9
+    assert rollout["engine: activations of prompts"] / 1e9 == pytest.approx(prefill)
+    # Half of 79.1 GiB, without weights of 3.55 GB, that, and 3 GiB.
+    left = 0.5 * 79.1 * 1.073741824 - 3.554176 - prefill - 3 * 1.073741824
+    assert rollout["engine: KV cache"] / 1e9 == pytest.approx(left)
+
+
+def test_an_engine_needs_room_for_one_longest_sequence_within_its_share_to_start():
+    m = memory.needed(case("deepscaler_8k"))
+    # 2 x 28 layers x 2 key-value heads x 128, in bfloat16, for each of 8192 tokens.
+    assert m.phases["start"]["engine: KV cache"] == 8192 * 2 * 28 * 2 * 128 * 2
+    assert "weights" not in m.phases["start"], "there is no policy yet"
+    assert m.limit("start") == m.capacity_bytes / 2 and m.limit("update") == m.capacity_bytes
+    little = memory.needed(case("deepscaler_8k", "engine.gpu_memory_frac=0.05"))
+    assert not little.fits and little.fullest == "start"
+    # A cache of a given size is taken beyond any share.
+    given = memory.needed(case("deepscaler_8k", "engine.kv_cache_bytes=1000000000"))
+    assert given.limit("start") == given.capacity_bytes and given.fits
 
 
 def test_layouts_divide_what_they_divide():

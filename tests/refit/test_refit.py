@@ -249,8 +249,8 @@ def test_quantised_engines_are_refitted_through_vllms_reload(model_folders, tmp_
     assert max(errors) < apart / 4, (errors, apart)  # FP8's error, against what stale weights would show
 
 
-def refit_on_ranks(folder: str, run_dir: str, axes: dict[str, int]) -> list[float]:
-    session = Session(folder, run_dir, axes, "engine.num_engines=1")
+def refit_on_ranks(folder: str, run_dir: str, axes: dict[str, int], engine_tp: int) -> list[float]:
+    session = Session(folder, run_dir, axes, "engine.num_engines=1", f"engine.tp={engine_tp}")
     try:
         return errors_after_updates(session)
     finally:
@@ -258,16 +258,16 @@ def refit_on_ranks(folder: str, run_dir: str, axes: dict[str, int]) -> list[floa
 
 
 @pytest.mark.parametrize(
-    ("kind", "axes"),
+    ("kind", "axes", "engine_tp"),
     [
-        ("qwen2_untied", {"tp": 2, "pp": 2}),
-        ("llama_llama3_rope", {"tp": 2, "sequence_parallel": True}),
-        ("llama_linear_rope", {"cp": 2}),
+        ("qwen2_untied", {"tp": 2, "pp": 2}, 1),
+        ("llama_llama3_rope", {"tp": 2, "sequence_parallel": True}, 2),
+        ("llama_linear_rope", {"cp": 2}, 1),
     ],
     ids=str,
 )
-def test_a_policy_split_over_ranks_refits_the_same(model_folders, tmp_path, kind, axes):
-    ranks = 4 if "pp" in axes else 2
-    driver, *others = spawn(refit_on_ranks, ranks, model_folders[kind], str(tmp_path), axes, timeout_s=400)
+def test_a_policy_and_an_engine_split_over_ranks_refit_the_same(model_folders, tmp_path, kind, axes, engine_tp):
+    arguments = model_folders[kind], str(tmp_path), axes, engine_tp
+    driver, *others = spawn(refit_on_ranks, 4 if "pp" in axes else 2, *arguments, timeout_s=400)
     assert max(driver) < 1e-4, driver
     assert all(max(other) == 0 for other in others)

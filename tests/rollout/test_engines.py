@@ -19,7 +19,6 @@ from grpo_mcore.loss import batch
 from grpo_mcore.refit.refit import RefitError
 from grpo_mcore.rollout.engine import Completion, Sampling, arguments, environment
 from grpo_mcore.rollout.engines import EngineError, _problem_with
-from grpo_mcore.rollout.placement import engine_gpus
 from grpo_mcore.rollout.rollout import sample
 from grpo_mcore.types import Prompt, Response
 from tests.refit.test_refit import Session
@@ -271,6 +270,34 @@ def test_responses_wait_while_engines_sleep_and_go_on_after_the_refit_that_wakes
 
 
 @slow
+def test_engines_that_take_turns_with_trainers_are_replaced_while_these_have_lent_their_memory(
+    session, undisturbed, capsys, monkeypatch
+):
+    """On a CPU there is no memory to lend; when engines start and sleep is the same. The first replacement cannot
+    start: one failure more, and the next one takes its place."""
+    engines, failures = session.engines, session.engines.num_failures
+    monkeypatch.setattr(engines, "_in_turns", True)
+    broken, honest = {**engines._args, "kv_cache_memory_bytes": 1}, engines._args
+    slot = engines.ready[1]
+    with signalled(signal.SIGKILL, slot.process_ids[0], has_requests(session, slot), 0.3):
+        assert sampled(session, 1) == undisturbed
+    assert not engines._starting, "nothing starts while a trainer has its memory"
+    engines._args, start = broken, engines._start
+
+    def mended(index: int):  # after one that fails
+        started, engines._args = start(index), honest
+        return started
+
+    monkeypatch.setattr(engines, "_start", mended)
+    assert [s.index for s in engines.assemble("refit")] == [0] and engines.num_failures == failures + 2
+    said = capsys.readouterr().out
+    assert "a replacement is started by the next refit" in said
+    assert "engine start: engine 1 failed: " in said and "No available memory for the cache" in said  # its own words
+    assert session.refit(1)["refit/engines"].value == 2, "started, asleep, and woken by the refit"
+    assert sampled(session, 1) == undisturbed
+
+
+@slow
 def test_a_cancelled_request_is_not_answered_and_its_key_may_come_again(session, undisturbed):
     prompt = PROMPTS[0].token_ids
     first = session.engines.submit((0, 0), prompt, Sampling(4, 1.0, 200, seed=1), "test")
@@ -319,19 +346,9 @@ def test_an_answer_is_not_garbage():
     assert _problem_with([GOOD, GOOD], Sampling(2, 1.0, 4, seed=0)) is None
 
 
-def test_engines_beside_the_trainers_get_the_gpus_behind_theirs():
-    assert engine_gpus("0,1,2,3,6,7", 4, config.Engine(num_engines=1, tp=2)) == ["6", "7"]
-    with pytest.raises(
-        config.InputError,
-        match=r"engine.num_engines = 2: x engine.tp = 2 needs 4 GPUs beside the 4 of the trainers, and this "
-        r"machine shows 6",
-    ):
-        engine_gpus("0,1,2,3,6,7", 4, config.Engine(num_engines=2, tp=2))
-
-
-def arguments_of(minimal: dict, cuda: bool) -> dict:
+def arguments_of(minimal: dict, cuda: bool, alone: bool = False) -> dict:
     cfg = config.Config(model="m", run_dir="r", num_steps=1, data=config.Data(train="t"), **minimal)
-    return arguments(cfg, "m", cuda=cuda, load_weights=False)
+    return arguments(cfg, "m", cuda=cuda, alone=alone)
 
 
 def test_vllm_is_told_what_the_placement_asks_for():
@@ -350,6 +367,9 @@ def test_vllm_is_told_what_the_placement_asks_for():
     assert (
         not apart["enable_sleep_mode"] and apart["gpu_memory_utilization"] == 0.9 and apart["kv_cache_dtype"] == "fp8"
     )
+    alone = arguments_of({}, cuda=True, alone=True)  # an evaluation has no trainer whose turn it could be
+    assert not alone["enable_sleep_mode"] and alone["gpu_memory_utilization"] == 0.9 and alone["load_format"] == "auto"
+    assert shared["max_num_batched_tokens"] == 8192 and shared["load_format"] == "dummy"
     on_cpu = arguments_of({"engine": config.Engine(kv_cache_bytes=1 << 20)}, cuda=False)
     assert (
         on_cpu["enforce_eager"] and on_cpu["max_num_batched_tokens"] == 8192 and "gpu_memory_utilization" not in on_cpu

@@ -20,6 +20,12 @@ SLURMS = "6,7"  # what SLURM gives a job that has a part of a node
 
 @pytest.fixture(scope="module")
 def two_nodes():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # the tests' own, which hides all
+        yield from nodes()
+
+
+def nodes():
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 2})
     cluster.add_node(num_cpus=2, num_gpus=2, env_vars={"CUDA_VISIBLE_DEVICES": SLURMS})
     ray.init(cluster.address, log_to_driver=False)
