@@ -103,7 +103,7 @@ def changes(cfg: config.Config, step: int, contents: Mapping[str, str]) -> list[
         return []
     before, now = _flat(run_folder.read_config(cfg.run_dir)), _flat(yaml.safe_load(config_file.to_yaml(cfg)))
     recorded = run_folder.read_identity(cfg.run_dir)
-    begun = f"the run in {cfg.run_dir} has reached step {step}"
+    begun = f"the run in {cfg.run_dir} reached step {step}"
     if cfg.num_steps < step:
         raise InputError("num_steps", cfg.num_steps, f"must be at least {step}: {begun}", "raise it")
     for key in FIXED:

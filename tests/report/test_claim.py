@@ -70,7 +70,7 @@ def test_what_may_change_is_said_with_both_values(begun):
 @pytest.mark.parametrize(
     ("override", "contents", "said"),
     [
-        ("seed=7", CONTENTS, r"seed = 7: was 6 when .* has reached step 20\. Remedy: set it to 6, or name another"),
+        ("seed=7", CONTENTS, r"seed = 7: was 6 when .* reached step 20\. Remedy: set it to 6, or name another"),
         ("rollout.group_size=4", CONTENTS, r"group_size = 4: was 8 when"),
         ("data.skip_prompts=8", CONTENTS, r"skip_prompts = 8: was 0 when"),
         ("num_steps=19", CONTENTS, r"num_steps = 19: must be at least 20"),
