@@ -52,7 +52,7 @@ def scalar(text: str) -> bool | int | float | str | None:
 class _Loader(yaml.BaseLoader):
     def compose_node(self, parent, index):  # type: ignore[no-untyped-def]
         if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
+            event = self.peek_event()  # type: ignore[no-untyped-call]
             raise InputError(
                 f"*{event.anchor}", _line(event), "is an alias, which is not read", "write its value out, or inherit it"
             )
@@ -78,6 +78,7 @@ def _value(node: yaml.Node) -> Any:
 
 
 def _line(what: yaml.Node | yaml.Event) -> str:
+    assert what.start_mark is not None
     return f"line {what.start_mark.line + 1}"
 
 
