@@ -7,6 +7,7 @@ BEGAN = time.monotonic()  # imported first: the wall clock of a run includes the
 import argparse  # noqa: E402
 import ctypes  # noqa: E402
 import os  # noqa: E402
+import re  # noqa: E402
 import signal  # noqa: E402
 import sys  # noqa: E402
 import traceback  # noqa: E402
@@ -32,23 +33,29 @@ class Command:
     options: dict[str, Any]  # the program's own, by their names in Python; None: not given
 
 
-def number(option: str, given: str | float, low: float = 0.0) -> float:
+def number(option: str, given: str | float, low: float = 0.0, high: float = float("inf")) -> float:
     """Raises InputError."""
     try:
         value = float(given)
     except ValueError:
         value = float("nan")
-    if not low <= value < float("inf"):
-        raise config.InputError(option, given, f"must be a number of {low:g} or more", "give one")
+    if not low <= value <= high or value == float("inf"):
+        bounds = f"of {low:g} or more" if high == float("inf") else f"from {low:g} to {high:g}"
+        raise config.InputError(option, given, f"must be a number {bounds}", "give one")
+    return value
+
+
+def whole_number(option: str, given: str | None, low: int = 0, high: int = 1_000_000) -> int:
+    """Raises InputError."""
+    value = int(given) if given and re.fullmatch("[0-9]{1,15}", given) else -1
+    if not low <= value <= high:
+        raise config.InputError(option, given, f"must be a whole number from {low} to {high}", "give one")
     return value
 
 
 def whole_numbers(option: str, given: str) -> tuple[int, ...]:
     """Raises InputError."""
-    try:
-        return tuple(int(n) for n in given.split(","))
-    except ValueError:
-        raise config.InputError(option, given, "must be whole numbers", "write them as 0,1,2") from None
+    return tuple(whole_number(option, n) for n in given.split(","))
 
 
 def hide_gpus() -> None:

@@ -40,6 +40,7 @@ class Driver:
     grader: Grader
     writer: sinks.Writer
     eval_prompts: list[Prompt]
+    num_left_out: int  # problems of eval.data that are over-long
     evaluated: int = -1  # the step whose policy was evaluated last
 
 
@@ -94,6 +95,7 @@ class Inputs:
     train_prompts: list[Prompt]
     num_overlong: int
     eval_prompts: list[Prompt]
+    num_left_out: int  # problems of eval.data that are over-long
     device: torch.device
 
 
@@ -106,11 +108,11 @@ def read_inputs(cfg: config.Config) -> Inputs:
     tokenizer = prompts.Tokenizer(folder)
     overlong = cfg.data.overlong_prompts
     train_prompts, num_overlong = prompts.load(cfg.data.train, cfg.data, tokenizer, "data.train", overlong=overlong)
-    eval_prompts = prompts.load(cfg.eval.data, cfg.data, tokenizer, "eval.data")[0] if cfg.eval.data else []
+    eval_prompts, num_left_out = prompts.load_evaluation(cfg, tokenizer) if cfg.eval.data else ([], 0)
     device = topology.pick_device(cfg.device)
     rules.check_device(cfg, device.type)
     model.check_attention(cfg, device)
-    return Inputs(folder, tokenizer, train_prompts, num_overlong, eval_prompts[: cfg.eval.max_prompts], device)
+    return Inputs(folder, tokenizer, train_prompts, num_overlong, eval_prompts, num_left_out, device)
 
 
 @contextlib.contextmanager
@@ -168,7 +170,7 @@ def start_engines(cfg: config.Config, given: Inputs, stack: contextlib.ExitStack
     what = "masked" if cfg.data.overlong_prompts == "mask" else "left out"
     print(
         f"{len(given.train_prompts)} prompts ({given.num_overlong} over-long {what}), {len(given.eval_prompts)} for "
-        f"evaluation; starting {cfg.engine.num_engines} engines",
+        f"evaluation ({given.num_left_out} over-long left out); starting {cfg.engine.num_engines} engines",
         flush=True,
     )
     cuda = given.device.type == "cuda"
@@ -203,7 +205,7 @@ def open_driver(
     stream = prompts.Stream(given.train_prompts, shuffle_seed, skip=cfg.data.skip_prompts)
     rollout = Rollout(engines, stream, given.tokenizer, grader, cfg, cursor=progress.cursor)
     stack.callback(rollout.close)
-    return Driver(engines, rollout, grader, writer, given.eval_prompts)
+    return Driver(engines, rollout, grader, writer, given.eval_prompts, given.num_left_out)
 
 
 def check_lengths(cfg: config.Config, hf_config) -> None:
@@ -288,7 +290,7 @@ def stop_reason(rule: config.Stop, rows: Sequence[dict], step: int) -> str | Non
 def _plateau(rule: config.Stop, rows: Sequence[dict]) -> str | None:
     if rule.plateau_window is None:
         return None
-    n, values = rule.plateau_window, [row[rule.plateau_metric] for row in rows if rule.plateau_metric in row]
+    n, values = rule.plateau_window, run_folder.numbers(rows, rule.plateau_metric)
     if len(values) < 2 * n:
         return None
     before, last = sum(values[-2 * n : -n]) / n, sum(values[-n:]) / n
@@ -303,7 +305,7 @@ def _plateau(rule: config.Stop, rows: Sequence[dict]) -> str | None:
 def _truncated(rule: config.Stop, rows: Sequence[dict]) -> str | None:
     if rule.truncated_above is None:
         return None
-    values = [row[TRUNCATED] for row in rows if TRUNCATED in row][-rule.truncated_steps :]
+    values = run_folder.numbers(rows, TRUNCATED)[-rule.truncated_steps :]
     if len(values) < rule.truncated_steps or min(values) <= rule.truncated_above:
         return None
     return (

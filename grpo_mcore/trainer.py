@@ -94,7 +94,15 @@ def evaluate_and_sample(run: Run, step: int) -> Sampled | Without | None:
 
 
 def evaluate_and_write(run: Run, driver: Driver, step: int) -> None:
-    result = evaluate(driver.engines, driver.eval_prompts, run.tokenizer, driver.grader, run.cfg, version=step)
+    result = evaluate(
+        driver.engines,
+        driver.eval_prompts,
+        run.tokenizer,
+        driver.grader,
+        run.cfg,
+        version=step,
+        num_left_out=driver.num_left_out,
+    )
     driver.writer.write(step, result.metrics())
     driver.writer.say(f"evaluation after {step} steps: {result}")
     driver.evaluated = step

@@ -23,10 +23,11 @@ if __name__ == "__main__":
 
     from grpo_mcore import entry
 
-    CASE, at_least_1 = ("--gpu", "--num-gpus", "--model-config"), partial(entry.number, low=1)
+    CASE = ("--gpu", "--num-gpus", "--model-config")
+    tokens = partial(entry.number, low=1, high=1e9)
 
     def memory() -> None:
-        command = entry.parse(__doc__, *CASE, types=dict.fromkeys(("--prompt-tokens", "--response-tokens"), at_least_1))
+        command = entry.parse(__doc__, *CASE, types=dict.fromkeys(("--prompt-tokens", "--response-tokens"), tokens))
         from grpo_mcore.plan import memory, time as plan_time
 
         cfg, ask = command.config, command.options
@@ -36,9 +37,10 @@ if __name__ == "__main__":
         print(plan_time.report(case, plan_time.assumed(cfg, ask["prompt_tokens"], ask["response_tokens"])))
 
     def simulate() -> None:
-        types = dict.fromkeys(("--steps", "--median-tokens", "--mean-tokens", "--prompt-tokens"), at_least_1)
-        types |= dict.fromkeys(("--flat-frac", "--failures-per-day", "--restart-s"), entry.number)
-        types |= {"--staleness": entry.whole_numbers}
+        types = dict.fromkeys(("--median-tokens", "--mean-tokens", "--prompt-tokens"), tokens)
+        types |= dict.fromkeys(("--failures-per-day", "--restart-s"), entry.number)
+        types |= {"--flat-frac": partial(entry.number, high=1)}
+        types |= {"--steps": partial(entry.whole_number, low=1), "--staleness": entry.whole_numbers}
         command = entry.parse(__doc__, *CASE, "--like", "--profile", "--out", types=types)
         from grpo_mcore.plan import memory, predict
 

@@ -10,6 +10,7 @@ if __name__ == "__main__":
 
     def main() -> None:
         import argparse
+        from functools import partial
 
         from grpo_mcore.report import report
 
@@ -18,15 +19,21 @@ if __name__ == "__main__":
         parser.add_argument("--out", help="folder of the page")
         parser.add_argument(
             "--steps",
-            type=int,
+            type=partial(entry.whole_number, "--steps", low=1),
             default=report.Bounds.steps,
             help="steps whose rollouts are shown, evenly chosen (%(default)s)",
         )
         parser.add_argument(
-            "--chars", type=int, default=report.Bounds.chars, help="characters shown of a response (%(default)s)"
+            "--chars",
+            type=partial(entry.whole_number, "--chars", low=1, high=10**9),
+            default=report.Bounds.chars,
+            help="characters shown of a response (%(default)s)",
         )
         parser.add_argument(
-            "--mib", type=float, default=report.Bounds.mib, help="size of all rollouts shown (%(default)s)"
+            "--mib",
+            type=partial(entry.number, "--mib", low=0.001, high=1e6),
+            default=report.Bounds.mib,
+            help="size of all rollouts shown (%(default)s)",
         )
         args = parser.parse_args()
         page = report.write(args.runs, args.out, report.Bounds(args.steps, args.chars, args.mib))

@@ -13,6 +13,7 @@ if __name__ == "__main__":
         import argparse
         import os
         import sys
+        from functools import partial
         from pathlib import Path
 
         from grpo_mcore.config.config import InputError
@@ -22,13 +23,13 @@ if __name__ == "__main__":
         parser.add_argument("--cfg", required=True, help="YAML file of stages, such as configs/quickstart_stages.yaml")
         parser.add_argument(
             "--nproc-per-node",
-            type=int,
+            type=partial(entry.whole_number, "--nproc-per-node", low=1),
             help="ranks of the training (1; with --dry-run, as few as all stages can have)",
         )
         parser.add_argument("--dry-run", action="store_true", help="print the plan of all stages, and exit")
         parser.add_argument(
             "--redo-from",
-            type=int,
+            type=partial(entry.whole_number, "--redo-from", low=1),
             metavar="STAGE",
             help="do this stage, counted from 1, and those after it again; what they left is moved aside",
         )
@@ -44,6 +45,8 @@ if __name__ == "__main__":
         from grpo_mcore.stages import actions, stages
 
         plan = stages.load(args.cfg, args.nproc_per_node or (None if args.dry_run else 1))
+        if args.redo_from is not None:
+            actions.check_redo(plan, args.redo_from)
         print(stages.describe(plan), flush=True)
         if args.dry_run:
             return

@@ -27,6 +27,7 @@ if __name__ == "__main__":
             else topology.world_size()
         )
         rules.check_ranks(cfg, ranks)
+        rules.check_metrics(cfg)
         if topology.rank() == 0:
             print(
                 f"{config_file.describe(cfg, ranks)}\n{recipe.describe(cfg)}"

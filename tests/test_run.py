@@ -4,6 +4,7 @@ Not covered here: that the run then evaluates, saves and is finished (test_stage
 """
 
 import json
+import math
 import types
 
 import pytest
@@ -86,6 +87,13 @@ def test_a_plateau_is_a_mean_that_gained_too_little(rewards, min_gain, ends):
     assert (why is not None) == ends
     if rewards == [0.0, 0.2, 0.1, 0.2]:
         assert why == "reward/mean went from 0.1 to 0.15, means of 2 values, and stop.plateau_min_gain is 0.1"
+
+
+def test_a_nan_neither_ends_a_run_nor_keeps_it_going():
+    nan, rule = math.nan, Stop(plateau_window=2)
+    assert stop_reason(rule, rows([0.0, nan, 0.2, 0.4, 0.6]), 5) is None  # 0.1 and 0.5, as if it were not there
+    assert stop_reason(rule, rows([0.5, 0.4, nan, 0.3, nan, 0.2]), 6) is not None
+    assert stop_reason(rule, rows([nan] * 9), 9) is None
 
 
 @pytest.mark.parametrize(

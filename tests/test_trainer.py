@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from grpo_mcore.checkpoint import checkpoint
+from grpo_mcore.config import file as config_file, metric_names
 from grpo_mcore.data import arithmetic
 from grpo_mcore.report import run_folder
 from tests.conftest import CONFIG
@@ -73,6 +74,15 @@ def torchrun(cfg: Path, *overrides: str, ranks: int, code: int = 0) -> str:
 
 def rows(run_dir: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if not k.startswith(CLOCKS)} for row in run_folder.read_metrics(run_dir)]
+
+
+def check_names(cfg: Path, run_dir: Path) -> None:
+    """The rows have the metrics that metric_names.py tells beforehand."""
+    told = config_file.load(cfg)
+    for row in run_folder.read_metrics(run_dir):
+        names = metric_names.of_evaluations(told) if run_folder.is_evaluation(row) else metric_names.of_steps(told)
+        seen = [name for name in row if name in names or not name.startswith(metric_names.SOMETIMES)]
+        assert sorted(seen) == sorted(["step", *names])
 
 
 def processes_with(marker: str) -> list[str]:
@@ -138,6 +148,7 @@ def test_killed_and_resumed_equals_uninterrupted_and_two_layouts_agree(cfg, tmp_
     }
     expected = rows(whole)
     assert [r["step"] for r in expected] == [0, 1, 2, 2, 3, 4, 4]
+    check_names(cfg, whole)
 
     # kill -9 in the middle, then the same command
     cfg.write_text(cfg.read_text().replace(str(whole), str(killed)))

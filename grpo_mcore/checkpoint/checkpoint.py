@@ -83,8 +83,10 @@ def newest_step(run_dir: str | Path) -> int:
 
 
 def ranked(run_dir: str | Path, metric: str) -> list[tuple[Path, float]]:
-    """The checkpoints of whose step the metric is known, and its value: highest first, of equals the newest."""
-    value = {row["step"]: row[metric] for row in run_folder.read_metrics(run_dir) if metric in row}
+    """The checkpoints of whose step the metric is known and a number, and its value: highest first, of equals the
+    newest."""
+    rows = run_folder.read_metrics(run_dir)
+    value = {row["step"]: number for row in rows for number in run_folder.numbers([row], metric)}
     found = [(folder, value[step]) for folder in published(run_dir) if (step := progress_of(folder).step) in value]
     return sorted(found, key=lambda one: one[1], reverse=True)
 

@@ -1,4 +1,4 @@
 """What a run is told: the configuration's dataclasses, its YAML file and schema, the rules, the recipes.
 
-Doors: config file rules recipe
+Doors: config bounds file rules recipe
 """

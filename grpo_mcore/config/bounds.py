@@ -1,5 +1,6 @@
 """Bounds of values as part of their type: a `PositiveInt` is an int to whoever reads it, and config's fields say with
-it what they may be. rules.py checks it, schema.py shows it. Infinity and NaN are within no bound."""
+it what they may be. rules.py checks it, schema.py shows it. Infinity and NaN are within no bound. A `PathText` is a
+text that file.py expands as it reads it."""
 
 import dataclasses
 import math
@@ -20,19 +21,20 @@ class Section(Protocol):
 
 @dataclass(frozen=True)
 class Bound:
-    """Numbers above `above`, from `at_least` to `at_most`. The words are the error's."""
+    """Numbers above `above` and below `below`, from `at_least` to `at_most`. The words are the error's."""
 
     constraint: str
     above: float = -math.inf
     at_least: float = -math.inf
     at_most: float = math.inf
-    remedy: str | None = None  # None: to raise what is not positive, to lower the rest
+    below: float = math.inf
+    remedy: str | None = None  # None: to raise what is too small, to lower the rest
 
     def allows(self, value: float) -> bool:
-        return self.above < value < math.inf and self.at_least <= value <= self.at_most
+        return self.above < value < self.below and self.at_least <= value <= self.at_most
 
     def remedy_of(self, value: float) -> str:
-        return self.remedy or ("raise it" if value <= 0 else "lower it")
+        return self.remedy or ("raise it" if value <= self.above or value < self.at_least else "lower it")
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,13 @@ class Contains:
         return self.remedy
 
 
+class IsPath:
+    """Marks texts that name a file or folder, or may: `~` and environment variables in them are expanded."""
+
+
+IS_PATH = IsPath()
+
+
 def is_section(hint: Hint) -> TypeGuard[type[Section]]:
     return isinstance(hint, type) and dataclasses.is_dataclass(hint)
 
@@ -63,6 +72,15 @@ def without_null(hint: Hint) -> tuple[Hint, bool]:
         return hint, False
     (inner,) = (part for part in typing.get_args(hint) if part is not types.NoneType)
     return inner, True
+
+
+def plain(hint: Hint) -> Hint:
+    """int of Annotated[int, ...], and of int."""
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
+
+
+def is_path(hint: Hint) -> bool:
+    return IS_PATH in getattr(hint, "__metadata__", ())
 
 
 def bounds_of(hint: Hint) -> tuple[Bound | Contains, ...]:
@@ -84,16 +102,41 @@ Fraction = Annotated[float, FRACTION]
 PositiveFraction = Annotated[float, POSITIVE, FRACTION]
 NonNegativeFraction = Annotated[float, NOT_NEGATIVE, FRACTION]  # as Fraction, in the words of a coefficient
 
+Decay = Annotated[
+    float, Bound("must be between 0 and 1, and not 1: a mean that decays by nothing never begins", at_least=0, below=1)
+]
+LearningRate = Annotated[float, POSITIVE, Bound("must be at most 1: a step moves a weight by about as much", at_most=1)]
+Multiple = Annotated[float, NOT_NEGATIVE, Bound("must be at most 1000", at_most=1000)]
+Seconds = Annotated[
+    float, POSITIVE, Bound("must be at most 2000000, 23 days: no socket waits longer", at_most=2_000_000)
+]
+Threads = Annotated[int, POSITIVE, Bound("must be at most 1024, more than a machine has cores", at_most=1024)]
+Count = Annotated[int, POSITIVE, Bound("must be at most 1000000", at_most=1_000_000)]
+Steps = Annotated[int, POSITIVE, Bound("must be at most 999999: step folders have six digits", at_most=999_999)]
+Samples = Annotated[int, POSITIVE, Bound("must be at most 16384, as vLLM's n", at_most=16384)]
+# vLLM samples at 0.01 where less is asked for, and refuses more than 2.
+Temperature = Annotated[
+    float, POSITIVE, Bound("must be between 0.01 and 2: vLLM samples at no other", at_least=0.01, at_most=2)
+]
+TemperatureOrGreedy = Annotated[
+    float, Bound("must be 0, which is greedy, or between 0.01 and 2: vLLM samples at no other", at_least=0, at_most=2)
+]
+PathText = Annotated[str, IS_PATH]
+
 Seed = Annotated[int, Bound("must be between 0 and 4294967295, as NumPy's seeds are", at_least=0, at_most=2**32 - 1)]
 GroupSize = Annotated[
-    int, POSITIVE, Bound("a group needs 2 responses to compare", at_least=2, remedy="set it to 2 or more")
+    int,
+    POSITIVE,
+    Bound("a group needs 2 responses to compare", at_least=2, remedy="set it to 2 or more"),
+    Bound("must be at most 16384, as vLLM's n", at_most=16384),
 ]
 Draws = Annotated[
-    float, POSITIVE, Bound("must be 1 or more: a step needs prompts_per_step prompts", at_least=1, remedy="raise it")
+    float,
+    POSITIVE,
+    Bound("must be 1 or more: a step needs prompts_per_step prompts", at_least=1),
+    Bound("must be at most 1000", at_most=1000),
 ]
-ImportanceCap = Annotated[
-    float, Bound("must be 1 or more: at weight 1 there is nothing to correct", at_least=1, remedy="raise it")
-]
+ImportanceCap = Annotated[float, Bound("must be 1 or more: at weight 1 there is nothing to correct", at_least=1)]
 DualClip = Annotated[
     float, Bound("must be more than 1, the ratio on policy", above=1, remedy="raise it, or set it to null")
 ]

@@ -9,20 +9,31 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from grpo_mcore.config.bounds import (
+    Count,
+    Decay,
     Draws,
     DualClip,
     ExpertParallel,
     Fraction,
     GroupSize,
     ImportanceCap,
+    LearningRate,
+    Multiple,
     NonNegativeFloat,
     NonNegativeFraction,
     NonNegativeInt,
+    PathText,
     PositiveFloat,
     PositiveFraction,
     PositiveInt,
+    Samples,
+    Seconds,
     Seed,
+    Steps,
+    Temperature,
+    TemperatureOrGreedy,
     Template,
+    Threads,
 )
 
 FP8_ALIGN = 16  # cuBLAS: every dimension of an FP8 matrix product is a multiple of it
@@ -36,7 +47,12 @@ class InputError(Exception):
     """What a user got wrong, in one line: field, value seen, constraint, remedy. Shown without a traceback."""
 
     def __init__(self, name: str, value: object, constraint: str, remedy: str):
-        super().__init__(f"{name} = {value!r}: {constraint}. Remedy: {remedy}.")
+        line = f"{_short(name)} = {_short(repr(value))}: {_short(constraint)}. Remedy: {remedy}."
+        super().__init__(" ".join(line.splitlines()))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 1000 else f"{text[:400]} ... ({len(text)} characters)"
 
 
 class RunError(RuntimeError):
@@ -47,7 +63,7 @@ class RunError(RuntimeError):
 class Data:
     """Where prompts come from."""
 
-    train: str  # a .jsonl or .parquet file, a hub data set, or arithmetic:TASK/SPLIT (made, see arithmetic.py)
+    train: PathText  # a .jsonl or .parquet file, a hub data set, or arithmetic:TASK/SPLIT (made, see arithmetic.py)
     problem_key: str = "problem"  # the column that holds the problem
     answer_key: str = "answer"  # the column that holds the right answer
     prompt_template: Template = "{problem}"  # the prompt: `{problem}` is replaced, every other brace is literal
@@ -67,7 +83,7 @@ class WarmStart:
     task: Literal["two_digit_sums"]  # the arithmetic task that is demonstrated
     corrupted_frac: Fraction = 0.4  # demonstrations whose final answer is wrong: leaves GRPO something to learn
     batch_size: PositiveInt = 64  # demonstrations per optimizer step
-    lr: PositiveFloat = 2e-3  # learning rate, constant
+    lr: LearningRate = 2e-3  # learning rate, constant
     stop_at_pass_rate: Fraction = 0.3  # mean probability of the right demonstration on held-out problems
     max_steps: PositiveInt = 450  # optimizer steps, if stop_at_pass_rate is not reached before
 
@@ -122,12 +138,12 @@ class Kernels:
 class Optimizer:
     """AdamW and its learning rate."""
 
-    lr: PositiveFloat = 1e-6  # learning rate
+    lr: LearningRate = 1e-6  # learning rate
     lr_schedule: Literal["constant", "linear"] = "constant"  # linear: from lr to 0 over num_steps
     warmup_steps: NonNegativeInt = 0  # steps over which the learning rate rises; 0: no warm-up
     warmup_start_frac: Fraction = 0.1  # where the warm-up starts, as a share of the learning rate
-    beta1: Fraction = 0.9  # decay of the gradient's running mean
-    beta2: Fraction = 0.999  # decay of the squared gradient's running mean
+    beta1: Decay = 0.9  # decay of the gradient's running mean
+    beta2: Decay = 0.999  # decay of the squared gradient's running mean
     eps: PositiveFloat = 1e-8  # added to an update's denominator: with 0 a weight without gradient becomes NaN
     weight_decay: NonNegativeFloat = 0.01  # decoupled from the gradient
     # what is decayed; matrices: neither norms nor biases, which are vectors
@@ -139,9 +155,9 @@ class Optimizer:
 class Rollout:
     """How many responses are sampled a step, and how."""
 
-    prompts_per_step: PositiveInt = 128  # prompts of one step, each with a group of responses
+    prompts_per_step: Count = 128  # prompts of one step, each with a group of responses
     group_size: GroupSize = 8  # responses per prompt
-    temperature: PositiveFloat = 1.0  # logits are divided by it, in sampling and in the loss
+    temperature: Temperature = 1.0  # logits are divided by it, in sampling and in the loss
     max_response_tokens: PositiveInt = 7168  # a response that reaches it is truncated
     max_staleness: NonNegativeInt = 0  # steps by which sampling may run ahead of training; 0: they take turns
     # what a refit does to the keys and values of responses that are still running, which are of the old weights
@@ -151,17 +167,17 @@ class Rollout:
     # variance are kept
     max_draws: Draws = 3.0
     # with dynamic_sampling: prompts drawn ahead of need, as a multiple of prompts_per_step
-    oversampling_frac: NonNegativeFloat = 0.0
+    oversampling_frac: Multiple = 0.0
     keep_texts: NonNegativeInt = 4  # groups per step whose texts are kept in RUN/rollouts
     max_total_tokens: PositiveInt | None = None  # prompt and response together; null: no limit but their own
-    timeout_s: PositiveFloat = 3600.0  # for all responses of a step
+    timeout_s: Seconds = 3600.0  # for all responses of a step
 
 
 @dataclass(frozen=True)
 class Engine:
     """vLLM, which samples. One engine is one Ray actor."""
 
-    num_engines: PositiveInt = 1  # engines, which share the prompts of a step
+    num_engines: Count = 1  # engines, which share the prompts of a step
     # colocated: on the trainers' GPUs, in turns; disaggregated: on GPUs of their own; auto: cpu, or colocated
     placement: Literal["auto", "cpu", "colocated", "disaggregated"] = "auto"
     tp: PositiveInt = 1  # GPUs (CPU: processes) of one engine, on one machine
@@ -173,18 +189,18 @@ class Engine:
     kv_cache_bytes: PositiveInt | None = None
     # share of a GPU's memory that an engine takes; null: 0.5 in turns with a trainer, 0.9 where it is alone
     gpu_memory_frac: PositiveFraction | None = None
-    max_running_responses: PositiveInt = 256  # responses that one engine samples at a time
+    max_running_responses: Count = 256  # responses that one engine samples at a time
     # tokens of one engine step; null: 8192 on a GPU, 2048 on a CPU, which takes at least the longest sequence
     max_batched_tokens: PositiveInt | None = None
     prefix_caching: bool = True  # siblings share the keys and values of their prompt
     enforce_eager: bool = False  # no compiled graphs; a CPU engine never has them
     # what leaves the GPU while colocated engines sample
     offload_trainer: tuple[Literal["gradients", "optimizer"], ...] = ("gradients", "optimizer")
-    num_threads: PositiveInt = 1  # CPU threads of one engine
+    num_threads: Threads = 1  # CPU threads of one engine
     # CPU cores that the engines are bound to, num_threads each in turn; empty: any
     cores: tuple[NonNegativeInt, ...] = ()
-    start_timeout_s: PositiveFloat = 600.0  # for an engine to start
-    health_timeout_s: PositiveFloat = 60.0  # an engine that does not answer for so long is replaced
+    start_timeout_s: Seconds = 600.0  # for an engine to start
+    health_timeout_s: Seconds = 60.0  # an engine that does not answer for so long is replaced
     max_failures: NonNegativeInt = 3  # failures of engines in one process's life; one more stops the run
 
     def is_colocated(self, device: str) -> bool:
@@ -210,9 +226,9 @@ class Reward:
     # ask the other verifier too: the metric reward/disagree counts what they judge differently, and RUN/rollouts has
     # both verdicts
     compare_verifiers: bool = False
-    num_processes: PositiveInt = 2  # grading processes of the run
-    cpu_s: PositiveFloat = 2.0  # CPU time of one comparison
-    wall_s: PositiveFloat = 20.0  # wall clock of one comparison
+    num_processes: Threads = 2  # grading processes of the run
+    cpu_s: Seconds = 2.0  # CPU time of one comparison
+    wall_s: Seconds = 20.0  # wall clock of one comparison
     memory_bytes: PositiveInt = 2 << 30  # address space of one grading process
 
 
@@ -277,7 +293,7 @@ class Refit:
     # engines can
     transport: Literal["auto", "broadcast", "shared"] = "auto"
     bucket_bytes: PositiveInt | None = None  # weights sent at a time; null: 8 MiB on a CPU, 256 MiB on a GPU
-    timeout_s: PositiveFloat = 300.0  # for each answer of an engine
+    timeout_s: Seconds = 300.0  # for each answer of an engine
     # largest mean |engine - trainer| log-prob after a refit; null: 1e-3 if both are float32, else 0.15, with
     # engine.quantization 0.5
     canary_tolerance: PositiveFloat | None = None
@@ -295,11 +311,12 @@ class Mismatch:
 class Eval:
     """Evaluation on problems that are not trained on. The prompts' keys are those of `data`."""
 
-    data: str | None = None  # problems, as data.train says, or aime24, math500; null: no evaluation
+    data: PathText | None = None  # problems, as data.train says, or aime24, math500; null: no evaluation
     every: PositiveInt = 10  # steps between two evaluations; also before the first and after the last
-    samples_per_prompt: PositiveInt = 8  # k of mean@k and pass@k
+    samples_per_prompt: Samples = 8  # k of mean@k and pass@k
     max_prompts: PositiveInt | None = None  # the first so many problems; null: all
-    temperature: PositiveFloat = 1.0  # of sampling
+    # of sampling; 0: greedy, the likeliest token each time, and then samples_per_prompt is 1
+    temperature: TemperatureOrGreedy = 1.0
     top_p: PositiveFraction = 1.0  # sample from the likeliest tokens that have this share of the probability
     # longest response; null: as in training, rollout.max_total_tokens included
     max_response_tokens: PositiveInt | None = None
@@ -314,9 +331,9 @@ class Checkpoint:
     keep_best: NonNegativeInt = 0  # kept besides: so many with the highest best_metric
     best_metric: str = "reward/mean"  # a metric of metrics.jsonl, such as eval/mean@8
     # another run's checkpoint, whose weights and optimizer a run begins with; null: `model`'s, and a fresh optimizer
-    start_from: str | None = None
+    start_from: PathText | None = None
     asynchronous: bool = True  # written in the background while the next step runs
-    timeout_s: PositiveFloat = 1800.0  # for one save
+    timeout_s: Seconds = 1800.0  # for one save
 
 
 @dataclass(frozen=True)
@@ -339,15 +356,15 @@ class Stop:
 class Config:
     """What stands at the top of the file, outside of any section."""
 
-    model: str  # Hugging Face folder or hub name, a .gguf file, or package:NAME/FILE.gguf
-    run_dir: str  # RUN: the folder of all that the run writes, and goes on from if it is started again
-    num_steps: PositiveInt  # rounds of refit, rollout and update
+    model: PathText  # Hugging Face folder or hub name, a .gguf file, or package:NAME/FILE.gguf
+    run_dir: PathText  # RUN: the folder of all that the run writes, and goes on from if it is started again
+    num_steps: Steps  # rounds of refit, rollout and update
     data: Data
     seed: Seed = 42  # of sampling, of the prompts' order and of a warm start
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
     deterministic: bool = False  # the same numbers in every run on a GPU, slower; a CPU's are anyway
-    num_threads: PositiveInt = 1  # CPU threads of one trainer rank
-    collective_timeout_s: PositiveFloat = 1800.0  # longest wait of a rank for the others, beyond rollout.timeout_s
+    num_threads: Threads = 1  # CPU threads of one trainer rank
+    collective_timeout_s: Seconds = 1800.0  # longest wait of a rank for the others, beyond rollout.timeout_s
     # the published recipe that this follows, see recipe.py; null: none
     recipe: Literal["guide/8k", "guide/16k", "guide/24k", "original/8k", "original/16k", "original/24k"] | None = None
     recipe_deviations: tuple[str, ...] = ()  # quantities of the recipe in which this deviates on purpose

@@ -1,7 +1,8 @@
 """A Config from YAML and back.
 
-Parsed once from a file plus dotted overrides; unknown keys are refused with a suggestion; values are coerced by the
-field's type (PyYAML reads `1e-6` as a string); the result is checked (rules.py).
+Parsed once from a file plus dotted overrides; unknown keys are refused with a suggestion; the result is checked
+(rules.py). The field's type says how a value is read: an override of a text is that text, character by character, of a
+list or a section YAML's flow style; in a path `~` and environment variables are expanded.
 
 `inherit: other.yaml`, a path from the file's own folder, takes all keys of that file (and of what it inherits), below
 the file's own: sections merge key by key; a value, a list or null replaces what was there.
@@ -9,47 +10,52 @@ the file's own: sections merge key by key; a value, a list or null replaces what
 
 import dataclasses
 import difflib
+import math
+import os
+import re
 import typing
-from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import yaml
-
-from grpo_mcore.config import rules
-from grpo_mcore.config.bounds import Hint, Section, is_section, without_null
+from grpo_mcore.config import rules, strict_yaml
+from grpo_mcore.config.bounds import Hint, Section, is_path, is_section, plain, without_null
 from grpo_mcore.config.config import Config, InputError
 
 Tree = dict[str, Any]  # as YAML has it: nothing is known of the values
 Kind = TypeVar("Kind", bound=Section)
 
 
-class _Loader(yaml.SafeLoader):
-    """A key written twice in one mapping is an error: YAML would let the last one win."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise InputError(str(key), "twice", "is written twice in one section", "keep one of them")
-        return super().construct_mapping(node, deep)
-
-
 def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
-    """Config from a YAML file and `key.sub=value` overrides (values in YAML). Raises InputError."""
+    """Config from a YAML file and `key.sub=value` overrides. Raises InputError."""
     tree = _read(Path(path), ())
     for override in overrides:
         dotted, eq, text = override.partition("=")
-        if not eq or not dotted:
+        if not eq or not all(dotted.split(".")):
             raise InputError("override", override, "must read key.sub=value", "write it without spaces around '='")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            value = text  # a string with YAML's own characters in it
-        _section(tree, dotted)[dotted.rpartition(".")[2]] = value
+        _section(tree, dotted)[dotted.rpartition(".")[2]] = _value_of_text(Config, dotted, text)
     config = _build(Config, tree, "")
     rules.check(config)
     return config
+
+
+def _value_of_text(cls: type[Section], dotted: str, text: str) -> object:
+    """The value of an override, as a file would have it. Raises InputError."""
+    hint: Hint = cls
+    for depth, key in enumerate(dotted.split(".")):
+        section = without_null(hint)[0]
+        prefix = ".".join(dotted.split(".")[:depth])
+        if not is_section(section):
+            raise InputError("override", dotted, f"{prefix!r} is no section", "name a key of the configuration")
+        _check_key(section, key, text, f"{prefix}." * bool(prefix))
+        hint = typing.get_type_hints(section, include_extras=True)[key]
+    kind, optional = without_null(hint)
+    if optional and text == "null":
+        return None
+    if plain(kind) is str or typing.get_origin(kind) is Literal:
+        return text
+    if is_section(kind) or typing.get_origin(kind) is tuple:
+        return strict_yaml.read(text, dotted, text)
+    return strict_yaml.scalar(text)
 
 
 def read(cls: type[Kind], path: str | Path) -> Kind:
@@ -60,16 +66,19 @@ def read(cls: type[Kind], path: str | Path) -> Kind:
 def _read(path: Path, heirs: tuple[Path, ...]) -> Tree:
     """The mapping of a YAML file over what it inherits. `heirs`: the files that led here."""
     name, seen = ("inherit", f"{path} (in {heirs[-1]})") if heirs else ("--cfg", str(path))
-    if not path.is_file():
-        raise InputError(
-            name, seen, "there is no such file", "give the path of a YAML file, such as configs/quickstart.yaml"
-        )
-    if path.resolve() in map(Path.resolve, heirs):
-        raise InputError(name, seen, "inherits itself, by way of others or at once", "break the circle")
     try:
-        tree = yaml.load(path.read_text(), _Loader)
-    except yaml.YAMLError as e:
-        raise InputError(name, seen, f"is not valid YAML ({' '.join(str(e).split())})", "mend the line it names") from e
+        if not path.is_file():
+            raise InputError(
+                name, seen, "there is no such file", "give the path of a YAML file, such as configs/quickstart.yaml"
+            )
+        if path.resolve() in map(Path.resolve, heirs):
+            raise InputError(name, seen, "inherits itself, by way of others or at once", "break the circle")
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as e:
+        raise InputError(name, seen, f"cannot be read ({e.strerror})", "mend that, or name another file") from e
+    except UnicodeDecodeError as e:
+        raise InputError(name, seen, f"is not UTF-8 text ({e.reason} at byte {e.start})", "save it as UTF-8") from e
+    tree = strict_yaml.read(text, name, seen)
     if not isinstance(tree, dict):
         raise InputError(name, seen, "must hold a mapping of keys", "see configs/quickstart.yaml")
     if "inherit" not in tree:
@@ -77,7 +86,8 @@ def _read(path: Path, heirs: tuple[Path, ...]) -> Tree:
     parent = tree.pop("inherit")
     if not isinstance(parent, str):
         raise InputError("inherit", parent, "must be one file's path", f"name one, from the folder of {path}")
-    return _over(_read(path.parent / parent, (*heirs, path)), tree)
+    _check_representable(parent, "inherit")
+    return _over(_read(path.parent / _expanded(parent, "inherit"), (*heirs, path)), tree)
 
 
 def _over(below: Tree, above: Tree) -> Tree:
@@ -103,27 +113,32 @@ def _section(tree: Tree, dotted: str) -> Tree:
     return node
 
 
+def _check_key(cls: type[Section], key: str, value: object, prefix: str) -> None:
+    fields = [f.name for f in dataclasses.fields(cls)]
+    if key not in fields:
+        near = difflib.get_close_matches(key, fields, n=1)
+        remedy = f"did you mean {prefix}{near[0]}" if near else f"known keys here: {', '.join(fields)}"
+        raise InputError(f"{prefix}{key}", value, "there is no such key", remedy)
+
+
 def _build(cls: type[Kind], tree: Tree, prefix: str) -> Kind:
     """Dataclass `cls` from a mapping, recursively."""
-    fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in tree:
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            remedy = f"did you mean {prefix}{near[0]}" if near else f"known keys here: {', '.join(fields)}"
-            raise InputError(f"{prefix}{key}", tree[key], "there is no such key", remedy)
-    hints = typing.get_type_hints(cls)
+        _check_key(cls, key, tree[key], prefix)
+    hints = typing.get_type_hints(cls, include_extras=True)
     values = {}
-    for name, f in fields.items():
-        if name in tree:
-            values[name] = _coerce(hints[name], tree[name], prefix + name)
+    for f in dataclasses.fields(cls):
+        if f.name in tree:
+            values[f.name] = _coerce(hints[f.name], tree[f.name], prefix + f.name)
         elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            raise InputError(prefix + name, None, "is required", f"add `{name}:` to the configuration")
+            raise InputError(prefix + f.name, None, "is required", f"add `{f.name}:` to the configuration")
     return cls(**values)
 
 
 def _coerce(hint: Hint, value: object, name: str) -> object:
     """`value` as the field's type, or InputError."""
-    kind, optional = without_null(hint)
+    hint, optional = without_null(hint)
+    kind = plain(hint)
     if value is None and optional:
         return None
     if is_section(kind):
@@ -137,15 +152,34 @@ def _coerce(hint: Hint, value: object, name: str) -> object:
             words = ", ".join(map(str, typing.get_args(kind)))
             raise InputError(name, value, f"must be one of {words}", "choose one of them")
         return value
-    wrong = InputError(name, value, f"must be of type {kind.__name__}", f"write a value of type {kind.__name__}")
-    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except ValueError:
-            raise wrong from None
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise wrong
-    return value
+    if kind is float and type(value) is int:
+        value = float(value) if abs(value) < 1e300 else math.inf
+    if type(value) is not kind:  # a bool is an int to Python
+        raise InputError(name, value, f"must be of type {kind.__name__}", f"write a value of type {kind.__name__}")
+    _check_representable(value, name)
+    return _expanded(value, name) if is_path(hint) else value  # type: ignore[arg-type]
+
+
+def _check_representable(value: object, name: str) -> None:
+    """Raises InputError for a number or text that nothing could be done with."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(name, value, "must be a finite number", "write one")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise InputError(name, value, "must fit into 64 bits", "write a smaller number")
+    if isinstance(value, str) and re.search("[\ud800-\udfff\0]", value):
+        raise InputError(name, value, "holds what is no character", "write it as UTF-8 text")
+
+
+def _expanded(path: str, name: str) -> str:
+    """With `~` and environment variables replaced."""
+    found = os.path.expandvars(os.path.expanduser(path))
+    if unset := re.search(r"\$\w+|\$\{[^}]*\}", found):
+        raise InputError(name, path, f"{unset.group()} is no environment variable", "set it, or write the path out")
+    if found.startswith("~"):
+        raise InputError(name, path, "there is no such user's home", "write the path out, or ./~ for a name with it")
+    if not found.strip():
+        raise InputError(name, path, "is empty", "name a path")
+    return found
 
 
 def _items(item: Hint, value: object, name: str) -> tuple[object, ...]:
@@ -154,14 +188,15 @@ def _items(item: Hint, value: object, name: str) -> tuple[object, ...]:
         if not isinstance(value, list) or not all(isinstance(v, dict) for v in value):
             raise InputError(name, value, "must be a list of sections", f"write `- key: value` below `{name}:`")
         return tuple(_build(item, v, f"{name}[{i}].") for i, v in enumerate(value))
-    choices = typing.get_args(item)  # of a Literal
-    plain = str if choices else item
-    if not isinstance(value, (list, tuple)) or not all(type(v) is plain for v in value):
-        words, example = ("names", "[one, two]") if plain is str else ("whole numbers", "[0, 1]")
+    choices = typing.get_args(item) if typing.get_origin(item) is Literal else ()
+    kind = str if choices else plain(item)
+    if not isinstance(value, list) or not all(type(v) is kind for v in value):
+        words, example = ("names", "[one, two]") if kind is str else ("whole numbers", "[0, 1]")
         raise InputError(name, value, f"must be a list of {words}", f"write it as {example}")
     for v in value:
         if choices and v not in choices:
             raise InputError(name, v, f"must be of {', '.join(choices)}", "choose among them")
+        _check_representable(v, name)
     return tuple(value)
 
 
@@ -185,4 +220,4 @@ def describe(config: Config, world_size: int) -> str:
 
 
 def to_yaml(config: Config) -> str:
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    return strict_yaml.write(dataclasses.asdict(config))

@@ -1,10 +1,12 @@
-"""What must hold of a Config: the bounds that its types name, and the rules between fields. Rules that need
-the model or the data stand where those are opened."""
+"""What must hold of a Config: the bounds that its types name, and the rules between fields, of all programs (check) or
+of training alone (check_metrics). Rules that need the model or the data stand where those are opened."""
 
+import difflib
 import functools
 import operator
 import typing
 
+from grpo_mcore.config import metric_names
 from grpo_mcore.config.bounds import Bound, Contains, Section, bounds_of
 from grpo_mcore.config.config import PLAIN_ATTENTION_TOKENS, Config, InputError, packed_alignment
 
@@ -13,7 +15,6 @@ def check(config: Config) -> None:
     """The bounds of the fields, and the rules between them, that need neither model nor data nor ranks."""
     _check_bounds(config, "")
     _check_sizes(config)
-    _check_metrics(config)
     _check_rollout(config)
     _check_training(config)
     check_device(config, config.device)
@@ -78,21 +79,28 @@ def _check_sizes(config: Config) -> None:
     )
 
 
-def _check_metrics(config: Config) -> None:
+def check_metrics(config: Config) -> None:
+    """Whether a training run writes the metrics that it is to be judged by."""
     need = functools.partial(_need, config)
     c, e, stop = config.checkpoint, config.eval, config.stop
+    for name, metric, is_used in (
+        ("checkpoint.best_metric", c.best_metric, c.keep_best),
+        ("stop.plateau_metric", stop.plateau_metric, stop.plateau_window),
+    ):
+        if not is_used:
+            continue
+        need(not metric.startswith("eval/") or e.data, name, "is never known without eval.data", "set eval.data")
+        names = [*metric_names.of_steps(config), *metric_names.of_evaluations(config)]
+        near = difflib.get_close_matches(metric, names, n=1)
+        there_are = "there are " + ", ".join(sorted(names))
+        need(
+            metric in names, name, "is no metric that this run writes", f"did you mean {near[0]}" if near else there_are
+        )
     need(
-        not (c.keep_best and c.best_metric.startswith("eval/")) or (e.data is not None and c.every % e.every == 0),
+        not (c.keep_best and c.best_metric.startswith("eval/")) or c.every % e.every == 0,
         "checkpoint.best_metric",
-        f"is known of a checkpoint only if eval.every = {e.every} divides checkpoint.every = {c.every}, and eval.data "
-        f"is given",
+        f"is known of a checkpoint only if eval.every = {e.every} divides checkpoint.every = {c.every}",
         "change one of them",
-    )
-    need(
-        not (stop.plateau_window and stop.plateau_metric.startswith("eval/")) or e.data is not None,
-        "stop.plateau_metric",
-        "is never known without eval.data",
-        "set eval.data, or name another metric",
     )
 
 
@@ -104,6 +112,24 @@ def _check_rollout(config: Config) -> None:
         "rollout.oversampling_frac",
         "draws for groups that rollout.dynamic_sampling passes over, and it is off",
         "switch it on, or set this to 0",
+    )
+    need(
+        config.eval.temperature == 0 or config.eval.temperature >= 0.01,
+        "eval.temperature",
+        "would be 0.01 in the engine",
+        "set it to 0, which is greedy, or to 0.01 or more",
+    )
+    need(
+        config.eval.temperature > 0 or config.eval.samples_per_prompt == 1,
+        "eval.samples_per_prompt",
+        "must be 1 with eval.temperature = 0: greedy samples of a problem are all the same",
+        "set it to 1, or raise the temperature",
+    )
+    need(
+        e.max_batched_tokens is None or e.max_batched_tokens >= e.max_running_responses,
+        "engine.max_batched_tokens",
+        f"must be engine.max_running_responses = {e.max_running_responses} or more: each takes a token of a step",
+        "raise it, or lower engine.max_running_responses",
     )
     need(
         r.cache_after_refit != "keep" or r.max_staleness,

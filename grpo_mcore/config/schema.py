@@ -4,8 +4,7 @@ of the YAML files (draft 2020-12) and as a page of tables.
     python -m grpo_mcore.config.schema     writes configs/schema.json and docs/configuration.md
 
 A description is the comment behind a field or, where that is long, the comment lines right above it; of a section, its
-docstring. What the schema cannot say is left to the loader: rules between fields, a whole number written as 3.0, and
-bounds of a number that YAML reads as text (1e-6), beyond its sign.
+docstring. What the schema cannot say is left to the loader: rules between fields, and a whole number written as 3.0.
 """
 
 import ast
@@ -16,13 +15,14 @@ import io
 import json
 import math
 import re
+import sys
 import tokenize
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from grpo_mcore.config.bounds import Bound, Contains, Hint, Section, bounds_of, is_section, without_null
+from grpo_mcore.config.bounds import Bound, Contains, Hint, Section, bounds_of, is_path, is_section, plain, without_null
 from grpo_mcore.config.config import Config
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +40,11 @@ A run is one YAML file with the keys of this page; `key.sub=value` on the comman
 wrong type, a number out of bounds or keys that do not fit each other are refused before anything starts, in one line
 with a remedy. What is not given has its default; `--dry-run` prints the result. Names bear their units: `_tokens`,
 `_s` (seconds), `_bytes`, `_frac` (of 1).
+
+The key's type says how an override is read. A text is taken as it stands behind the first `=`, blanks, braces, quotes
+and `#` included; a list is `key=[a, b]`, a section `key={sub: value}`, and `key=null` is null where a key may be. In a
+path `~` and environment variables (`$NAME`, `${NAME}`) stand for what they name. Files are read as YAML 1.2, as editors
+read them: `1e-6` is a number, `yes` a text. Aliases and tags are refused: `inherit` is there for that.
 
 `configs/schema.json` says the same to editors: a first line `# yaml-language-server: $schema=PATH/schema.json`, as in
 the files of `configs/`, brings completion and checks while typing.
@@ -98,17 +103,13 @@ def comments(cls: type[Section]) -> dict[str, str]:
     return found
 
 
-def _plain(hint: Hint) -> Hint:
-    """int of Annotated[int, ...], and of int."""
-    return typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
-
-
-def _limits(hint: Hint) -> tuple[float, float, float]:
-    """(above, at_least, at_most) of a type's bounds, the narrowest of each."""
+def _limits(hint: Hint) -> tuple[float, float, float, float]:
+    """(above, at_least, at_most, below) of a type's bounds, the narrowest of each."""
     bounds = [b for b in bounds_of(hint) if isinstance(b, Bound)]
     above = max([b.above for b in bounds], default=-math.inf)
     at_least = max([b.at_least for b in bounds], default=-math.inf)
-    return above, at_least, min([b.at_most for b in bounds], default=math.inf)
+    at_most = min([b.at_most for b in bounds], default=math.inf)
+    return above, at_least, at_most, min([b.below for b in bounds], default=math.inf)
 
 
 def json_schema(cls: type[Section] = Config) -> dict[str, Any]:
@@ -154,17 +155,20 @@ def _value(hint: Hint) -> dict[str, Any]:
         return {"type": "array", "items": _value(typing.get_args(hint)[0])}
     if typing.get_origin(hint) is Literal:
         return {"enum": list(typing.get_args(hint))}
-    kind, (above, at_least, at_most) = _plain(hint), _limits(hint)
+    kind, (above, at_least, at_most, below) = plain(hint), _limits(hint)
     schema: dict[str, Any] = {"type": {int: "integer", float: "number", bool: "boolean", str: "string"}[kind]}
-    if kind is float:  # PyYAML reads 1e-6 as text
-        sign = "[-+]?" if max(above, at_least) < 0 else "[+]?"
-        schema = {"type": ["number", "string"], "pattern": rf"^{sign}([0-9]+[.]?[0-9]*|[.][0-9]+)([eE][-+]?[0-9]+)?$"}
     if at_least > above:
         schema["minimum"] = at_least
     elif above > -math.inf:
         schema["exclusiveMinimum"] = above
-    if at_most < math.inf:
+    if at_most < below:
         schema["maximum"] = at_most
+    elif below < math.inf:
+        schema["exclusiveMaximum"] = below
+    elif kind is float:
+        schema["maximum"] = sys.float_info.max  # which infinity is not
+    if kind is float:
+        schema["not"] = {"type": "number", "minimum": 1, "maximum": 0}  # NaN alone is not out of any bounds
     for bound in bounds_of(hint):
         if isinstance(bound, Contains):
             schema["pattern"] = re.escape(bound.part)
@@ -202,14 +206,15 @@ def _words(hint: Hint, plural: str = "") -> str:
         return f"list of {_words(typing.get_args(hint)[0], plural='s')}"
     if typing.get_origin(hint) is Literal:
         return ", ".join(map(_code, typing.get_args(hint)))
-    kind, (above, at_least, at_most) = _plain(hint), _limits(hint)
+    kind, (above, at_least, at_most, below) = plain(hint), _limits(hint)
     if kind is bool:
         return "`true`, `false`"
-    words = {int: "whole number", float: "number", str: "text"}[kind] + plural
+    words = ("path" if is_path(hint) else {int: "whole number", float: "number", str: "text"}[kind]) + plural
     words += "".join(f" with `{b.part}` in it" for b in bounds_of(hint) if isinstance(b, Contains))
-    if at_least > above:
-        return f"{words} {at_least:g} to {at_most}" if at_most < math.inf else f"{words} {at_least:g} or more"
-    return words + (f" above {above:g}" if above > -math.inf else "") + (f", at most {at_most}" * (at_most < math.inf))
+    if at_least > above and at_most < below:
+        return f"{words} {at_least:g} to {at_most}"
+    words += f" {at_least:g} or more" if at_least > above else f" above {above:g}" if above > -math.inf else ""
+    return words + (f", at most {at_most}" if at_most < below else f", below {below:g}" if below < math.inf else "")
 
 
 def _code(value: object) -> str:

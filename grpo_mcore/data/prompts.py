@@ -80,6 +80,16 @@ def digest(prompts: Sequence[Prompt]) -> str:
     return sha.hexdigest()[:16]
 
 
+def load_evaluation(cfg: config.Config, tokenizer: Tokenizer) -> tuple[list[Prompt], int]:
+    """(the prompts of eval.data, over-long ones left out, the first eval.max_prompts of them; how many were left out up
+    to the last). Raises InputError."""
+    assert cfg.eval.data is not None
+    prompts, num_left_out = load(cfg.eval.data, cfg.data, tokenizer, "eval.data")
+    kept = prompts[: cfg.eval.max_prompts]
+    # An id is the position in the data set.
+    return kept, num_left_out if len(kept) == len(prompts) else kept[-1].id + 1 - len(kept)
+
+
 class Stream:
     """Endless prompts, shuffled anew each epoch: a position in it is all the state there is.
 

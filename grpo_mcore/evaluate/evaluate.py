@@ -26,7 +26,7 @@ from grpo_mcore.rollout.rollout import grade, sample
 from grpo_mcore.types import Prompt
 
 
-def result_of(graded: Sequence[Graded], verifier: str) -> scores.Result:
+def result_of(graded: Sequence[Graded], verifier: str, num_left_out: int = 0) -> scores.Result:
     spelling = VERIFIERS[verifier].normalise
     return scores.Result(
         tuple(
@@ -39,7 +39,8 @@ def result_of(graded: Sequence[Graded], verifier: str) -> scores.Result:
                 tuple(r.truncated for r in g.group.responses),
             )
             for g in graded
-        )
+        ),
+        num_left_out,
     )
 
 
@@ -51,8 +52,11 @@ def evaluate(
     cfg: config.Config,
     *,
     version: int,
+    num_left_out: int,
 ) -> scores.Result:
-    """k samples of every prompt with the weights the engines hold. The same samples for the same weights and seed."""
+    """k samples of every prompt, or the greedy response (eval.temperature = 0), with the weights the engines hold. The
+    same samples for the same weights and seed. `num_left_out`: problems that are none of the prompts, being over-long.
+    """
     groups = sample(
         engines,
         eval_prompts,
@@ -64,7 +68,7 @@ def evaluate(
         version=version,
         timeout_s=cfg.rollout.timeout_s,
     )
-    return result_of(grade(groups, range(len(groups)), tokenizer, grader), cfg.reward.verifier)
+    return result_of(grade(groups, range(len(groups)), tokenizer, grader), cfg.reward.verifier, num_left_out)
 
 
 def protocol(
@@ -145,8 +149,7 @@ def evaluate_model(cfg: config.Config, source: str | None, *, compare_with: str 
         folder = local_folder(folder)
         model.load_hf_config(folder)
         tokenizer = prompts.Tokenizer(folder)
-        eval_prompts, num_left_out = prompts.load(cfg.eval.data, cfg.data, tokenizer, "eval.data")
-        eval_prompts = eval_prompts[: cfg.eval.max_prompts]
+        eval_prompts, num_left_out = prompts.load_evaluation(cfg, tokenizer)
         card = protocol(cfg, eval_prompts, num_left_out, tokenizer)
         if earlier:
             check_paired(eval_prompts, earlier[0])
@@ -155,7 +158,9 @@ def evaluate_model(cfg: config.Config, source: str | None, *, compare_with: str 
         try:
             engines.wait_until_ready()
             with Grader(cfg.reward) as grader:
-                result = evaluate(engines, eval_prompts, tokenizer, grader, cfg, version=LOADED)
+                result = evaluate(
+                    engines, eval_prompts, tokenizer, grader, cfg, version=LOADED, num_left_out=num_left_out
+                )
         finally:
             engines.stop()
     print(f"{source}: {result}", flush=True)

@@ -82,6 +82,7 @@ class Result:
     """Scores of P problems with k samples each."""
 
     problems: tuple[Problem, ...]
+    num_left_out: int = 0  # problems that were over-long, of which the scores say nothing
 
     @property
     def k(self) -> int:
@@ -105,13 +106,15 @@ class Result:
             **{f"eval/{name}@{self.k}": self.estimates[f"{name}@{self.k}"].value for name in ("mean", "pass", "maj")},
             "eval/standard_error": self.estimates[f"mean@{self.k}"].standard_error,
             "eval/truncated_frac": self.truncated_frac,
+            "eval/overlong_left_out": float(self.num_left_out),
         }
 
     def __str__(self) -> str:
         mean, passed, majority = (self.estimates[f"{name}@{self.k}"] for name in ("mean", "pass", "maj"))
+        left_out = f", {self.num_left_out} more left out as over-long" if self.num_left_out else ""
         return (
             f"mean@{self.k} {mean}, pass@{self.k} {passed.value:.3f}, maj@{self.k} {majority.value:.3f} "
-            f"({len(self.problems)} problems, {self.truncated_frac:.1%} truncated)"
+            f"({len(self.problems)} problems{left_out}, {self.truncated_frac:.1%} truncated)"
         )
 
 

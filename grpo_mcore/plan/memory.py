@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from grpo_mcore import entry
 from grpo_mcore.config import rules
 from grpo_mcore.config.config import Config, Engine, InputError, Parallel
 from grpo_mcore.kernels import reference
@@ -448,15 +449,7 @@ def machine_of(name: str | None, num_gpus: str | None) -> Machine:
     """Of the command line. Raises InputError."""
     if name not in GPUS:
         raise InputError("--gpu", name, f"must be one of {', '.join(GPUS)}", "choose one of them")
-    count = int(num_gpus) if num_gpus and num_gpus.isdecimal() else 0
-    if count < 1:
-        raise InputError(
-            "--num-gpus",
-            num_gpus,
-            "must be a number of GPUs, 1 or more",
-            "give the number of all nodes' GPUs, such as 8",
-        )
-    return Machine(name, count)
+    return Machine(name, entry.whole_number("--num-gpus", num_gpus, low=1))
 
 
 def hf_config_of(cfg: Config, given: str | None = None) -> HFConfig:

@@ -76,7 +76,7 @@ class Question:
     profile: str | None = None  # JSON of benchmarks/rollout.py: the engines' seconds
     machine: Machine | None = None  # what is not measured is estimated for it
     model_config: str | None = None
-    steps: float | None = None  # without those that fill the pipeline
+    steps: int | None = None  # without those that fill the pipeline
     staleness: tuple[int, ...] | None = None  # None: the configuration's
     median_tokens: float | None = None  # of responses
     mean_tokens: float | None = None
@@ -144,7 +144,7 @@ def answer(cfg: Config, ask: Question) -> dict[str, Any]:
     draw = lengths_of(cfg, ask)
     measured = cluster.counted(cluster.measured_steps(ask.like)) if ask.like else []
     parts = cluster_of(cfg, ask, draw, measured)
-    num_steps = int(ask.steps or len(measured) or 10)
+    num_steps = ask.steps or len(measured) or 10
     ages = (cfg.rollout.max_staleness,) if ask.staleness is None else ask.staleness
     if any(ages) and ask.machine and cfg.engine.is_colocated("cuda"):
         raise InputError(

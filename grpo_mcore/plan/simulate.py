@@ -51,6 +51,8 @@ class Step:
         return self.refit_s + self.rollout_s + self.train_s
 
 
+MOST_FAILURES = 10  # of an engine within one step: beyond, the step may never end
+
 _ENGINE, _FAILURE, _STARTED, _TRAINER = range(4)  # of events at the same time: which is first
 
 
@@ -208,6 +210,13 @@ class Simulation:
         self._settle(self._engines.pop(index))
         self._expect(index, None)
         self._step.failures += 1
+        if self._step.failures > MOST_FAILURES * self._engine_cfg.num_engines:
+            raise config.InputError(
+                "failures",
+                f"{self._step.failures} within a step",
+                f"end no step: each of {self._engine_cfg.num_engines} engines failed {MOST_FAILURES} times",
+                "lower --failures-per-day or --restart-s",
+            )
         self._step.issued_again += len(self._dispatch.leave(index))
         self._push(self.now + restart_s, _STARTED, index, functools.partial(self._start, index))
         self._deal()

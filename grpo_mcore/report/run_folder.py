@@ -6,6 +6,8 @@ InputError.
 """
 
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -27,6 +29,11 @@ def read_metrics(run_dir: str | Path) -> list[dict]:
                 "mend that line, or remove it",
             )
     return rows
+
+
+def numbers(rows: Sequence[dict], metric: str) -> list[float]:
+    """The values of a metric in the rows that have it; a NaN is none, be it for better or for worse."""
+    return [row[metric] for row in rows if not math.isnan(row.get(metric, math.nan))]
 
 
 def is_evaluation(row: dict) -> bool:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import shutil
 import sys
 import time
@@ -61,12 +62,15 @@ class Writer:
             print(f"\r\033[K{name} ...", end="", file=sys.stderr, flush=True)
 
     def write(self, step: int, row: dict[str, float]) -> None:
-        """One row: to be called once per step, and once per evaluation."""
+        """One row: to be called once per step, and once per evaluation. A NaN in it is said: it can be neither best
+        nor a gain."""
         with self.path.open("a") as f:
             f.write(json.dumps({"step": step, **row}) + "\n")
         for name, value in row.items():
             self._board.add_scalar(name, value, step)
         self._board.flush()
+        if nan := [name for name, value in row.items() if math.isnan(value)]:
+            self.say(f"warning: after {step} steps NaN is the value of {', '.join(nan)}")
 
     def write_rollouts(self, step: int, rows: Iterable[dict]) -> None:
         """RUN/rollouts/step_000001.jsonl: what was sampled for the step."""

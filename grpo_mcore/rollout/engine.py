@@ -21,7 +21,7 @@ class Sampling:
     """How to sample the responses of one prompt; response i is seeded with seed + i."""
 
     num_responses: int
-    temperature: float
+    temperature: float  # 0: the likeliest token each time, for one response
     max_tokens: int
     seed: int
     top_p: float = 1.0
@@ -31,7 +31,7 @@ class Sampling:
 @dataclass(frozen=True)
 class Completion:
     token_ids: list[int]
-    logprobs: list[float]  # natural log, after temperature and top_p
+    logprobs: list[float]  # natural log, after temperature (greedy: at 1) and top_p
     truncated: bool
     versions: tuple[tuple[int, int], ...]  # (policy_version, tokens sampled with it), in order
 
@@ -267,7 +267,7 @@ def arguments(cfg: config.Config, folder: str, *, cuda: bool, alone: bool) -> di
         block_size=32,  # the CPU's default of 128 leaves short prompts without a prefix hit
         # A seeded request whose prompt is split over two engine steps rewinds its generator, which a CPU's cannot.
         enable_chunked_prefill=False,
-        max_num_batched_tokens=max(e.tokens_per_step(device), cfg.longest_tokens),
+        max_num_batched_tokens=max(e.tokens_per_step(device), cfg.longest_tokens, e.max_running_responses),
     )
 
 

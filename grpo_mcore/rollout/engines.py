@@ -343,12 +343,12 @@ class Engines:
         if self._in_turns:
             self._fill()
         while over := self._next_start(wait=self._in_turns or not self.ready):
-            slot, problem = over
-            if problem is None:
-                self._admit(slot)
+            replacement, why = over
+            if why is None:
+                self._admit(replacement)
                 continue
             with contextlib.suppress(EnginesLost):
-                self.lose(slot, "engine start", problem)
+                self.lose(replacement, "engine start", why)
             if not self.ready:
                 self._fill()
         return self.ready

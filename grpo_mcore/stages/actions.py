@@ -251,7 +251,7 @@ def choose(work: Work) -> dict:
             raise InputError(
                 "checkpoint.best_metric",
                 name,
-                f"is known of no checkpoint of {config.run_dir}",
+                f"is a number of no checkpoint of {config.run_dir}",
                 "choose the last, or name another metric",
             )
         folder, why = ranked[0][0], f"{name} = {ranked[0][1]:.4g}, the highest of {len(ranked)} checkpoints"
@@ -366,15 +366,17 @@ def _wait(process: subprocess.Popen, asked: list[int], timeout_s: float | None, 
                 ) from None
 
 
+def check_redo(plan: Plan, stage: int) -> None:
+    """`stage`: counted from 1. Raises InputError."""
+    begun = len(Lineage(plan.dir).stages)
+    if not 1 <= stage <= begun:
+        constraint = f"must be between 1 and {begun}, the stages that were begun" if begun else "no stage was begun yet"
+        raise InputError("--redo-from", stage, constraint, "name one of them" if begun else "leave it out")
+
+
 def forget(plan: Plan, lineage: Lineage, number: int) -> None:
     """Before stages are done again: their run folders and exports are moved aside, never removed. Raises InputError."""
-    if not 0 <= number < len(lineage.stages):
-        raise InputError(
-            "--redo-from",
-            number + 1,
-            f"must be between 1 and {len(lineage.stages)}, the stages that were begun",
-            "name one of them",
-        )
+    check_redo(plan, number + 1)
     for record in lineage.stages[number:]:
         for folder in (Path(record["config"]["run_dir"]), plan.dir / f"{record['name']}_hf"):
             if folder.exists():

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from grpo_mcore.config import file as config_file, recipe, rules
+from grpo_mcore.config.bounds import PathText
 from grpo_mcore.config.config import Config, InputError, Stop
 from grpo_mcore.policy import model
 from grpo_mcore.policy.model_folder import local_folder
@@ -34,7 +35,7 @@ class Stage:
     """The stop rule is the configuration's: num_steps and `stop`."""
 
     name: str  # of its files in `dir`
-    cfg: str  # its configuration, a path from the stages file's folder
+    cfg: PathText  # its configuration, a path from the stages file's folder
     overrides: tuple[str, ...] = ()  # key.sub=value over it
     # the checkpoint to go on with: the last, or that with the highest checkpoint.best_metric
     choose: Literal["last", "best"] = "last"
@@ -46,7 +47,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class StagesFile:
-    dir: str  # of lineage.json, the exports NAME_hf and the evaluations NAME_eval.json
+    dir: PathText  # of lineage.json, the exports NAME_hf and the evaluations NAME_eval.json
     stages: tuple[Stage, ...]
 
 
@@ -151,6 +152,7 @@ def _check_stage(file: StagesFile, number: int) -> None:
 def _check_config(stage: Stage, config: Config) -> None:
     if not config.checkpoint.every:
         raise InputError("checkpoint.every", 0, "keeps no checkpoint, and a stage's is exported", "raise it")
+    rules.check_metrics(config)
     if stage.choose == "best" and not config.checkpoint.keep_best:
         raise InputError(
             "checkpoint.keep_best",
@@ -234,8 +236,8 @@ def _quantities(plan: Plan, number: int) -> dict[str, object]:
         "goes on with": "last" if stage.choose == "last" else f"best by {c.checkpoint.best_metric}",
         "export": plan.export_of(number),
         "evaluated on": e.data or "nothing",
-        "evaluation": f"{samples} x {evaluated.response_tokens(0, evaluation=True)} tokens at T={e.temperature:g}, "
-        f"top_p={e.top_p:g}"
+        "evaluation": f"{samples} x {evaluated.response_tokens(0, evaluation=True)} tokens "
+        + (f"at T={e.temperature:g}, top_p={e.top_p:g}" if e.temperature else "greedy")
         if e.data
         else "none",
     }

@@ -3,7 +3,9 @@
 Not covered here: whole runs that are killed and go on (test_trainer.py, benchmarks/kill_resume.py).
 """
 
+import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -18,7 +20,7 @@ from megatron.core import dist_checkpointing
 from safetensors.torch import load_file
 
 from grpo_mcore.checkpoint import checkpoint, convert, optimizer_state
-from grpo_mcore.checkpoint.checkpoint import AttestationError, Checkpoints, Progress
+from grpo_mcore.checkpoint.checkpoint import AttestationError, Checkpoints, Progress, folder_of, ranked
 from grpo_mcore.config import config
 from grpo_mcore.config.config import InputError
 from grpo_mcore.parallel import topology
@@ -207,6 +209,18 @@ def test_the_newest_are_kept_and_the_best(policy, tmp_path):
         save(policy, tmp_path, step, keep=1, keep_best=2)
     # 4 was the newest when 5 came: neither is among the two best, 2 and 3.
     assert names(tmp_path) == ["step_000002", "step_000003", "step_000005"]
+
+
+def test_a_nan_is_never_the_best(tmp_path):
+    for values in itertools.permutations([0.5, math.nan, 0.9, 0.7]):
+        rows = [{"step": step, "reward/mean": value} for step, value in enumerate(values, 1)]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for step in range(1, 5):
+            folder = folder_of(tmp_path, step)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "attest.json").write_text("{}")
+            (folder / "run.json").write_text(json.dumps({"step": step, "cursor": 0, "seconds": 0.0}))
+        assert [value for _, value in ranked(tmp_path, "reward/mean")] == [0.9, 0.7, 0.5]
 
 
 def damage(path: Path, at: float = 0.5) -> None:

@@ -38,6 +38,19 @@ def test_over_long_prompts_are_counted_and_left_out_and_ids_stay_those_of_the_fi
     assert all(p.token_ids == tokenizer.encode_plain(p.problem) for p in kept)
 
 
+def test_an_evaluation_knows_how_many_problems_it_leaves_out_up_to_its_last(tmp_path, tokenizer):
+    texts = ("1+2", "111+222", "11+22", "3+4", "333+444")
+    source = jsonl(tmp_path / "d.jsonl", *({"problem": p, "answer": "1"} for p in texts))
+    data = config.Data(train="", chat_template=False, max_prompt_tokens=5)
+
+    def taken(most: int | None) -> tuple[list[int], int]:
+        evaluation = config.Eval(data=source, max_prompts=most)
+        kept, left_out = prompts.load_evaluation(config.Config("", "", 1, data, eval=evaluation), tokenizer)
+        return [p.id for p in kept], left_out
+
+    assert [taken(most) for most in (1, 2, 3, None)] == [([0], 0), ([0, 2], 1), ([0, 2, 3], 2), ([0, 2, 3], 2)]
+
+
 def test_over_long_prompts_may_keep_their_place_cut_and_masked(tmp_path, tokenizer):
     source = jsonl(tmp_path / "d.jsonl", *({"problem": p, "answer": "1"} for p in ("1+2", "111+222", "3+4")))
     data = config.Data(train="", chat_template=False, max_prompt_tokens=5)

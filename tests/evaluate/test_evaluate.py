@@ -49,11 +49,18 @@ def test_metrics_carry_k_in_their_names():
         "eval/maj@2": 0.75,
         "eval/standard_error": 0.0,
         "eval/truncated_frac": 0.25,
+        "eval/overlong_left_out": 0.0,
     }
     assert (
         str(RESULT)
         == "mean@2 0.500 ± 0.000 (95%: 0.500 to 0.500), pass@2 1.000, maj@2 0.750 (2 problems, 25.0% truncated)"
     )
+
+
+def test_problems_that_were_left_out_are_said_with_the_score():
+    left_out = dataclasses.replace(RESULT, num_left_out=3)
+    assert left_out.metrics()["eval/overlong_left_out"] == 3
+    assert "(2 problems, 3 more left out as over-long, 25.0% truncated)" in str(left_out)
 
 
 @pytest.fixture

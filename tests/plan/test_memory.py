@@ -382,7 +382,7 @@ def test_the_program_reports_and_says_that_no_gpu_was_asked(tmp_path):
 def test_a_length_that_is_no_number_is_refused_in_one_line(tmp_path):
     args = ("--cfg", CONFIGS / "deepscaler_8k.yaml", "--gpu", "h100-80gb", "--num-gpus", "8", "--prompt-tokens", "abc")
     out = launch("plan.py", *args, cwd=tmp_path, code=2)
-    assert out == "error: --prompt-tokens = 'abc': must be a number of 1 or more. Remedy: give one.\n"
+    assert out == "error: --prompt-tokens = 'abc': must be a number from 1 to 1e+09. Remedy: give one.\n"
 
 
 @pytest.mark.parametrize(
@@ -390,7 +390,7 @@ def test_a_length_that_is_no_number_is_refused_in_one_line(tmp_path):
     [
         ("h100", "8", "--gpu = 'h100': must be one of h100-80gb, "),
         (None, "8", "--gpu = None"),
-        ("h100-80gb", None, "--num-gpus = None: must be a number of GPUs"),
+        ("h100-80gb", None, "--num-gpus = None: must be a whole number from 1 to 1000000"),
         ("h100-80gb", "0", "--num-gpus = '0'"),
         ("h100-80gb", "-8", "--num-gpus = '-8'"),
     ],

@@ -105,6 +105,7 @@ def test_with_a_gpu_a_run_gives_its_lengths_alone(run_dir):  # noqa: F811
         ({"profile": "nowhere.json"}, "--profile"),
         ({"like": "nowhere"}, "--like"),
         ({"staleness": (-1,)}, "max_staleness"),
+        ({"failures_per_day": 1e9}, "failed 10 times. Remedy: lower --failures-per-day or --restart-s"),
     ],
 )
 def test_what_cannot_be_answered_is_said_in_one_line(ask, words):
@@ -117,9 +118,13 @@ def test_what_cannot_be_answered_is_said_in_one_line(ask, words):
     [
         ("--gpu", "H101", "H101"),
         ("--gpu", "h100-80gb", "--num-gpus"),
-        ("--steps", "many", "--steps = 'many': must be a number of 1 or more"),
-        ("--steps", "0", "--steps = '0': must be a number of 1 or more"),
-        ("--staleness", "a", "--staleness = 'a': must be whole numbers"),
+        ("--steps", "many", "--steps = 'many': must be a whole number from 1 to"),
+        ("--steps", "0", "--steps = '0': must be a whole number from 1 to"),
+        ("--steps", "2.5", "--steps = '2.5': must be a whole number from 1 to"),
+        ("--staleness", "0,a", "--staleness = 'a': must be a whole number from 0 to"),
+        ("--flat-frac", "5", "--flat-frac = '5': must be a number from 0 to 1"),
+        ("--median-tokens", "1e300", "--median-tokens = '1e300': must be a number from 1 to 1e"),
+        ("--restart-s", "nan", "--restart-s = 'nan': must be a number of 0 or more"),
         ("--failures-per-day", "-1", "--failures-per-day = '-1': must be a number of 0 or more"),
     ],
 )

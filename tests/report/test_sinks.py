@@ -4,6 +4,7 @@ Not covered here: the console's lines.
 """
 
 import json
+import math
 
 import pytest
 
@@ -66,6 +67,16 @@ def test_a_half_written_last_line_is_dropped(tmp_path):
         assert run_folder.read_metrics(tmp_path) == whole
     writer(tmp_path, 4).close()
     assert path.read_text().endswith("}\n")  # the next row starts on a line of its own
+
+
+def test_a_nan_is_said_and_none_of_a_metrics_numbers(tmp_path, capsys):
+    w = writer(tmp_path, 0)
+    w.write(1, {"reward/mean": 0.5, "update/loss": math.nan, "update/entropy": math.nan})
+    w.write(2, {"reward/mean": 0.75, "update/loss": 0.25})
+    w.close()
+    assert capsys.readouterr().out == "warning: after 1 steps NaN is the value of update/loss, update/entropy\n"
+    rows = run_folder.read_metrics(tmp_path)
+    assert run_folder.numbers(rows, "update/loss") == [0.25] and run_folder.numbers(rows, "reward/mean") == [0.5, 0.75]
 
 
 def test_a_run_without_a_file_has_no_rows(tmp_path):

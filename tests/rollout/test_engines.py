@@ -5,6 +5,7 @@ Not covered here: GPUs, and several machines.
 """
 
 import contextlib
+import dataclasses
 import os
 import signal
 import threading
@@ -295,6 +296,23 @@ def test_engines_that_take_turns_with_trainers_are_replaced_while_these_have_len
     assert "engine start: engine 1 failed: " in said and "No available memory for the cache" in said  # its own words
     assert session.refit(1)["refit/engines"].value == 2, "started, asleep, and woken by the refit"
     assert sampled(session, 1) == undisturbed
+
+
+@slow
+def test_a_temperature_of_0_takes_the_likeliest_token_also_beside_sampled_responses(session, undisturbed):
+    greedy = [Sampling(1, 0.0, 8, seed=i) for i in range(4)]
+    mixed = [s for pair in zip(greedy, [Sampling(4, 1.0, 8, seed=9)] * 4, strict=True) for s in pair]
+    answers = [session.engines.submit((0, i), PROMPTS[i // 2].token_ids, s, "test") for i, s in enumerate(mixed)]
+    vocabulary = range(session.policy.hf_config.vocab_size)
+    for prompt, answer in zip(PROMPTS[:4], answers[::2], strict=True):
+        (completion,) = answer.result(60)
+        for n, token in enumerate(completion.token_ids):  # each against all others after the same tokens
+            before = dataclasses.replace(prompt, token_ids=(*prompt.token_ids, *completion.token_ids[:n]))
+            others = [batch.Sample(before, Response((t,), (0.0,), False), 0.0) for t in vocabulary]
+            (logprobs,) = session.policy.logprobs([batch.microbatch(others, [0.0] * len(others))])
+            assert logprobs.max() - logprobs[token] < 1e-4
+            assert abs(logprobs[token] - completion.logprobs[n]) < 1e-3
+    [answer.result(60) for answer in answers]
 
 
 @slow

@@ -47,12 +47,12 @@ def reserved(start_timeout_s: float = 600, **keys):
 
 
 def stand(**keys) -> list[list[str]]:
-    """The GPUs of each engine in its order, node by node."""
+    """The GPUs of each engine, node by node."""
     group = reserved(**keys)
     probes = [placement.in_bundle(Probe, group, i, {}).remote() for i in range(group.bundle_count)]
     nodes: dict[str, list[str]] = {}
     for node, gpus in ray.get([probe.stands.remote() for probe in probes], timeout=120):
-        nodes.setdefault(node, []).append(gpus)
+        nodes.setdefault(node, []).append(",".join(sorted(gpus.split(","))))
     for probe in probes:
         ray.kill(probe)
     remove_placement_group(group)

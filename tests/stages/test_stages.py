@@ -4,6 +4,7 @@ whole run of three, killed and taken up again.
 Not covered here: the stop rule's numbers (test_stop.py), the proof of an export (test_parity.py), several machines.
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -24,7 +25,7 @@ from grpo_mcore.config.config import InputError
 from grpo_mcore.stages import actions, stages
 from grpo_mcore.stages.lineage import Lineage, check_unchanged, config_digest, differences, next_action, plain
 from tests.conftest import CONFIG
-from tests.dist import ROOT, environment
+from tests.dist import ROOT, environment, program
 from tests.test_trainer import processes_with, wait_until
 
 FILES = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if "stages" in yaml.safe_load(path.read_text())]
@@ -113,7 +114,7 @@ def test_a_stage_takes_over_the_export_and_the_place_in_the_prompts(folder):
         ),
         (
             ("num_steps=4", "nun_steps=4"),
-            "stage b: nun_steps = 4: there is no such key. Remedy: did you mean num_steps.",
+            "stage b: nun_steps = '4': there is no such key. Remedy: did you mean num_steps.",
         ),
         (
             ("num_steps=4", "run_dir=runs/one"),
@@ -129,8 +130,13 @@ def test_a_stage_takes_over_the_export_and_the_place_in_the_prompts(folder):
             "Remedy: raise it, or choose the last.",
         ),
         (
+            ("num_steps=4", "checkpoint.keep_best=1, checkpoint.best_metric=reward/maen"),
+            "stage b: checkpoint.best_metric = 'reward/maen': is no metric that this run writes. Remedy: did you mean "
+            "reward/mean.",
+        ),
+        (
             ("two.yaml", "two.yaml, evaluate: [eval.top_q=1]"),
-            "stage b: eval.top_q = 1: there is no such key. Remedy: did you mean eval.top_p.",
+            "stage b: eval.top_q = '1': there is no such key. Remedy: did you mean eval.top_p.",
         ),
         (
             ("num_steps=4", "parallel.tp=2"),
@@ -288,6 +294,9 @@ def test_redoing_moves_aside_and_forgets(folder, monkeypatch):
     lineage = begun(plan, "train", "choose")
     (folder / "runs/one").mkdir(parents=True)
     (folder / "runs/one/x").write_text("kept")
+    fresh = dataclasses.replace(plan, file=dataclasses.replace(plan.file, dir="elsewhere"))
+    with pytest.raises(InputError, match="--redo-from = 1: no stage was begun yet. Remedy: leave it out"):
+        actions.check_redo(fresh, 1)
     with pytest.raises(InputError, match="--redo-from = 2: must be between 1 and 1"):
         actions.forget(plan, lineage, 1)
     actions.forget(plan, lineage, 0)
@@ -364,7 +373,7 @@ stages:
     cfg: cfg.yaml
     overrides: [run_dir=run_b, num_steps=3, rollout.max_response_tokens=34, checkpoint.keep_best=1]
     choose: best
-    evaluate: [eval.max_prompts=4]
+    evaluate: [eval.max_prompts=4, eval.temperature=0, eval.samples_per_prompt=1]  # greedy
   - name: c
     cfg: cfg.yaml
     overrides: [run_dir=run_c, stop.plateau_window=1, stop.plateau_min_gain=2.0]
@@ -389,6 +398,21 @@ def run(cwd: Path, *args: str, code: int = 0) -> str:
     )
     assert done.returncode == code, done.stdout[-4000:]
     return done.stdout
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--nproc-per-node", "0"], "--nproc-per-node = '0': must be a whole number from 1 to"),
+        (["--nproc-per-node", "2.5"], "--nproc-per-node = '2.5': must be a whole number from 1 to"),
+        (["--redo-from", "-1"], "--redo-from = '-1': must be a whole number from 1 to"),
+        (["--redo-from", "99", "--dry-run"], "--redo-from = 99: no stage was begun yet"),
+    ],
+)
+def test_options_are_checked_before_anything_is_planned(folder, args, words):
+    done = program("launch/stages.py", "--cfg", "stages.yaml", *args, cwd=folder, timeout_s=60)
+    assert done.returncode == 2 and words in done.stdout and "Traceback" not in done.stdout
+    assert not (folder / "out").exists()
 
 
 def essentials(cwd: Path) -> list[dict]:
@@ -431,7 +455,7 @@ def test_three_stages_killed_in_the_second_and_taken_up_again_are_those_of_an_un
     assert all(
         record["prove"]["logprob_abs_max_error"] < 1e-4 and record["prove"]["equal_parts"] > 10 for record in expected
     )
-    assert b["evaluate"]["num_problems"] == 4 and "eval/mean@2" in b["evaluate"] and "skipped" in c["evaluate"]
+    assert b["evaluate"]["num_problems"] == 4 and "eval/mean@1" in b["evaluate"] and "skipped" in c["evaluate"]
 
     # The same up to the second stage, which is killed in its training.
     killed.mkdir()

@@ -1,0 +1,45 @@
+"""The names of what a run of a configuration writes to metrics.jsonl: those that are in every row of their kind.
+
+Rows of steps have more where there is more to say: time/eval_s and time/checkpoint_s of what was done since the row
+before, mismatch/logprob_abs_mean_from_N of the lengths that were sampled. Nothing can be chosen or stopped by those.
+"""
+
+from grpo_mcore.config.config import Config
+
+SOMETIMES = ("time/eval_s", "time/checkpoint_s", "mismatch/logprob_abs_mean_from_")  # beginnings of further names
+
+REWARD = "mean mixed_groups_frac correct wrong no_answer truncated timed_out seconds"
+ROLLOUT = (
+    "response_tokens_mean response_tokens_max truncated_frac masked_prompts_frac staleness_mean staleness_max "
+    "groups_passed_over groups_without_variance groups_dropped engine_failures"
+)
+MISMATCH = "logprob_abs_mean logprob_abs_max beyond_cap_frac k3"
+IMPORTANCE = "weight_mean beyond_cap_frac effective_frac"
+UPDATE = "loss grad_norm lr entropy ratio clip_frac microbatches packed_frac imbalance"
+REFIT = "canary_abs_mean engines attempts bytes gb_per_s seconds"
+TIME = "refit_s rollout_s logprob_s update_s"
+EVAL = "standard_error truncated_frac overlong_left_out"
+
+
+def of_steps(config: Config) -> list[str]:
+    """Of each step's row."""
+    loss = config.loss
+    update = UPDATE + " kl_to_ref" * (loss.kl_coef > 0) + " clip_dual_frac" * (loss.clip_dual is not None)
+    names = {
+        "reward": REWARD + " disagree" * config.reward.compare_verifiers,
+        "rollout": ROLLOUT,
+        "update": update,
+        "mismatch": MISMATCH,
+        "importance": IMPORTANCE * (loss.importance_level != "none"),
+        "refit": REFIT,
+        "time": TIME,
+    }
+    return [f"{stage}/{name}" for stage, words in names.items() for name in words.split()] + ["tokens_per_s"]
+
+
+def of_evaluations(config: Config) -> list[str]:
+    """Of each evaluation's row; none without eval.data."""
+    if config.eval.data is None:
+        return []
+    k = config.eval.samples_per_prompt
+    return [f"eval/{name}" for name in (f"mean@{k}", f"pass@{k}", f"maj@{k}", *EVAL.split())]
