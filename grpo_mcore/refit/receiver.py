@@ -7,6 +7,7 @@ behind it.
 
 import base64
 import ctypes
+import dataclasses
 import pickle
 import socket
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ import torch
 from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-from vllm.model_executor.layers.attention import is_deferred_attention_layer
+from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
@@ -97,7 +98,6 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
             raise
 
     def finish_weight_update(self) -> None:
-        self._wire.finish()
         if self._live:
             self._live.end()
             return
@@ -114,6 +114,11 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         if hasattr(self, "_wire"):
             del self._wire
 
+    @staticmethod
+    def trainer_send_weights(*args, **kwargs) -> None:
+        """Abstract in vllm 0.26. The sender is ours."""
+        raise NotImplementedError
+
 
 def check_complete(model: torch.nn.Module) -> None:
     """Before a layerwise reload ends, which would let a layer that got nothing keep its old weights. Raises
@@ -126,7 +131,7 @@ def check_complete(model: torch.nn.Module) -> None:
     for name, module in model.named_modules():
         info = get_layerwise_info(module)
         parameters = [p for p in module._parameters.values() if p is not None]
-        if not parameters or not info.can_load() or is_deferred_attention_layer(module):
+        if not parameters or not info.can_load() or isinstance(module, (Attention, MLAAttention)):
             continue
         if isinstance(module, ParallelLMHead) and live(module) <= elsewhere:  # tied
             continue
@@ -148,8 +153,6 @@ def keep_freed_memory() -> None:
 class Wire(Protocol):
     def receive(self, info: dict) -> Iterator[list[tuple[str, torch.Tensor]]]:
         """The weights that arrive here, some at a time; each must be loaded before the next is asked for."""
-
-    def finish(self) -> None: ...
 
     def abort(self) -> None: ...
 
@@ -175,9 +178,6 @@ class Gloo:
             arrival.wait()
             following = start(waiting.pop(0)) if waiting else None
             yield unpack(buffer, bucket)
-
-    def finish(self) -> None:
-        pass
 
     def abort(self) -> None:
         """The sender learns it at once, and not when its time is up."""
@@ -211,12 +211,16 @@ class Shared:
             yield unpack(buffer.clone() if self._reused else buffer, bucket)
             pass_turn(self._sender)
 
-    def finish(self) -> None:
-        pass
-
     def abort(self) -> None:
         """The sender learns it at once, and not when its time is up."""
         self._sender.close()
+
+
+def of_joining(engine: type[WeightTransferEngine] | WeightTransferEngine, info: dict) -> tuple[dict, dict]:
+    """(what vLLM's engine wants to know once, what it wants to know with each update): what the sender packs by is the
+    latter in vllm 0.26."""
+    once = {field.name for field in dataclasses.fields(engine.init_info_cls)}
+    return {k: v for k, v in info.items() if k in once}, {k: v for k, v in info.items() if k not in once}
 
 
 class Vllms:
@@ -226,18 +230,17 @@ class Vllms:
         self._engine = WeightTransferEngineFactory.create_engine(
             WeightTransferConfig(backend=name), receiver.vllm_config, receiver.device, receiver.target
         )
-        self._engine.init_transfer_engine(self._engine.parse_init_info(info))
+        of_init, self._of_updates = of_joining(self._engine, info)
+        self._engine.init_transfer_engine(self._engine.parse_init_info(of_init))
         self._is_ipc = name == "ipc"
 
     def receive(self, info: dict) -> Iterator[list[tuple[str, torch.Tensor]]]:
         if self._is_ipc:  # CUDA's handles are objects that vLLM's messages do not carry
             info = {**info, "ipc_handles": pickle.loads(base64.b64decode(info["ipc_handles"]))}
-        self._engine.receive_weights(self._engine.parse_update_info(info))
-        yield from ()
-
-    def finish(self) -> None:
+        self._engine.receive_weights(self._engine.parse_update_info({**self._of_updates, **info}))
         if self._is_ipc:
             self._engine.shutdown()  # lets go of the sender's buffer; the next update maps its own
+        yield from ()
 
     def abort(self) -> None:
         self._engine.shutdown()
