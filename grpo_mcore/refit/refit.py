@@ -115,16 +115,20 @@ class Refit:
             return False
         export = functools.partial(self._policy.export, dtype=self._dtype, everywhere=transport == "ipc")
         stream = Stream(self._groups, self._bucket_bytes, export)
-        delivered = True
-        if driver is not None:
-            try:
+        problem = None
+        try:
+            if driver is not None:
                 driver.send(stream, version, discard=again)
-            except (RuntimeError, OSError) as e:
-                delivered = driver.fail(version, f"sending {stream.at}: {e}")
-        elif transport == "ipc":
-            IpcSender(self._topology).send(stream, None)
+            elif transport == "ipc":
+                IpcSender(self._topology).send(stream, None)
+        except (RuntimeError, OSError) as e:
+            problem = f"sending {stream.at}: {e}"
+            if stream.torn and self._topology.world_size > 1:  # the other ranks wait in its collectives
+                raise RefitError(f"refit to version {version}: {problem}") from e
+        if problem is not None and driver is not None:
+            driver.fail(version, problem)
         stream.drain()  # whatever failed, the other ranks take part in what is left of it
-        return collectives.broadcast(delivered, self._topology)
+        return collectives.broadcast(problem is None, self._topology)
 
     def _attest(self, version: int) -> float | None:
         """Mean |engine - trainer| log-prob over the canary tokens, of the worst engine that is left; None if the refit
@@ -167,7 +171,7 @@ class Transfer:
         self._sender.close()
         try:
             self._connect(members)
-        except RuntimeError as e:
+        except (RuntimeError, OSError) as e:
             self.fail(version, f"joining the transfer: {e}")
             return None
         self.members = members
@@ -217,11 +221,10 @@ class Transfer:
             raise RuntimeError(f"{what}: engine {slot.index} failed: {problem}. {slot.last_words()}")
         return results
 
-    def fail(self, version: int, problem: str) -> bool:
+    def fail(self, version: int, problem: str) -> None:
         self.problem, self.members = problem, []  # whoever sends next joins anew
         self._sender.close()
         print(f"refit to version {version}: {problem}\nit is done again", flush=True)
-        return False
 
     def start_scoring(self, canary: list[list[int]]) -> dict:
         return self.engines.call(self.members, "score", (canary,))

@@ -90,6 +90,7 @@ class Stream:
         self.bucket_bytes, self.buckets = bucket_bytes, list(buckets(groups, bucket_bytes))
         self.infos = [info for bucket in self.buckets for info in bucket]
         self.at = self.infos[0].name  # what is being sent, for errors
+        self.torn = False  # whether the export itself failed: what is left of it cannot be drained
         self._views: dict[str, torch.Tensor] = {}
         self._tensors = export(into=lambda name: self._views.get(name))
 
@@ -109,6 +110,7 @@ class Stream:
                 self._next(info)
             self.at = span(bucket)
             yield index, bucket, buffer
+        self._views = {}
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """One after the other, in memory of their own."""
@@ -117,7 +119,11 @@ class Stream:
             yield info.name, self._next(info).to(info.dtype)
 
     def _next(self, info: TensorInfo) -> torch.Tensor:
-        name, tensor = next(self._tensors)
+        try:
+            name, tensor = next(self._tensors)
+        except BaseException:
+            self.torn = True
+            raise
         if (name, tuple(tensor.shape)) != (info.name, info.shape):
             raise RuntimeError(f"{name} {tuple(tensor.shape)} came where {info.name} {info.shape} was announced")
         return tensor
@@ -186,7 +192,7 @@ class GlooSender:
 
 
 class NcclSender:
-    """The sender of vLLM's own `nccl` backend (vllm 0.32: packed settings travel in init_info)."""
+    """The sender of vLLM's own `nccl` backend."""
 
     def __init__(self, bucket_bytes: int, address: str, world_size: int):
         self._info = {
@@ -310,48 +316,60 @@ class IpcSender:
         pass
 
     def send(self, stream: Stream, update: Update | None) -> None:
-        """`update` is the driver's alone."""
-        device = self._topology.device
-        # Of this refit alone: an exported buffer is counted until the engines let go of it.
-        buffers = [torch.empty(stream.capacity_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
-        wait = error = None
+        """`update` is the driver's alone. What fails on one rank ends it on all of them, at the same place."""
+        self._send(stream, update or (lambda info, what: _nothing))
+        # The buffers are gone. No engine takes memory for its cache before every rank has given theirs back.
+        collectives.together(self._give_back, self._topology)
+
+    def _send(self, stream: Stream, update: Update) -> None:
+        together = functools.partial(collectives.together, topology=self._topology)
+        buffers: list[torch.Tensor] = []
+        loaded = _nothing
+
+        def allocate() -> None:
+            # For this refit alone: an exported buffer is counted until the engines let go of it.
+            buffers.extend(self._allocate(stream.capacity_bytes) for _ in range(2))
+
+        def hand_over(buffer: torch.Tensor) -> tuple[str, object]:
+            loaded()  # of the bucket before, whose memory is next
+            return self._export(buffer)
+
+        def start(bucket: Sequence[TensorInfo], handles: dict) -> None:
+            nonlocal loaded
+            info = {
+                **to_dict(bucket),
+                "tensor_sizes": [i.num_bytes for i in bucket],
+                "ipc_handles": base64.b64encode(pickle.dumps(handles)).decode(),
+            }
+            loaded = update(info, f"loading {span(bucket)}")
+
+        def finish() -> None:
+            loaded()  # nobody frees its last bucket before
+
+        together(allocate)
         for index, bucket, _ in stream.fill(lambda i: buffers[i % 2]):
-            torch.cuda.synchronize(device)
-            try:
-                if wait:
-                    wait()
-            except Exception as e:
-                error = e
-            # When this returns, every rank has filled its bucket, and the engines have loaded the one before, whose
-            # memory is next.
-            sent = collectives.gather(
-                (error is None, str(torch.cuda.get_device_properties(device).uuid), _handle(buffers[index % 2])),
-                self._topology,
-            )
-            if not all(fine for fine, _, _ in sent):
-                break
-            if update:
-                handles = {gpu: handle for _, gpu, handle in sent}
-                wait = update(
-                    {
-                        **to_dict(bucket),
-                        "tensor_sizes": [i.num_bytes for i in bucket],
-                        "ipc_handles": base64.b64encode(pickle.dumps(handles)).decode(),
-                    },
-                    f"loading {span(bucket)}",
-                )
-        if wait and not error:
-            try:
-                wait()
-            except Exception as e:
-                error = e
-        collectives.on_any_rank(False, self._topology)  # nobody frees its last bucket before it is loaded
-        if error:
-            raise error
+            handles = dict(together(functools.partial(hand_over, buffers[index % 2])))
+            together(functools.partial(start, bucket, handles))
+        together(finish)
+
+    def _allocate(self, num_bytes: int) -> torch.Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self._topology.device)
+
+    def _export(self, buffer: torch.Tensor) -> tuple[str, object]:
+        """(GPU, what its engine finds the buffer by), when all of it is written."""
+        torch.cuda.synchronize(self._topology.device)
+        return str(torch.cuda.get_device_properties(self._topology.device).uuid), _handle(buffer)
+
+    def _give_back(self) -> None:
         torch.cuda.ipc_collect()
+        torch.cuda.empty_cache()
 
     def close(self) -> None:
         pass
+
+
+def _nothing() -> None:
+    pass
 
 
 def _handle(buffer: torch.Tensor) -> tuple:
