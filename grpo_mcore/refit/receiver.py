@@ -26,10 +26,12 @@ from vllm.platforms import current_platform
 
 from grpo_mcore.refit.live_weights import LiveWeights, Loads
 from grpo_mcore.refit.weight_transfer import (
+    Lifeline,
     TensorInfo,
     await_turn,
     cut,
     from_dict,
+    in_thread,
     join,
     num_bytes,
     open_gloo,
@@ -62,6 +64,7 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
     _wire: "Wire"  # from init_transfer_engine to shutdown
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
+        self.shutdown()  # of the wire before
         if current_platform.is_cpu():
             keep_freed_memory()
         infos = from_dict(init_info.weights)
@@ -73,8 +76,10 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
             self._wire = shared = Shared(*arguments, reused=self._live is None)
             if self._live:
                 self._live.lasting = shared.lasting
+        elif init_info.transport == "nccl":
+            self._wire = Nccl(init_info.info, self)
         else:
-            self._wire = Vllms(init_info.transport, init_info.info, self)
+            self._wire = Ipc(init_info.info, self)
 
     def start_weight_update(self) -> None:
         if self._live:
@@ -112,6 +117,7 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def shutdown(self) -> None:
         if hasattr(self, "_wire"):
+            self._wire.abort()
             del self._wire
 
     @staticmethod
@@ -231,19 +237,51 @@ class Vllms:
             WeightTransferConfig(backend=name), receiver.vllm_config, receiver.device, receiver.target
         )
         of_init, self._of_updates = of_joining(self._engine, info)
-        self._engine.init_transfer_engine(self._engine.parse_init_info(of_init))
-        self._is_ipc = name == "ipc"
+        self._join(self._engine.parse_init_info(of_init))
+
+    def _join(self, init_info: WeightTransferInitInfo) -> None:
+        self._engine.init_transfer_engine(init_info)
 
     def receive(self, info: dict) -> Iterator[list[tuple[str, torch.Tensor]]]:
-        if self._is_ipc:  # CUDA's handles are objects that vLLM's messages do not carry
-            info = {**info, "ipc_handles": pickle.loads(base64.b64decode(info["ipc_handles"]))}
         self._engine.receive_weights(self._engine.parse_update_info({**self._of_updates, **info}))
-        if self._is_ipc:
-            self._engine.shutdown()  # lets go of the sender's buffer; the next update maps its own
         yield from ()
 
     def abort(self) -> None:
         self._engine.shutdown()
+
+
+class Ipc(Vllms):
+    def __init__(self, info: dict, receiver: Receiver):
+        super().__init__("ipc", info, receiver)
+
+    def receive(self, info: dict) -> Iterator[list[tuple[str, torch.Tensor]]]:
+        # CUDA's handles are objects that vLLM's messages do not carry.
+        yield from super().receive({**info, "ipc_handles": pickle.loads(base64.b64decode(info["ipc_handles"]))})
+        self._engine.shutdown()  # lets go of the sender's buffer; the next update maps its own
+
+
+class Nccl(Vllms):
+    """NCCL waits in C for whoever is missing, for ever: until the sender's end of the lifeline is gone."""
+
+    def __init__(self, info: dict, receiver: Receiver):
+        info = dict(info)
+        self._lifeline, self._device = Lifeline(info.pop("lifeline"), info.pop("timeout_s")), receiver.device
+        super().__init__("nccl", info, receiver)
+
+    def _join(self, init_info: WeightTransferInitInfo) -> None:
+        # In a thread: there is no communicator to abort yet.
+        self._lifeline.unless_gone(in_thread(lambda: self._engine.init_transfer_engine(init_info), self._device))
+        self._lifeline.when_gone(self.abort)
+
+    def receive(self, info: dict) -> Iterator[list[tuple[str, torch.Tensor]]]:
+        yield from super().receive(info)
+        if self._lifeline.is_gone:  # a broadcast that was aborted returns as if all had come
+            raise ConnectionError("the sender gave up, or is gone")
+
+    def abort(self) -> None:
+        self._lifeline.close()
+        if communicator := self._engine.model_update_group:
+            communicator.destroy()  # in vllm 0.26 the engine's shutdown only forgets it
 
 
 class WorkerExtension:

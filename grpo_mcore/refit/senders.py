@@ -13,11 +13,13 @@ import functools
 import pickle
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
+from concurrent.futures import Future
 from typing import NamedTuple, Protocol
 
 import torch
 
-from grpo_mcore.config.config import InputError
+from grpo_mcore.config.config import InputError, RunError
 from grpo_mcore.parallel import collectives
 from grpo_mcore.parallel.topology import Topology
 from grpo_mcore.refit.weight_transfer import (
@@ -27,6 +29,7 @@ from grpo_mcore.refit.weight_transfer import (
     await_turn,
     buckets,
     free_port,
+    in_thread,
     listen,
     num_bytes,
     open_gloo,
@@ -38,8 +41,9 @@ from grpo_mcore.refit.weight_transfer import (
 )
 
 # (update_info, what) -> a wait with a deadline: starts the update on all engines; `what` names the tensors in its
-# error.
-Update = Callable[[dict, str], Callable[[], object]]
+# error. wait(beside=future) waits for what the sender does meanwhile, too.
+Update = Callable[[dict, str], Callable[..., object]]
+ABORT_S = 30.0  # for NCCL to stop
 
 
 class BrokenWire(RuntimeError):
@@ -139,8 +143,8 @@ class Sender(Protocol):
     def init_info(self, first_rank: int) -> dict:
         """For the engine whose first process has this rank of the group."""
 
-    def open(self) -> None:
-        """Blocks until every engine has joined; to be called while the engines initialise."""
+    def open(self) -> Future | None:
+        """To be called while the engines initialise. Blocks until every engine has joined, or gives what does."""
 
     def send(self, stream: Stream, update: Update) -> None:
         """Raises RuntimeError, OSError."""
@@ -192,9 +196,13 @@ class GlooSender:
 
 
 class NcclSender:
-    """The sender of vLLM's own `nccl` backend."""
+    """The sender of vLLM's own `nccl` backend. NCCL waits in C for whoever is missing, for ever: threads do it, and
+    `close` ends the wait at both ends. Here it aborts the communicator; there the end of a socket tells the engine to
+    (Lifeline)."""
 
-    def __init__(self, bucket_bytes: int, address: str, world_size: int):
+    def __init__(self, bucket_bytes: int, address: str, world_size: int, timeout_s: float, device: torch.device):
+        self._device, self._timeout_s = device, timeout_s
+        self._lifeline = socket.create_server((address, 0), backlog=world_size)  # nobody is accepted, or told anything
         self._info = {
             "master_address": address,
             "master_port": free_port(address),
@@ -203,31 +211,78 @@ class NcclSender:
             "packed_buffer_size_bytes": bucket_bytes,
             "packed_num_buffers": 2,
         }
+        self._joined: Future = Future()  # the communicator
+        self._sent: Future | None = None
+        self._closed = False
 
     def init_info(self, first_rank: int) -> dict:
-        return {**self._info, "rank_offset": first_rank}
+        lifeline = {"lifeline": self._lifeline.getsockname(), "timeout_s": self._timeout_s}
+        return {**self._info, "rank_offset": first_rank, **lifeline}
 
-    def open(self) -> None:
+    def open(self) -> Future:
+        self._joined = in_thread(self._join, self._device)
+        return self._joined
+
+    def _join(self):
         from vllm.distributed.weight_transfer.nccl_common import trainer_init
 
-        self._communicator = trainer_init(self._info)
+        return trainer_init(self._info)
 
     def send(self, stream: Stream, update: Update) -> None:
+        wait = update(to_dict(stream.infos), "receiving the broadcast")
+        self._sent = in_thread(self._producer(self._unless_closed(stream.tensors())), self._device)
+        wait(beside=self._sent)
+
+    def _unless_closed(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        for named in tensors:
+            yield named
+            if self._closed:  # what is left is the caller's to drain
+                raise BrokenWire("closed")
+
+    def _producer(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> Callable[[], None]:
+        """What sends them, in a thread."""
         from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
 
-        wait = update(to_dict(stream.infos), "receiving the broadcast")
-        packed_nccl_broadcast_producer(
-            iterator=stream.tensors(),
-            group=self._communicator,
-            src=0,
-            post_iter_func=lambda named: named[1],
-            buffer_size_bytes=self._info["packed_buffer_size_bytes"],
-            num_buffers=self._info["packed_num_buffers"],
-        )
-        wait()
+        communicator, current = self._joined.result(), torch.cuda.current_stream(self._device)
+
+        def produce() -> None:
+            packed_nccl_broadcast_producer(
+                iterator=made_on(current, tensors),
+                group=communicator,
+                src=0,
+                post_iter_func=lambda named: named[1],
+                buffer_size_bytes=self._info["packed_buffer_size_bytes"],
+                num_buffers=self._info["packed_num_buffers"],
+            )
+
+        return produce
 
     def close(self) -> None:
-        self._communicator = None
+        """Raises RunError if what is sent cannot be stopped."""
+        self._closed = True
+        self._lifeline.close()
+        self._joined.add_done_callback(_destroy)  # whenever it comes
+        if self._sent is not None and futures.wait([self._sent], ABORT_S).not_done:
+            raise RunError(f"refit: the broadcast to the engines did not end within {ABORT_S:.0f} s of its abort")
+
+
+def _destroy(joined: Future) -> None:
+    if joined.exception() is None:
+        joined.result().destroy()
+
+
+def made_on(stream: torch.cuda.Stream, tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator:
+    """The tensors, made on this stream, behind all that was asked of it before, whichever stream they are read on:
+    vLLM's producer reads on streams of its own."""
+    while True:
+        with torch.cuda.stream(stream):
+            named = next(tensors, None)
+        if named is None:
+            return
+        reading = torch.cuda.current_stream()
+        reading.wait_stream(stream)
+        named[1].record_stream(reading)
+        yield named
 
 
 class SharedSender:

@@ -29,7 +29,8 @@ def test_what_the_sender_packs_by_reaches_vllms_backend(name):
     from grpo_mcore.refit.receiver import of_joining
 
     engine = NCCLWeightTransferEngine if name == "nccl" else IPCWeightTransferEngine
-    info = NcclSender(4096, "127.0.0.1", 3).init_info(1) if name == "nccl" else IpcSender(None).init_info(1)
+    sender = NcclSender(4096, "127.0.0.1", 3, 10.0, torch.device("cpu")) if name == "nccl" else IpcSender(None)
+    info = {k: v for k, v in sender.init_info(1).items() if k not in ("lifeline", "timeout_s")}
     once, each = of_joining(engine, info)
     ipc = {"tensor_sizes": [12], "ipc_handles": {"gpu": ()}} if name == "ipc" else {}
     joined, update = engine.init_info_cls(**once), engine.update_info_cls(**each, **to_dict(INFOS), **ipc)
