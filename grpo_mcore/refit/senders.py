@@ -379,7 +379,7 @@ class IpcSender:
     def _send(self, stream: Stream, update: Update) -> None:
         together = functools.partial(collectives.together, topology=self._topology)
         buffers: list[torch.Tensor] = []
-        loaded = _nothing
+        loaded: Callable[..., object] = _nothing
 
         def allocate() -> None:
             # For this refit alone: an exported buffer is counted until the engines let go of it.

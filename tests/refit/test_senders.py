@@ -1,12 +1,15 @@
-"""What a refit makes of ranks and engines that fail in it: real gloo ranks, a real policy, and engines of which only the
-ends of the wire are here.
+"""What a refit makes of ranks and engines that fail in it: real gloo ranks, a real policy, and engines of which only
+the ends of the wire are here.
 
 Not covered here: CUDA's part of a wire (a buffer's handle, NCCL itself), and real engines (test_refit.py).
 """
 
 import base64
 import functools
+import os
 import pickle
+import re
+import signal
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import SimpleNamespace
@@ -192,6 +195,36 @@ def test_a_refit_that_the_driver_alone_sends_leaves_the_other_ranks_in_step(mode
     check_deliveries(model_folders["qwen2_untied"], str(tmp_path), "shared_memory")
 
 
+def torn_exports(folder: str, run_dir: str) -> str:
+    """What ends each rank when the driver's export fails midway."""
+    cfg = configuration(folder, run_dir)
+    topo = topology.connect(config.Parallel(tp=2), device=torch.device("cpu"), timeout_s=30, seed=1)
+    policy = Policy(folder, topo, precision=cfg.precision, temperature=1.0, optimizer=config.Optimizer())
+    refit_module.choose = lambda *_: "ipc"
+    refit_module.IpcSender = Ends
+    refit = Refit(policy, Engines(Engine()) if topo.is_driver else None, cfg, topo, CANARY)
+    honest = policy.export
+
+    def export(**how):
+        for number, named in enumerate(honest(**how)):
+            if topo.is_driver and number == 3:
+                raise RuntimeError("gather: no memory")
+            yield named
+
+    policy.export = export
+    try:
+        refit._deliver(1, again=False)
+    except RuntimeError as e:
+        return f"{type(e).__name__}: {e}"
+    return ""
+
+
+def test_an_export_that_fails_within_its_collectives_ends_the_run_and_does_not_hang(model_folders, tmp_path):
+    driver, other = spawn(torn_exports, 2, model_folders["qwen2_untied"], str(tmp_path), timeout_s=60)
+    assert re.fullmatch(r"RefitError: refit to version 1: sending model\.layers\.0\.\S+: gather: no memory", driver)
+    assert "Connection closed by peer" in other  # as the driver ended
+
+
 @pytest.mark.gpu
 def test_what_is_read_on_another_stream_is_what_was_made_before():
     made = torch.zeros(1 << 20, device="cuda")
@@ -271,7 +304,9 @@ class Receiving(Engine):
 
     def load(self, update_info):
         check(f"load {self.index}")
-        if f"hang {self.index}" in failing:
+        if f"signal {self.index}" in failing:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        if failing & {f"hang {self.index}", f"signal {self.index}"}:
             self.lifeline.unless_gone(Future())
         for info in self.infos:
             self.member.meet()
@@ -290,6 +325,7 @@ class Receiving(Engine):
         ("load 1", 60.0, r"receiving the broadcast: engine 1 failed: load 1: no memory\. its last words"),
         ("hang 1", 1.0, r"receiving the broadcast: not done within 1 s: engine 0, 1\. its last words"),
         ("gather", 60.0, "gather: no memory"),
+        ("signal 1", 60.0, "a signal"),
     ],
 )
 def test_who_waits_in_nccl_is_freed_when_another_fails_or_is_late_and_the_next_refit_works(
@@ -307,6 +343,10 @@ def test_who_waits_in_nccl_is_freed_when_another_fails_or_is_late_and_the_next_r
         check("gather")
         yield "b", torch.ones(2, 2)
 
+    def stop(*_):
+        raise RuntimeError("a signal")
+
+    before = signal.signal(signal.SIGUSR1, stop)
     engines = Engines(Receiving(0), Receiving(1))
     cpu = SimpleNamespace(device=torch.device("cpu"))
     transfer = Transfer(engines, cfg, cpu, [Place("host", "")], Stream(groups, 1000, export))
@@ -330,3 +370,4 @@ def test_who_waits_in_nccl_is_freed_when_another_fails_or_is_late_and_the_next_r
     deliver()
     assert all(e.weights["a"].tolist() == [0, 1, 2, 3] and e.weights["b"].sum() == 4 for e in engines.engines)
     transfer.fail(1, "closes the wire")
+    signal.signal(signal.SIGUSR1, before)
