@@ -79,6 +79,7 @@ class Run:
             yield
             return
         self.policy.offload(engine.offload_trainer)
+        torch.cuda.empty_cache()  # what is free here is not free there, until then
         yield
         if self.driver is not None:
             self.driver.engines.sleep(self.cfg.refit.timeout_s)

@@ -1,6 +1,7 @@
 """The few collectives that the stages need, by what they mean. Each is bounded by the time-out of its group."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,23 @@ def gather(value, topology: Topology) -> list:
     out = [None] * topology.world_size
     dist.all_gather_object(out, value, group=topology.control_group)
     return out
+
+
+def together(step: Callable[[], Any], topology: Topology) -> list:
+    """What step() gives on each rank, a picklable object, in rank order, on every rank. If it raises RuntimeError or
+    OSError on one, every rank raises it here, the others a RuntimeError that says what it says: all go on, or none."""
+    given = error = None
+    try:
+        given = step()
+    except (RuntimeError, OSError) as e:
+        error = e
+    outcomes = gather((given, error and str(error)), topology)
+    if error is not None:
+        raise error
+    for rank, (_, problem) in enumerate(outcomes):
+        if problem is not None:
+            raise RuntimeError(f"rank {rank}: {problem}")
+    return [given for given, _ in outcomes]
 
 
 def on_any_rank(flag: bool, topology: Topology) -> bool:

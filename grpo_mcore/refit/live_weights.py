@@ -32,6 +32,7 @@ class _Target:
     parameter: torch.nn.Parameter
     owners: list[torch.nn.Module]  # several if it is tied
     parts: dict[str, int] = field(default_factory=dict)  # HF name -> order, then first row
+    num_rows: int = 0  # of all parts: what is below them pads a vocabulary
     arrived: dict[str, torch.Tensor] = field(default_factory=dict)  # of a packed one
     repacked: list[VocabParallelEmbedding] = field(default_factory=list)  # that keep a packed copy besides
 
@@ -71,9 +72,12 @@ class LiveWeights:
         return cls(targets)
 
     def begin(self) -> None:
+        """The first that touches the weights, which a sleeping engine does not have."""
         self._missing = set(self._target_of)
         for target in self._target_of.values():
             target.arrived.clear()
+            if not target.packed:
+                target.parameter.data[target.num_rows :].zero_()
 
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -163,8 +167,7 @@ def _fits(target: _Target, shapes: dict[str, tuple[int, ...]]) -> bool:
         expected = tuple(target.parameter.shape)
     if len(columns) != 1 or (num_rows, *columns.pop()) != expected:
         return False
-    if not target.packed and num_rows < target.parameter.shape[0]:
-        target.parameter.data[num_rows:].zero_()
+    target.num_rows = num_rows
     return True
 
 

@@ -7,6 +7,7 @@ behind it.
 
 import base64
 import ctypes
+import dataclasses
 import pickle
 import socket
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ import torch
 from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-from vllm.model_executor.layers.attention import is_deferred_attention_layer
+from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
@@ -25,10 +26,12 @@ from vllm.platforms import current_platform
 
 from grpo_mcore.refit.live_weights import LiveWeights, Loads
 from grpo_mcore.refit.weight_transfer import (
+    Lifeline,
     TensorInfo,
     await_turn,
     cut,
     from_dict,
+    in_thread,
     join,
     num_bytes,
     open_gloo,
@@ -61,6 +64,7 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
     _wire: "Wire"  # from init_transfer_engine to shutdown
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
+        self.shutdown()  # of the wire before
         if current_platform.is_cpu():
             keep_freed_memory()
         infos = from_dict(init_info.weights)
@@ -72,8 +76,10 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
             self._wire = shared = Shared(*arguments, reused=self._live is None)
             if self._live:
                 self._live.lasting = shared.lasting
+        elif init_info.transport == "nccl":
+            self._wire = Nccl(init_info.info, self)
         else:
-            self._wire = Vllms(init_info.transport, init_info.info, self)
+            self._wire = Ipc(init_info.info, self)
 
     def start_weight_update(self) -> None:
         if self._live:
@@ -97,7 +103,6 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
             raise
 
     def finish_weight_update(self) -> None:
-        self._wire.finish()
         if self._live:
             self._live.end()
             return
@@ -112,7 +117,13 @@ class Receiver(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def shutdown(self) -> None:
         if hasattr(self, "_wire"):
+            self._wire.abort()
             del self._wire
+
+    @staticmethod
+    def trainer_send_weights(*args, **kwargs) -> None:
+        """Abstract in vllm 0.26. The sender is ours."""
+        raise NotImplementedError
 
 
 def check_complete(model: torch.nn.Module) -> None:
@@ -126,7 +137,7 @@ def check_complete(model: torch.nn.Module) -> None:
     for name, module in model.named_modules():
         info = get_layerwise_info(module)
         parameters = [p for p in module._parameters.values() if p is not None]
-        if not parameters or not info.can_load() or is_deferred_attention_layer(module):
+        if not parameters or not info.can_load() or isinstance(module, (Attention, MLAAttention)):
             continue
         if isinstance(module, ParallelLMHead) and live(module) <= elsewhere:  # tied
             continue
@@ -148,8 +159,6 @@ def keep_freed_memory() -> None:
 class Wire(Protocol):
     def receive(self, info: dict) -> Iterator[list[tuple[str, torch.Tensor]]]:
         """The weights that arrive here, some at a time; each must be loaded before the next is asked for."""
-
-    def finish(self) -> None: ...
 
     def abort(self) -> None: ...
 
@@ -175,9 +184,6 @@ class Gloo:
             arrival.wait()
             following = start(waiting.pop(0)) if waiting else None
             yield unpack(buffer, bucket)
-
-    def finish(self) -> None:
-        pass
 
     def abort(self) -> None:
         """The sender learns it at once, and not when its time is up."""
@@ -211,12 +217,16 @@ class Shared:
             yield unpack(buffer.clone() if self._reused else buffer, bucket)
             pass_turn(self._sender)
 
-    def finish(self) -> None:
-        pass
-
     def abort(self) -> None:
         """The sender learns it at once, and not when its time is up."""
         self._sender.close()
+
+
+def of_joining(engine: type[WeightTransferEngine] | WeightTransferEngine, info: dict) -> tuple[dict, dict]:
+    """(what vLLM's engine wants to know once, what it wants to know with each update): what the sender packs by is the
+    latter in vllm 0.26."""
+    once = {field.name for field in dataclasses.fields(engine.init_info_cls)}
+    return {k: v for k, v in info.items() if k in once}, {k: v for k, v in info.items() if k not in once}
 
 
 class Vllms:
@@ -226,21 +236,52 @@ class Vllms:
         self._engine = WeightTransferEngineFactory.create_engine(
             WeightTransferConfig(backend=name), receiver.vllm_config, receiver.device, receiver.target
         )
-        self._engine.init_transfer_engine(self._engine.parse_init_info(info))
-        self._is_ipc = name == "ipc"
+        of_init, self._of_updates = of_joining(self._engine, info)
+        self._join(self._engine.parse_init_info(of_init))
+
+    def _join(self, init_info: WeightTransferInitInfo) -> None:
+        self._engine.init_transfer_engine(init_info)
 
     def receive(self, info: dict) -> Iterator[list[tuple[str, torch.Tensor]]]:
-        if self._is_ipc:  # CUDA's handles are objects that vLLM's messages do not carry
-            info = {**info, "ipc_handles": pickle.loads(base64.b64decode(info["ipc_handles"]))}
-        self._engine.receive_weights(self._engine.parse_update_info(info))
+        self._engine.receive_weights(self._engine.parse_update_info({**self._of_updates, **info}))
         yield from ()
-
-    def finish(self) -> None:
-        if self._is_ipc:
-            self._engine.shutdown()  # lets go of the sender's buffer; the next update maps its own
 
     def abort(self) -> None:
         self._engine.shutdown()
+
+
+class Ipc(Vllms):
+    def __init__(self, info: dict, receiver: Receiver):
+        super().__init__("ipc", info, receiver)
+
+    def receive(self, info: dict) -> Iterator[list[tuple[str, torch.Tensor]]]:
+        # CUDA's handles are objects that vLLM's messages do not carry.
+        yield from super().receive({**info, "ipc_handles": pickle.loads(base64.b64decode(info["ipc_handles"]))})
+        self._engine.shutdown()  # lets go of the sender's buffer; the next update maps its own
+
+
+class Nccl(Vllms):
+    """NCCL waits in C for whoever is missing, for ever: until the sender's end of the lifeline is gone."""
+
+    def __init__(self, info: dict, receiver: Receiver):
+        info = dict(info)
+        self._lifeline, self._device = Lifeline(info.pop("lifeline"), info.pop("timeout_s")), receiver.device
+        super().__init__("nccl", info, receiver)
+
+    def _join(self, init_info: WeightTransferInitInfo) -> None:
+        # In a thread: there is no communicator to abort yet.
+        self._lifeline.unless_gone(in_thread(lambda: self._engine.init_transfer_engine(init_info), self._device))
+        self._lifeline.when_gone(self.abort)
+
+    def receive(self, info: dict) -> Iterator[list[tuple[str, torch.Tensor]]]:
+        yield from super().receive(info)
+        if self._lifeline.is_gone:  # a broadcast that was aborted returns as if all had come
+            raise ConnectionError("the sender gave up, or is gone")
+
+    def abort(self) -> None:
+        self._lifeline.close()
+        if communicator := self._engine.model_update_group:
+            communicator.destroy()  # in vllm 0.26 the engine's shutdown only forgets it
 
 
 class WorkerExtension:

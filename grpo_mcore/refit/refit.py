@@ -13,6 +13,8 @@ import functools
 import socket
 import time
 from collections.abc import Callable, Sequence
+from concurrent import futures
+from concurrent.futures import Future
 
 import torch
 
@@ -115,16 +117,20 @@ class Refit:
             return False
         export = functools.partial(self._policy.export, dtype=self._dtype, everywhere=transport == "ipc")
         stream = Stream(self._groups, self._bucket_bytes, export)
-        delivered = True
-        if driver is not None:
-            try:
+        problem = None
+        try:
+            if driver is not None:
                 driver.send(stream, version, discard=again)
-            except (RuntimeError, OSError) as e:
-                delivered = driver.fail(version, f"sending {stream.at}: {e}")
-        elif transport == "ipc":
-            IpcSender(self._topology).send(stream, None)
+            elif transport == "ipc":
+                IpcSender(self._topology).send(stream, None)
+        except (RuntimeError, OSError) as e:
+            problem = f"sending {stream.at}: {e}"
+            if stream.torn and self._topology.world_size > 1:  # the other ranks wait in its collectives
+                raise RefitError(f"refit to version {version}: {problem}") from e
+        if problem is not None and driver is not None:
+            driver.fail(version, problem)
         stream.drain()  # whatever failed, the other ranks take part in what is left of it
-        return collectives.broadcast(delivered, self._topology)
+        return collectives.broadcast(problem is None, self._topology)
 
     def _attest(self, version: int) -> float | None:
         """Mean |engine - trainer| log-prob over the canary tokens, of the worst engine that is left; None if the refit
@@ -167,7 +173,7 @@ class Transfer:
         self._sender.close()
         try:
             self._connect(members)
-        except RuntimeError as e:
+        except (RuntimeError, OSError) as e:
             self.fail(version, f"joining the transfer: {e}")
             return None
         self.members = members
@@ -181,7 +187,9 @@ class Transfer:
         address, timeout_s = self.engines.address, self._cfg.timeout_s
         senders: dict[str, Callable[[], Sender]] = {
             "gloo": lambda: GlooSender(self._announced, address, world_size, timeout_s),
-            "nccl": lambda: NcclSender(self._announced.bucket_bytes, address, world_size),
+            "nccl": lambda: NcclSender(
+                self._announced.bucket_bytes, address, world_size, timeout_s, self._topology.device
+            ),
             "shared_memory": lambda: SharedSender(self._announced, world_size, timeout_s),
             "ipc": lambda: IpcSender(self._topology),
         }
@@ -189,19 +197,18 @@ class Transfer:
         common = {"transport": self.transport, "weights": to_dict(self._announced.infos)}
         each = [({**common, "info": self._sender.init_info(first)},) for first in first_ranks]
         refs = self.engines.call(members, "init_transfer", each)
-        self._sender.open()
-        self.settle(refs, "joining")
+        self.settle(refs, "joining", beside=self._sender.open())
 
     def send(self, stream: Stream, version: int, *, discard: bool) -> None:
         """Raises RuntimeError, OSError."""
         began = self.engines.call(self.members, "begin_refit", (discard,))
         loading: dict = {}
 
-        def update(info: dict, what: str) -> Callable[[], object]:
+        def update(info: dict, what: str) -> Callable[..., object]:
             nonlocal loading
             self.settle(began, "pausing")
             loading = refs = self.engines.call(self.members, "load", (info,))
-            return lambda: self.settle(refs, what)
+            return lambda beside=None: self.settle(refs, what, beside=beside)
 
         try:
             self._sender.send(stream, update)
@@ -210,18 +217,38 @@ class Transfer:
             raise
         self.settle(self.engines.call(self.members, "end_refit", (version, self.keep_cache)), "ending")
 
-    def settle(self, refs: dict, what: str, timeout_s: float | None = None) -> dict:
-        """The results by engine. Raises RuntimeError for the first that failed, with its last words."""
-        results, failed = self.engines.collect(refs, timeout_s or self._cfg.timeout_s)
+    def settle(self, refs: dict, what: str, timeout_s: float | None = None, beside: Future | None = None) -> dict:
+        """The results by engine. Raises RuntimeError for the first that failed, with its last words. `beside`: what
+        this process does meanwhile."""
+        timeout_s = timeout_s or self._cfg.timeout_s
+        if beside is not None:
+            self._settle_beside(refs, what, timeout_s, beside)
+        results, failed = self.engines.collect(refs, timeout_s)
         for slot, problem in failed.items():
             raise RuntimeError(f"{what}: engine {slot.index} failed: {problem}. {slot.last_words()}")
         return results
 
-    def fail(self, version: int, problem: str) -> bool:
+    def _settle_beside(self, refs: dict, what: str, timeout_s: float, beside: Future) -> None:
+        """Until all are done. Where one fails, this process and the other engines may wait for it for ever: the first
+        failure is enough."""
+        answers = {slot: ref.future() for slot, ref in refs.items()}
+        futures.wait([beside, *answers.values()], timeout_s, futures.FIRST_EXCEPTION)
+        if beside.done() and beside.exception() is not None:
+            futures.wait(answers.values(), FAILED_ENGINE_S, futures.FIRST_EXCEPTION)  # an engine that failed says why
+        ended = {slot: answer for slot, answer in answers.items() if answer.done()}
+        self.settle({slot: refs[slot] for slot, answer in ended.items() if answer.exception() is not None}, what)
+        if beside.done():
+            beside.result()
+        if late := [slot for slot in refs if slot not in ended]:
+            names = ", ".join(str(slot.index) for slot in late)
+            raise RuntimeError(f"{what}: not done within {timeout_s:.0f} s: engine {names}. {late[0].last_words()}")
+        if not beside.done():
+            raise RuntimeError(f"{what}: the engines were done within {timeout_s:.0f} s, but not the trainer")
+
+    def fail(self, version: int, problem: str) -> None:
         self.problem, self.members = problem, []  # whoever sends next joins anew
         self._sender.close()
         print(f"refit to version {version}: {problem}\nit is done again", flush=True)
-        return False
 
     def start_scoring(self, canary: list[list[int]]) -> dict:
         return self.engines.call(self.members, "score", (canary,))

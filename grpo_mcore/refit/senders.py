@@ -13,11 +13,13 @@ import functools
 import pickle
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
+from concurrent.futures import Future
 from typing import NamedTuple, Protocol
 
 import torch
 
-from grpo_mcore.config.config import InputError
+from grpo_mcore.config.config import InputError, RunError
 from grpo_mcore.parallel import collectives
 from grpo_mcore.parallel.topology import Topology
 from grpo_mcore.refit.weight_transfer import (
@@ -27,6 +29,7 @@ from grpo_mcore.refit.weight_transfer import (
     await_turn,
     buckets,
     free_port,
+    in_thread,
     listen,
     num_bytes,
     open_gloo,
@@ -38,8 +41,9 @@ from grpo_mcore.refit.weight_transfer import (
 )
 
 # (update_info, what) -> a wait with a deadline: starts the update on all engines; `what` names the tensors in its
-# error.
-Update = Callable[[dict, str], Callable[[], object]]
+# error. wait(beside=future) waits for what the sender does meanwhile, too.
+Update = Callable[[dict, str], Callable[..., object]]
+ABORT_S = 30.0  # for NCCL to stop
 
 
 class BrokenWire(RuntimeError):
@@ -90,6 +94,7 @@ class Stream:
         self.bucket_bytes, self.buckets = bucket_bytes, list(buckets(groups, bucket_bytes))
         self.infos = [info for bucket in self.buckets for info in bucket]
         self.at = self.infos[0].name  # what is being sent, for errors
+        self.torn = False  # whether the export itself failed: what is left of it cannot be drained
         self._views: dict[str, torch.Tensor] = {}
         self._tensors = export(into=lambda name: self._views.get(name))
 
@@ -109,6 +114,7 @@ class Stream:
                 self._next(info)
             self.at = span(bucket)
             yield index, bucket, buffer
+        self._views = {}
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """One after the other, in memory of their own."""
@@ -117,7 +123,11 @@ class Stream:
             yield info.name, self._next(info).to(info.dtype)
 
     def _next(self, info: TensorInfo) -> torch.Tensor:
-        name, tensor = next(self._tensors)
+        try:
+            name, tensor = next(self._tensors)
+        except BaseException:
+            self.torn = True
+            raise
         if (name, tuple(tensor.shape)) != (info.name, info.shape):
             raise RuntimeError(f"{name} {tuple(tensor.shape)} came where {info.name} {info.shape} was announced")
         return tensor
@@ -133,8 +143,8 @@ class Sender(Protocol):
     def init_info(self, first_rank: int) -> dict:
         """For the engine whose first process has this rank of the group."""
 
-    def open(self) -> None:
-        """Blocks until every engine has joined; to be called while the engines initialise."""
+    def open(self) -> Future | None:
+        """To be called while the engines initialise. Blocks until every engine has joined, or gives what does."""
 
     def send(self, stream: Stream, update: Update) -> None:
         """Raises RuntimeError, OSError."""
@@ -186,9 +196,13 @@ class GlooSender:
 
 
 class NcclSender:
-    """The sender of vLLM's own `nccl` backend (vllm 0.32: packed settings travel in init_info)."""
+    """The sender of vLLM's own `nccl` backend. NCCL waits in C for whoever is missing, for ever: threads do it, and
+    `close` ends the wait at both ends. Here it aborts the communicator; there the end of a socket tells the engine to
+    (Lifeline)."""
 
-    def __init__(self, bucket_bytes: int, address: str, world_size: int):
+    def __init__(self, bucket_bytes: int, address: str, world_size: int, timeout_s: float, device: torch.device):
+        self._device, self._timeout_s = device, timeout_s
+        self._lifeline = socket.create_server((address, 0), backlog=world_size)  # nobody is accepted, or told anything
         self._info = {
             "master_address": address,
             "master_port": free_port(address),
@@ -197,31 +211,78 @@ class NcclSender:
             "packed_buffer_size_bytes": bucket_bytes,
             "packed_num_buffers": 2,
         }
+        self._joined: Future = Future()  # the communicator
+        self._sent: Future | None = None
+        self._closed = False
 
     def init_info(self, first_rank: int) -> dict:
-        return {**self._info, "rank_offset": first_rank}
+        lifeline = {"lifeline": self._lifeline.getsockname(), "timeout_s": self._timeout_s}
+        return {**self._info, "rank_offset": first_rank, **lifeline}
 
-    def open(self) -> None:
+    def open(self) -> Future:
+        self._joined = in_thread(self._join, self._device)
+        return self._joined
+
+    def _join(self):
         from vllm.distributed.weight_transfer.nccl_common import trainer_init
 
-        self._communicator = trainer_init(self._info)
+        return trainer_init(self._info)
 
     def send(self, stream: Stream, update: Update) -> None:
+        wait = update(to_dict(stream.infos), "receiving the broadcast")
+        self._sent = in_thread(self._producer(self._unless_closed(stream.tensors())), self._device)
+        wait(beside=self._sent)
+
+    def _unless_closed(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        for named in tensors:
+            yield named
+            if self._closed:  # what is left is the caller's to drain
+                raise BrokenWire("closed")
+
+    def _producer(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> Callable[[], None]:
+        """What sends them, in a thread."""
         from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
 
-        wait = update(to_dict(stream.infos), "receiving the broadcast")
-        packed_nccl_broadcast_producer(
-            iterator=stream.tensors(),
-            group=self._communicator,
-            src=0,
-            post_iter_func=lambda named: named[1],
-            buffer_size_bytes=self._info["packed_buffer_size_bytes"],
-            num_buffers=self._info["packed_num_buffers"],
-        )
-        wait()
+        communicator, current = self._joined.result(), torch.cuda.current_stream(self._device)
+
+        def produce() -> None:
+            packed_nccl_broadcast_producer(
+                iterator=made_on(current, tensors),
+                group=communicator,
+                src=0,
+                post_iter_func=lambda named: named[1],
+                buffer_size_bytes=self._info["packed_buffer_size_bytes"],
+                num_buffers=self._info["packed_num_buffers"],
+            )
+
+        return produce
 
     def close(self) -> None:
-        self._communicator = None
+        """Raises RunError if what is sent cannot be stopped."""
+        self._closed = True
+        self._lifeline.close()
+        self._joined.add_done_callback(_destroy)  # whenever it comes
+        if self._sent is not None and futures.wait([self._sent], ABORT_S).not_done:
+            raise RunError(f"refit: the broadcast to the engines did not end within {ABORT_S:.0f} s of its abort")
+
+
+def _destroy(joined: Future) -> None:
+    if joined.exception() is None:
+        joined.result().destroy()
+
+
+def made_on(stream: torch.cuda.Stream, tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator:
+    """The tensors, made on this stream, behind all that was asked of it before, whichever stream they are read on:
+    vLLM's producer reads on streams of its own."""
+    while True:
+        with torch.cuda.stream(stream):
+            named = next(tensors, None)
+        if named is None:
+            return
+        reading = torch.cuda.current_stream()
+        reading.wait_stream(stream)
+        named[1].record_stream(reading)
+        yield named
 
 
 class SharedSender:
@@ -310,48 +371,60 @@ class IpcSender:
         pass
 
     def send(self, stream: Stream, update: Update | None) -> None:
-        """`update` is the driver's alone."""
-        device = self._topology.device
-        # Of this refit alone: an exported buffer is counted until the engines let go of it.
-        buffers = [torch.empty(stream.capacity_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
-        wait = error = None
+        """`update` is the driver's alone. What fails on one rank ends it on all of them, at the same place."""
+        self._send(stream, update or (lambda info, what: _nothing))
+        # The buffers are gone. No engine takes memory for its cache before every rank has given theirs back.
+        collectives.together(self._give_back, self._topology)
+
+    def _send(self, stream: Stream, update: Update) -> None:
+        together = functools.partial(collectives.together, topology=self._topology)
+        buffers: list[torch.Tensor] = []
+        loaded: Callable[..., object] = _nothing
+
+        def allocate() -> None:
+            # For this refit alone: an exported buffer is counted until the engines let go of it.
+            buffers.extend(self._allocate(stream.capacity_bytes) for _ in range(2))
+
+        def hand_over(buffer: torch.Tensor) -> tuple[str, object]:
+            loaded()  # of the bucket before, whose memory is next
+            return self._export(buffer)
+
+        def start(bucket: Sequence[TensorInfo], handles: dict) -> None:
+            nonlocal loaded
+            info = {
+                **to_dict(bucket),
+                "tensor_sizes": [i.num_bytes for i in bucket],
+                "ipc_handles": base64.b64encode(pickle.dumps(handles)).decode(),
+            }
+            loaded = update(info, f"loading {span(bucket)}")
+
+        def finish() -> None:
+            loaded()  # nobody frees its last bucket before
+
+        together(allocate)
         for index, bucket, _ in stream.fill(lambda i: buffers[i % 2]):
-            torch.cuda.synchronize(device)
-            try:
-                if wait:
-                    wait()
-            except Exception as e:
-                error = e
-            # When this returns, every rank has filled its bucket, and the engines have loaded the one before, whose
-            # memory is next.
-            sent = collectives.gather(
-                (error is None, str(torch.cuda.get_device_properties(device).uuid), _handle(buffers[index % 2])),
-                self._topology,
-            )
-            if not all(fine for fine, _, _ in sent):
-                break
-            if update:
-                handles = {gpu: handle for _, gpu, handle in sent}
-                wait = update(
-                    {
-                        **to_dict(bucket),
-                        "tensor_sizes": [i.num_bytes for i in bucket],
-                        "ipc_handles": base64.b64encode(pickle.dumps(handles)).decode(),
-                    },
-                    f"loading {span(bucket)}",
-                )
-        if wait and not error:
-            try:
-                wait()
-            except Exception as e:
-                error = e
-        collectives.on_any_rank(False, self._topology)  # nobody frees its last bucket before it is loaded
-        if error:
-            raise error
+            handles = dict(together(functools.partial(hand_over, buffers[index % 2])))
+            together(functools.partial(start, bucket, handles))
+        together(finish)
+
+    def _allocate(self, num_bytes: int) -> torch.Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self._topology.device)
+
+    def _export(self, buffer: torch.Tensor) -> tuple[str, object]:
+        """(GPU, what its engine finds the buffer by), when all of it is written."""
+        torch.cuda.synchronize(self._topology.device)
+        return str(torch.cuda.get_device_properties(self._topology.device).uuid), _handle(buffer)
+
+    def _give_back(self) -> None:
         torch.cuda.ipc_collect()
+        torch.cuda.empty_cache()
 
     def close(self) -> None:
         pass
+
+
+def _nothing() -> None:
+    pass
 
 
 def _handle(buffer: torch.Tensor) -> tuple:

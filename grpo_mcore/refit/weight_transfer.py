@@ -4,14 +4,18 @@ memory.
 The trainer's end is senders.py; the engines' is receiver.py, which vLLM imports: this module must stay light.
 """
 
+import contextlib
 import datetime
 import itertools
 import mmap
 import os
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent import futures
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -153,6 +157,52 @@ def join(name: str, timeout_s: float) -> socket.socket:
     end.settimeout(timeout_s)
     end.connect(name.encode())
     return end
+
+
+def in_thread(call: Callable[[], Any], device: torch.device | None = None) -> Future:
+    """For what may wait in C for ever, where neither a signal nor a deadline reaches it: who waits for the future may
+    give up, and leaves the thread behind. CUDA's current device, and its current stream, are a thread's own."""
+    future: Future = Future()
+
+    def run() -> None:
+        try:
+            if device is not None and device.type == "cuda":
+                torch.cuda.set_device(device)
+            future.set_result(call())
+        except BaseException as e:
+            future.set_exception(e)
+
+    threading.Thread(target=run, name="weight transfer", daemon=True).start()
+    return future
+
+
+class Lifeline:
+    """The engine's end of a socket that says one thing: it ends when the sender gives up, or is gone."""
+
+    def __init__(self, address: Sequence, timeout_s: float):
+        """Raises OSError."""
+        self._end = socket.create_connection(tuple(address), timeout_s)
+        self._end.settimeout(None)
+        self._gone = in_thread(lambda: self._end.recv(1))
+
+    @property
+    def is_gone(self) -> bool:
+        return self._gone.done()
+
+    def unless_gone(self, under_way: Future) -> None:
+        """Waits for it. Raises what it raises, and ConnectionError as soon as the sender is gone."""
+        futures.wait([under_way, self._gone], return_when=futures.FIRST_COMPLETED)
+        if not under_way.done():
+            raise ConnectionError("the sender gave up, or is gone")
+        under_way.result()
+
+    def when_gone(self, call: Callable[[], object]) -> None:
+        """In a thread; at once if it is."""
+        self._gone.add_done_callback(lambda _: call())
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._end.shutdown(socket.SHUT_RDWR)
 
 
 def pass_turn(end: socket.socket) -> None:
