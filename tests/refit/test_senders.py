@@ -222,7 +222,7 @@ def torn_exports(folder: str, run_dir: str) -> str:
 def test_an_export_that_fails_within_its_collectives_ends_the_run_and_does_not_hang(model_folders, tmp_path):
     driver, other = spawn(torn_exports, 2, model_folders["qwen2_untied"], str(tmp_path), timeout_s=60)
     assert re.fullmatch(r"RefitError: refit to version 1: sending model\.layers\.0\.\S+: gather: no memory", driver)
-    assert "Connection closed by peer" in other  # as the driver ended
+    assert "gloo" in other and "127.0.0.1" in other, other  # its connection was lost as the driver ended
 
 
 @pytest.mark.gpu
