@@ -6,6 +6,7 @@ BEGAN = time.monotonic()  # imported first: the wall clock of a run includes the
 
 import argparse  # noqa: E402
 import ctypes  # noqa: E402
+import errno  # noqa: E402
 import os  # noqa: E402
 import re  # noqa: E402
 import signal  # noqa: E402
@@ -15,6 +16,7 @@ import warnings  # noqa: E402
 from collections.abc import Callable, Mapping, Sequence  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 from functools import partial  # noqa: E402
+from pathlib import Path  # noqa: E402
 from typing import Any, TypeVar  # noqa: E402
 
 from grpo_mcore.config import config, file as config_file  # noqa: E402
@@ -58,6 +60,21 @@ def whole_numbers(option: str, given: str) -> tuple[int, ...]:
     return tuple(whole_number(option, n) for n in given.split(","))
 
 
+def out_file(option: str, given: str) -> Path:
+    """A file to be written after the work, which it may not cost: its folder is made, and that it can be written is
+    tried. Raises InputError."""
+    path = Path(given)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not path.exists()
+        path.open("a").close()
+        if is_new:
+            path.unlink()
+    except OSError as e:
+        raise config.InputError(option, given, f"cannot be written ({e.strerror})", "name another file") from e
+    return path
+
+
 def hide_gpus() -> None:
     """For work on a CPU, before torch is imported: Megatron takes a GPU that torch sees, whatever it is told."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -95,6 +112,19 @@ def stop_on_sigterm() -> None:
 
 class Preempted(BaseException):
     """SIGTERM came. Carries what to tell the user."""
+
+
+MAKE_ROOM = "make room, and run the same command: a run goes on from its last checkpoint"
+MAY_NOT = "mend the rights, or name another place"
+# What a disk may refuse at any moment of the work: errno -> what to do.
+CANNOT_WRITE = {
+    errno.ENOSPC: MAKE_ROOM,
+    errno.EDQUOT: MAKE_ROOM,
+    errno.EFBIG: MAKE_ROOM,
+    errno.EROFS: MAY_NOT,
+    errno.EACCES: MAY_NOT,
+    errno.EPERM: MAY_NOT,
+}
 
 
 class DoesNotFit(config.RunError):
@@ -170,8 +200,12 @@ def run(main: Callable[[], None]) -> None:
     except (config.RunError, FloatingPointError) as e:
         print(f"error: {e}", file=sys.stderr, flush=True)
         code = 1
-    except Exception:
-        traceback.print_exc()
+    except Exception as e:
+        if isinstance(e, OSError) and e.errno in CANNOT_WRITE:
+            where = e.filename or "what this program writes"
+            print(f"error: {where}: {e.strerror}. Remedy: {CANNOT_WRITE[e.errno]}", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exc()
         code = 1
     else:
         code = 0

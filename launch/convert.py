@@ -42,7 +42,7 @@ if __name__ == "__main__":
         from grpo_mcore.policy import model_folder
 
         if args.command == "prove":
-            return parity.prove(args.checkpoint, args.hf, args.out)
+            return parity.prove(args.checkpoint, args.hf, args.out and entry.out_file("--out", args.out))
         if Path(args.out).exists():
             raise config.InputError("--out", args.out, "exists already", "remove it, or name another folder")
         if args.command == "to-hf":

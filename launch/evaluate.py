@@ -13,9 +13,8 @@ if __name__ == "__main__":
     def main() -> None:
         import dataclasses
         import json
-        from pathlib import Path
 
-        command = entry.parse(__doc__, "--model", "--data", "--out", "--compare")
+        command = entry.parse(__doc__, "--model", "--data", "--compare", types={"--out": entry.out_file})
         cfg, options = command.config, command.options
         sets = options["data"].split(",") if options["data"] else [cfg.eval.data]
 
@@ -38,6 +37,6 @@ if __name__ == "__main__":
             for data in sets
         }
         if options["out"]:
-            Path(options["out"]).write_text(json.dumps(results if len(sets) > 1 else results[sets[0]], indent=1) + "\n")
+            options["out"].write_text(json.dumps(results if len(sets) > 1 else results[sets[0]], indent=1) + "\n")
 
     entry.run(main)

@@ -40,8 +40,12 @@ if __name__ == "__main__":
         types = dict.fromkeys(("--median-tokens", "--mean-tokens", "--prompt-tokens"), tokens)
         types |= dict.fromkeys(("--failures-per-day", "--restart-s"), entry.number)
         types |= {"--flat-frac": partial(entry.number, high=1)}
-        types |= {"--steps": partial(entry.whole_number, low=1), "--staleness": entry.whole_numbers}
-        command = entry.parse(__doc__, *CASE, "--like", "--profile", "--out", types=types)
+        types |= {
+            "--steps": partial(entry.whole_number, low=1),
+            "--staleness": entry.whole_numbers,
+            "--out": entry.out_file,
+        }
+        command = entry.parse(__doc__, *CASE, "--like", "--profile", types=types)
         from grpo_mcore.plan import memory, predict
 
         ask = {name: value for name, value in command.options.items() if value is not None}

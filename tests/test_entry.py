@@ -1,15 +1,18 @@
-"""What a program does before its heavy imports: work on a CPU sees no GPU.
+"""What a program does before its heavy imports: work on a CPU sees no GPU, and what will be written can be. And how it
+ends where a disk takes no more.
 
 Not covered here: the rest of entry.py (test_run.py, test_trainer.py), and that CUDA obeys.
 """
 
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from grpo_mcore import entry
 from grpo_mcore.config import config, file as config_file
 from grpo_mcore.config.config import InputError
 from grpo_mcore.parallel import topology
@@ -78,3 +81,37 @@ def test_tests_of_a_cpu_see_no_gpu_and_those_of_gpus_alone_do():
     assert wants_gpus("gpu") and wants_gpus("gpu and not slow")
     assert not any(map(wants_gpus, ("", "not gpu", "not slow and not gpu", "slow", "gpu or slow")))
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and not torch.cuda.is_available()
+
+
+def test_a_file_that_will_be_written_is_tried_before_the_work(tmp_path):
+    assert entry.out_file("--out", str(tmp_path / "a/b/out.json")) == tmp_path / "a/b/out.json"
+    assert list((tmp_path / "a/b").iterdir()) == []
+    (tmp_path / "kept").write_text("as it was")
+    assert entry.out_file("--out", str(tmp_path / "kept")).read_text() == "as it was"
+    with pytest.raises(InputError, match=r"--out = .*: cannot be written \((File exists|Not a directory)\)"):
+        entry.out_file("--out", str(tmp_path / "kept/out.json"))
+    with pytest.raises(InputError, match=r"--out = .*: cannot be written \(Is a directory\)"):
+        entry.out_file("--out", str(tmp_path))
+
+
+FULL = """
+import resource, signal, sys
+from grpo_mcore import entry
+def main():
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
+    with open(sys.argv[1], "w") as f:
+        f.write("x" * 100)
+entry.run(main)
+"""
+
+
+def test_a_disk_that_takes_no_more_is_one_line(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, tmp_path / "metrics"],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=60,
+    )
+    assert done.returncode == 1 and re.fullmatch(r"error: .*: File too large\. Remedy: make room, .*\n", done.stderr)

@@ -2,6 +2,7 @@
 handle of all of them."""
 
 import asyncio
+import importlib.metadata
 import os
 import socket
 import time
@@ -122,8 +123,7 @@ class Engine:
         spans = getattr(completion, "weight_versions", None)
         if spans is None:
             raise RuntimeError(
-                "this vLLM does not say which weights sampled a token. Remedy: vllm 0.32 or newer, or "
-                "rollout.max_staleness=0"
+                "a response ran during a refit, and this vLLM does not say which weights sampled a token"
             )
         return tuple(
             (LOADED if s.version == "default" else int(s.version), s.end - s.start) for s in spans if s.end > s.start
@@ -229,6 +229,13 @@ def _children(process_id: int) -> list[int]:
 def arguments(cfg: config.Config, folder: str, *, cuda: bool, alone: bool) -> dict[str, object]:
     """vLLM's engine arguments; `alone`: there is no trainer. Raises InputError."""
     e, device = cfg.engine, "cuda" if cuda else "cpu"
+    if cfg.rollout.max_staleness and _vllm() < (0, 32):
+        raise InputError(
+            "rollout.max_staleness",
+            cfg.rollout.max_staleness,
+            "needs vllm 0.32 or newer, which says which weights sampled a token",
+            "set it to 0, or install it",
+        )
     args: dict[str, object] = dict(
         model=str(Path(folder).absolute()),
         dtype=e.dtype,
@@ -269,6 +276,13 @@ def arguments(cfg: config.Config, folder: str, *, cuda: bool, alone: bool) -> di
         enable_chunked_prefill=False,
         max_num_batched_tokens=max(e.tokens_per_step(device), cfg.longest_tokens, e.max_running_responses),
     )
+
+
+def _vllm() -> tuple[int, int]:
+    """Its release, by whichever name it is installed."""
+    name = next(name for name in importlib.metadata.packages_distributions()["vllm"])
+    major, minor = importlib.metadata.version(name).split(".")[:2]
+    return int(major), int(minor)
 
 
 def environment(cfg: config.Config, *, cuda: bool) -> dict[str, str]:

@@ -6,6 +6,7 @@ Not covered here: GPUs, and several machines.
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import os
 import signal
 import threading
@@ -394,6 +395,15 @@ def test_vllm_is_told_what_the_placement_asks_for():
     )
     with pytest.raises(config.InputError, match="engine.kv_cache_bytes"):
         arguments_of({}, cuda=False)
+
+
+@pytest.mark.parametrize("release", ["0.26.0", "0.32.0", "0.33.1"])
+def test_sampling_ahead_needs_a_vllm_that_says_which_weights_sampled_a_token(monkeypatch, release):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: release if name.startswith("vllm") else "?")
+    refused = pytest.raises(config.InputError, match=r"rollout.max_staleness = 1: needs vllm 0\.32 or newer")
+    with refused if release == "0.26.0" else contextlib.nullcontext():
+        arguments_of({"rollout": config.Rollout(max_staleness=1)}, cuda=True)
+    arguments_of({}, cuda=True)
 
 
 def test_a_deterministic_engine_does_not_depend_on_its_batch():
