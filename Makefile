@@ -85,9 +85,11 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow and not gpu" -n $$(( $(CORES) < 2 ? $(CORES) : 2 )) --dist loadfile --no-loadscope-reorder
 
-# The versions of a GPU machine. No test needs a GPU; those of Transformer Engine need its wheel.
+# The versions of a GPU machine: the quick tests, and refits of real engines. None needs a GPU; those of Transformer
+# Engine need its wheel.
 test-gpu-stack: .venv-gpu-stack/installed
 	GRPO_MCORE_NEEDS_TE=$(TE_WHEEL) .venv-gpu-stack/bin/python -m pytest -m "not gpu and not slow" -n $(WORKERS) --dist worksteal
+	.venv-gpu-stack/bin/python -m pytest -m slow tests/refit/test_refit.py -k "not split_over and not quantised"
 
 clean:
 	rm -rf .venv .venv-gpu .venv-gpu-stack runs build *.egg-info
