@@ -38,20 +38,22 @@ class Job:
             (programs / name).chmod(0o755)
         self.marker = f"TEST_MARKER=job_{self.id}"
         nowhere = folder / "no_venv"  # the one that runs this test is first on PATH
+        env = environment(
+            TEST_MARKER=f"job_{self.id}",
+            FAKE_SLURM=str(folder),
+            SLURM_JOB_ID=self.id,
+            GPUS_PER_NODE="1",
+            VENV=str(nowhere),
+            PATH=f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+            **variables,
+        )
+        del env["CUDA_VISIBLE_DEVICES"]  # the tests' own, which hides all: each node's Ray is told that it has a GPU
         self.process = subprocess.Popen(
             ["sbatch", *(["--nodes", str(nodes)] if nodes else []), f"launch/slurm/{script}", str(cfg), *args],
             cwd=ROOT,
             stdout=self.log.open("w"),
             stderr=subprocess.STDOUT,
-            env=environment(
-                TEST_MARKER=f"job_{self.id}",
-                FAKE_SLURM=str(folder),
-                SLURM_JOB_ID=self.id,
-                GPUS_PER_NODE="1",
-                VENV=str(nowhere),
-                PATH=f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-                **variables,
-            ),
+            env=env,
         )
 
     def signal_batch_script(self, how: signal.Signals) -> None:
