@@ -83,6 +83,8 @@ class Bench:
     def start(self, *command: object) -> subprocess.Popen:
         argv = [sys.executable, *map(str, command)]
         env = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        # Programs and engines find the package also where it is not installed.
+        env["PYTHONPATH"] = os.pathsep.join([str(measure.ROOT), *filter(None, [env.get("PYTHONPATH")])])
         with self.log.open("a") as log:
             log.write(f"$ {' '.join(argv)}\n")
             log.flush()
