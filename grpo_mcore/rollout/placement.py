@@ -2,6 +2,7 @@
 them."""
 
 import os
+import threading
 import time
 from typing import Any
 
@@ -16,7 +17,7 @@ from grpo_mcore.config.config import InputError
 def start_ray(cfg: config.Engine, *, cuda: bool, alone: bool) -> None:
     """Or joins the cluster of RAY_ADDRESS. `alone`: there is no trainer. Raises InputError."""
     if "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=False)
+        _join(os.environ["RAY_ADDRESS"], cfg.start_timeout_s)
         return
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if cuda:
@@ -29,6 +30,24 @@ def start_ray(cfg: config.Engine, *, cuda: bool, alone: bool) -> None:
             os.environ["CUDA_VISIBLE_DEVICES"] = visible
         elif cuda:
             del os.environ["CUDA_VISIBLE_DEVICES"]
+
+
+def _join(address: str, timeout_s: float) -> None:
+    """Raises InputError. Ray asks a head that is gone again and again, in C: a thread waits for it."""
+    problems: list[Exception] = []
+
+    def connect() -> None:
+        try:
+            ray.init(log_to_driver=False)
+        except Exception as e:  # Ray has no class for it
+            problems.append(e)
+
+    thread = threading.Thread(target=connect, name="joining Ray", daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if thread.is_alive() or problems:
+        why = str(problems[0]).splitlines()[0] if problems else f"it did not answer within {timeout_s:.0f} s"
+        raise InputError("RAY_ADDRESS", address, f"cannot be joined: {why}", "see that Ray's head is up, or unset it")
 
 
 def _start_here(cfg: config.Engine) -> None:

@@ -4,6 +4,9 @@ Not covered here: GPUs; and the engines that then stand there.
 """
 
 import os
+import socket
+import subprocess
+import sys
 
 import pytest
 import ray
@@ -14,6 +17,7 @@ from grpo_mcore.config import config
 from grpo_mcore.config.config import InputError
 from grpo_mcore.rollout import placement
 from grpo_mcore.rollout.placement import engine_gpus
+from tests.dist import environment
 
 SLURMS = "6,7"  # what SLURM gives a job that has a part of a node
 
@@ -102,3 +106,24 @@ def test_too_few_gpus_on_one_machine_are_refused_by_where_they_would_have_to_be(
         engine_gpus("4,5,6,7", 1, COLOCATED)
     with pytest.raises(InputError, match="engine.tp = 2 needs 2 GPUs, and this machine shows 1"):
         engine_gpus("3", 0, APART)
+
+
+JOIN = """
+import faulthandler, os
+faulthandler.dump_traceback_later(50, exit=True)
+from grpo_mcore.config import config
+from grpo_mcore.rollout import placement
+try:
+    placement.start_ray(config.Engine(start_timeout_s=2), cuda=False, alone=False)
+except config.InputError as e:
+    print(e, flush=True)
+os._exit(0)
+"""
+
+
+def test_a_cluster_whose_head_is_gone_is_waited_for_no_longer_than_engines_are():
+    with socket.create_server(("127.0.0.1", 0)) as nobody:  # takes what comes, and says nothing
+        address = f"127.0.0.1:{nobody.getsockname()[1]}"
+        env = environment(RAY_ADDRESS=address)
+        done = subprocess.run([sys.executable, "-c", JOIN], capture_output=True, text=True, env=env, timeout=60)
+    assert f"RAY_ADDRESS = '{address}': cannot be joined: it did not answer within 2 s" in done.stdout, done.stderr
