@@ -68,10 +68,10 @@ def time_waits(transfer: Transfer) -> dict[str, float]:
     """Seconds that it waits for what, from now on."""
     seconds, settle = defaultdict(float), transfer.settle
 
-    def timed_settle(refs: dict, what: str, timeout_s: float | None = None) -> dict:
+    def timed_settle(refs: dict, what: str, *how, **more) -> dict:
         start = time.perf_counter()
         try:
-            return settle(refs, what, timeout_s)
+            return settle(refs, what, *how, **more)
         finally:
             name = what.partition(" ")[0]
             seconds[{"pausing": "begin", "receiving": "loading", "ending": "end"}.get(name, name)] += (
