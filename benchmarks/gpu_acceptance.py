@@ -58,7 +58,7 @@ SIZES = {
         "train_step": ["--model", "tiny", "--precision", "fp32", "--steps", "1", "--prompt-tokens", "16"],
         "lengths": [64, 96],
         "quickstart": ["device=cpu", "rollout.prompts_per_step=4", "rollout.group_size=4", "batch.global_batch_size=8"],
-        "steps": 4,
+        "steps": 6,
     },
 }
 
@@ -233,7 +233,7 @@ def train(bench: Bench, name: str, *overrides: str, killed: bool = False, ranks:
         raise Failed(f"the run ended with step {last} of {steps}")
     mean = {key: sum(row[key] for row in rows if key in row) / len(rows) for key in rows[-1]}
     wanted = ("mismatch/", "refit/", "time/", "update/grad_norm", "update/loss", "memory/")
-    return figures | {key: round(value, 6) for key, value in mean.items() if key.startswith(wanted)}
+    return figures | {key: float(f"{value:.4g}") for key, value in mean.items() if key.startswith(wanted)}
 
 
 def quickstart(bench: Bench) -> dict:

@@ -62,7 +62,7 @@ class Profiled:
         return self._rollout.take()
 
     def _stop_at(self, token_ids: list[int]) -> None:
-        ray.get([slot.actor.ready.remote(token_ids) for slot in self._run.driver.engines.ready])
+        ray.get([slot.actor.ready.remote(token_ids, False) for slot in self._run.driver.engines.ready])
 
 
 def main() -> None:

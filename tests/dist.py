@@ -32,6 +32,8 @@ _context.set_forkserver_preload(["tests.preload"])
 def environment(**extra: str) -> dict[str, str]:
     """Of a child process: one thread that does not spin, and none of an outer torchrun's variables."""
     kept = {k: v for k, v in os.environ.items() if k not in OF_TORCHRUN}
+    # torchrun's 30 s between SIGTERM and SIGKILL are too few on a busy machine.
+    kept["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "120"
     return {**kept, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT), **extra}
 
 
