@@ -5,6 +5,7 @@ Not covered here: that the run then evaluates, saves and is finished (test_stage
 
 import json
 import math
+import time
 import types
 
 import pytest
@@ -18,9 +19,9 @@ from grpo_mcore.run import stop_reason, summarize
 from tests.dist import ROOT, spawn
 
 
-def begin_in_turns(folder: str, cache: str) -> list[str]:
-    """What happens in this order when a run begins whose engines take turns with its trainers, which here only the
-    configuration says, since a CPU has nothing to lend; `cache` is the engines'."""
+def begin_in_turns(folder: str, cache: str) -> list[tuple[float, str]]:
+    """What happens on this rank, and when, as a run begins whose engines take turns with its trainers, which here only
+    the configuration says, since a CPU has nothing to lend; `cache` is the engines'."""
     keys = [
         f"model={folder}/model",
         f"run_dir={folder}/run",
@@ -29,32 +30,38 @@ def begin_in_turns(folder: str, cache: str) -> list[str]:
         "engine.offload_trainer=[]",
     ]
     cfg = config_file.load(ROOT / "configs/quickstart.yaml", [*keys, f"engine.kv_cache_bytes={cache}"])
-    happened: list[str] = []
+    happened: list[tuple[float, str]] = []
+
+    def happens(what: str) -> None:
+        happened.append((time.monotonic(), what))  # one clock for all ranks
 
     class Policy(run.Policy):
         def __init__(self, *args, **kwargs):
-            happened.append("a policy")
+            happens("a policy")
             super().__init__(*args, **kwargs)
 
     def wait(engines):
         honest_wait(engines)
-        happened.append(f"{len(engines.ready)} engine")
+        happens(f"{len(engines.ready)} engine")
 
     honest_wait, Engines.wait_until_ready = Engines.wait_until_ready, wait
     run.Policy, config.Engine.is_colocated = Policy, lambda self, device: True
     try:
         with run.open_run(cfg):
-            happened.append("a run")
+            happens("a run")
     except EngineError as e:
-        happened.append(str(e))
+        happens(str(e))
     return happened
 
 
 @pytest.mark.slow
 def test_engines_on_the_trainers_gpus_have_started_before_there_is_a_policy(tmp_path):
     arithmetic.make_model(tmp_path / "model", seed=1)
-    assert spawn(begin_in_turns, 1, str(tmp_path), "67108864") == [["1 engine", "a policy", "1 engine", "a run"]]
-    ((ended,),) = spawn(begin_in_turns, 1, str(tmp_path), "1")
+    driver, other = spawn(begin_in_turns, 2, str(tmp_path), "67108864")
+    assert [what for _, what in driver] == ["1 engine", "a policy", "1 engine", "a run"]
+    assert [what for _, what in other] == ["a policy", "a run"]
+    assert driver[0] < other[0], "the other ranks wait too"
+    (((_, ended),),) = spawn(begin_in_turns, 1, str(tmp_path), "1")
     assert "engine start: engine 0 failed" in ended and "No available memory for the cache" in ended  # its own words
 
 

@@ -8,6 +8,7 @@ run time (`**name`, unless it is a dict of this function), and methods of object
 import ast
 import importlib.util
 import inspect
+import os
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import pytest
 
 from grpo_mcore.config import config, file
+from grpo_mcore.parallel import topology
 from grpo_mcore.rollout import engine
 from tests.dist import ROOT
 from tests.test_layers import sources
@@ -173,3 +175,16 @@ def test_an_engine_on_a_gpu_is_asked_for_what_vllm_knows(path):
     cfg: config.Config = file.load(path)
     arguments = engine.arguments(cfg, "folder", cuda=True, alone=False)
     inspect.signature(AsyncEngineArgs).bind(**arguments)
+
+
+def test_trainers_choose_in_nccl_what_vllm_pins_for_engines_that_do_not_depend_on_their_batch(monkeypatch):
+    """Ranks of one communicator that choose otherwise wait for each other."""
+    names = ("vllm.model_executor.determinism", "vllm.model_executor.layers")  # 0.32, 0.26
+    pins = importlib.import_module(next(name for name in names if importlib.util.find_spec(name)) + ".batch_invariant")
+    monkeypatch.setattr(os, "environ", {})
+    pins.override_envs_for_invariance()
+    pinned = {name: value for name, value in os.environ.items() if name.startswith("NCCL_")}
+    # The algorithm of other collectives is left open there, or is one of all that there are.
+    algorithm, ours = (chosen.pop("NCCL_ALGO") for chosen in (pinned, dict(topology.DETERMINISTIC_NCCL)))
+    assert ours.endswith("allreduce:tree") and algorithm.endswith("allreduce:tree")
+    assert {**pinned, "NCCL_ALGO": ours} == topology.DETERMINISTIC_NCCL

@@ -127,9 +127,10 @@ def connect(
             "device", "cpu", "cannot be kept where torch sees a GPU: Megatron takes it", "set CUDA_VISIBLE_DEVICES=''"
         )
     torch.set_num_threads(num_threads)
+    nccl = nccl_environment(deterministic)
     if deterministic:  # of cuBLAS, Transformer Engine's attention, NCCL and torch's own kernels, in this order
         os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
-        os.environ |= nccl_environment(deterministic)
+        os.environ |= nccl
         torch.use_deterministic_algorithms(True)
     cpu.install()
     from megatron.core import parallel_state
@@ -153,6 +154,7 @@ def connect(
         context_parallel_size=parallel.cp,
         distributed_timeout_minutes=timeout_s / 60,
     )
+    os.environ |= nccl  # Megatron has taken NCCL_COLLNET_ENABLE away, which engines have
     model_parallel_cuda_manual_seed(seed)
     return Topology(
         parallel=parallel,

@@ -72,6 +72,14 @@ def choose(transport: str, engines: Sequence[Sequence[Place]], trainers: Sequenc
             "set it to auto or broadcast, or place the engines there",
         )
     if transport == "broadcast" or apart:
+        if cuda and any(trainers[0] in engine for engine in engines):
+            raise InputError(
+                "refit.transport",
+                transport,
+                f"is NCCL's for these engines, and it refuses two processes on one GPU: one is on the driver's, "
+                f"{' '.join(trainers[0])}",
+                "set engine.placement=disaggregated, or start a trainer on the GPU of every engine",
+            )
         return "nccl" if cuda else "gloo"
     return "ipc" if cuda else "shared_memory"
 

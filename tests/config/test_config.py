@@ -411,6 +411,16 @@ def test_a_coefficient_may_be_zero_but_not_negative(minimal, name):
             "data.shuffle_seed = 9223372036854775808: must fit into 64 bits. Remedy: write a smaller number.",
         ),
         (
+            ["rollout.cache_after_refit=keep", "rollout.max_staleness=1", "device=cuda"],
+            "rollout.cache_after_refit = 'keep': cannot keep what colocated engines give back before every update. "
+            "Remedy: leave it at recompute, or set engine.placement=disaggregated.",
+        ),
+        (
+            ["refit.transport=broadcast", "device=cuda"],
+            "refit.transport = 'broadcast': is NCCL's on GPUs, which refuses two processes on one, and colocated "
+            "engines stand on the trainers'. Remedy: set it to auto, or set engine.placement=disaggregated.",
+        ),
+        (
             ["engine.offload_trainer=[optimizer, weights]"],
             "engine.offload_trainer = 'weights': must be of gradients, optimizer. Remedy: choose among them.",
         ),

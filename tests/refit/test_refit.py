@@ -19,7 +19,7 @@ from grpo_mcore.report import metrics
 from grpo_mcore.rollout.engine import Sampling
 from grpo_mcore.rollout.engines import Engines
 from grpo_mcore.rollout.rollout import StaleError, sample
-from grpo_mcore.types import Prompt
+from grpo_mcore.types import Group, Prompt
 from tests.dist import spawn
 from tests.policy.test_policy import batch_of
 
@@ -57,6 +57,7 @@ class Session:
         )
         if self.engines:
             self.engines.wait_until_ready()
+        self.first = self.weights()  # the folder's
         self.refit_by("auto")
 
     def refit_by(self, transport: str) -> Refit:
@@ -80,7 +81,10 @@ class Session:
                 p.copy_(w)
 
     def sample(self, version: int, seed: int = 0) -> list[list[tuple[int, ...]]]:
-        groups = sample(
+        return [[r.token_ids for r in g.responses] for g in self.groups(version, seed)]
+
+    def groups(self, version: int, seed: int = 0) -> list[Group]:
+        return sample(
             self.engines,
             PROMPTS,
             group_size=4,
@@ -90,7 +94,6 @@ class Session:
             version=version,
             timeout_s=60,
         )
-        return [[r.token_ids for r in g.responses] for g in groups]
 
     def close(self) -> None:
         if self.engines:
@@ -247,6 +250,25 @@ def refit_quantised(folder: str, run_dir: str) -> tuple[list[float], float]:
 def test_quantised_engines_are_refitted_through_vllms_reload(model_folders, tmp_path):
     ((errors, apart),) = spawn(refit_quantised, 1, model_folders["llama_linear_rope"], str(tmp_path))
     assert max(errors) < apart / 4, (errors, apart)  # FP8's error, against what stale weights would show
+
+
+def sampled_by_tp_2(folder: str, run_dir: str) -> list[Group]:
+    session = Session(folder, run_dir, {}, "engine.num_engines=1", "engine.tp=2")
+    try:
+        session.refit(1)
+        return session.groups(1)
+    finally:
+        session.close()
+
+
+def test_an_engine_split_over_two_processes_samples_the_same(session, model_folders, tmp_path):
+    (split,) = spawn(sampled_by_tp_2, 1, model_folders["qwen2_tied"], str(tmp_path))
+    session.restore(session.first)
+    session.refit(1)
+    whole = session.groups(1)
+    for a, b in zip((r for g in split for r in g.responses), (r for g in whole for r in g.responses), strict=True):
+        assert a.token_ids == b.token_ids
+        assert a.rollout_logprobs == pytest.approx(b.rollout_logprobs, abs=1e-4)
 
 
 def refit_on_ranks(folder: str, run_dir: str, axes: dict[str, int], engine_tp: int) -> list[float]:

@@ -87,9 +87,9 @@ def place(host: str = "a", gpu: str = "") -> Place:
         ("auto", [[place("b")]], [place("a"), place("b")], "gloo"),  # the driver sends, from a
         ("broadcast", [[place()]], [place()], "gloo"),
         ("auto", [[place(gpu="0"), place(gpu="1")]], [place(gpu="0"), place(gpu="1")], "ipc"),
-        ("auto", [[place(gpu="0")], [place(gpu="2")]], [place(gpu="0"), place(gpu="1")], "nccl"),
+        ("auto", [[place(gpu="1")], [place(gpu="2")]], [place(gpu="0"), place(gpu="1")], "nccl"),
         ("shared", [[place(gpu="1")]], [place(gpu="0"), place(gpu="1")], "ipc"),
-        ("broadcast", [[place(gpu="0")]], [place(gpu="0")], "nccl"),
+        ("broadcast", [[place("b", gpu="0")]], [place(gpu="0")], "nccl"),
     ],
 )
 def test_the_transport_follows_from_where_trainers_and_engines_are(transport, engines, trainers, backend):
@@ -101,6 +101,17 @@ def test_memory_cannot_be_shared_with_an_engine_elsewhere():
         InputError, match=r"refit.transport = 'shared': needs every engine on the machine of the trainer; one is on b "
     ):
         choose("shared", [[place()], [place("b")]], [place()])
+
+
+@pytest.mark.parametrize(
+    ("transport", "engines"), [("broadcast", [["0"]]), ("auto", [["0"], ["2"]]), ("auto", [["2", "0"]])]
+)
+def test_nccl_is_refused_where_an_engine_has_the_drivers_own_gpu(transport, engines):
+    places = [[place(gpu=gpu) for gpu in engine] for engine in engines]
+    with pytest.raises(
+        InputError, match=f"refit.transport = '{transport}': is NCCL's .* one is on the driver's, a 0\\."
+    ):
+        choose(transport, places, [place(gpu="0"), place(gpu="1")])
 
 
 def source(groups, fail_at: str | None = None, seen: list | None = None):

@@ -18,11 +18,13 @@ import torch
 
 from grpo_mcore.config import config
 from grpo_mcore.loss import batch
+from grpo_mcore.parallel import topology
 from grpo_mcore.refit.refit import RefitError
 from grpo_mcore.rollout.engine import Completion, Sampling, arguments, environment
 from grpo_mcore.rollout.engines import EngineError, _problem_with
 from grpo_mcore.rollout.rollout import sample
 from grpo_mcore.types import Prompt, Response
+from tests.dist import spawn
 from tests.refit.test_refit import Session
 
 PROMPTS = [Prompt(i, "", "", (3 + i % 80, 40, 7 * i % 91, 12)) for i in range(60)]
@@ -404,6 +406,25 @@ def test_sampling_ahead_needs_a_vllm_that_says_which_weights_sampled_a_token(mon
     with refused if release == "0.26.0" else contextlib.nullcontext():
         arguments_of({"rollout": config.Rollout(max_staleness=1)}, cuda=True)
     arguments_of({}, cuda=True)
+
+
+def of_nccl(deterministic: bool) -> tuple[dict[str, str], dict[str, str]]:
+    """NCCL's variables (of engines started before the trainer's rank connects, of that rank then)."""
+    os.environ |= {"NCCL_SOCKET_IFNAME": "eth7", "NCCL_COLLNET_ENABLE": "1"}  # the user's
+    cfg = config.Config(model="m", run_dir="r", num_steps=1, data=config.Data(train="t"), deterministic=deterministic)
+    both = [environment(cfg, cuda=True)]
+    topology.connect(
+        config.Parallel(), device=torch.device("cpu"), timeout_s=60, seed=1, deterministic=cfg.deterministic
+    )
+    both.append(dict(os.environ))
+    return tuple({name: value for name, value in side.items() if name.startswith("NCCL_")} for side in both)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_engines_and_trainers_have_the_same_variables_of_nccl(deterministic):
+    ((engines, trainers),) = spawn(of_nccl, 1, deterministic)
+    assert engines == trainers and engines["NCCL_SOCKET_IFNAME"] == "eth7"
+    assert engines["NCCL_COLLNET_ENABLE"] == ("0" if deterministic else "1")
 
 
 def test_a_deterministic_engine_does_not_depend_on_its_batch():
