@@ -13,6 +13,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from grpo_mcore.config import config
 from grpo_mcore.config.config import InputError
 
+_apart = False
+# Ray's processes in a process group of their own: torchrun and `timeout` signal all of a driver's group, whose SIGTERM
+# is a run's to answer, with Ray still there.
+os.register_at_fork(after_in_child=lambda: os.setpgrp() if _apart else None)
+
 
 def start_ray(cfg: config.Engine, *, cuda: bool, alone: bool) -> None:
     """Or joins the cluster of RAY_ADDRESS. `alone`: there is no trainer. Raises InputError."""
@@ -52,9 +57,11 @@ def _join(address: str, timeout_s: float) -> None:
 
 def _start_here(cfg: config.Engine) -> None:
     """Ray gives its own start 30 s, which a busy machine may exceed: then it is tried again, within start_timeout_s."""
+    global _apart
     end = time.monotonic() + cfg.start_timeout_s
     while True:
         try:
+            _apart = True
             ray.init(
                 "local",  # not another cluster that `ray start` has left on this machine
                 num_cpus=cfg.num_engines,
@@ -70,6 +77,8 @@ def _start_here(cfg: config.Engine) -> None:
             if "timed out during startup" not in str(e) or time.monotonic() > end:
                 raise
             print("Ray did not start within its 30 s; it is started again", flush=True)
+        finally:
+            _apart = False
 
 
 def engine_gpus(visible: str | None, num_trainers: int, cfg: config.Engine) -> list[str]:

@@ -4,9 +4,11 @@ Not covered here: GPUs; and the engines that then stand there.
 """
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 import ray
@@ -17,7 +19,7 @@ from grpo_mcore.config import config
 from grpo_mcore.config.config import InputError
 from grpo_mcore.rollout import placement
 from grpo_mcore.rollout.placement import engine_gpus
-from tests.dist import environment
+from tests.dist import environment, spawn
 
 SLURMS = "6,7"  # what SLURM gives a job that has a part of a node
 
@@ -127,3 +129,22 @@ def test_a_cluster_whose_head_is_gone_is_waited_for_no_longer_than_engines_are()
         env = environment(RAY_ADDRESS=address)
         done = subprocess.run([sys.executable, "-c", JOIN], capture_output=True, text=True, env=env, timeout=60)
     assert f"RAY_ADDRESS = '{address}': cannot be joined: it did not answer within 2 s" in done.stdout, done.stderr
+
+
+def ray_after_a_signal_to_the_group() -> str:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    placement.start_ray(config.Engine(num_engines=1), cuda=False, alone=False)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Ray has put its own in place
+    os.killpg(os.getpgrp(), signal.SIGTERM)
+    time.sleep(2)  # what hears it has ended by then
+    group = placement.reserve(config.Engine(num_engines=1), cuda=False)
+    return ray.get(placement.in_bundle(Echo, group, 0, {}).remote().say.remote("here"), timeout=60)
+
+
+class Echo:
+    async def say(self, word: str) -> str:
+        return word
+
+
+def test_ray_does_not_hear_the_sigterm_that_torchrun_sends_to_all_of_a_ranks_group():
+    assert spawn(ray_after_a_signal_to_the_group, 1) == ["here"]
