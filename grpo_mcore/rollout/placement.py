@@ -56,7 +56,8 @@ def _join(address: str, timeout_s: float) -> None:
 
 
 def _start_here(cfg: config.Engine) -> None:
-    """Ray gives its own start 30 s, which a busy machine may exceed: then it is tried again, within start_timeout_s."""
+    """Ray gives its own start 30 s, which a busy machine may exceed: then it is tried again, within start_timeout_s.
+    Raises InputError."""
     global _apart
     end = time.monotonic() + cfg.start_timeout_s
     while True:
@@ -74,6 +75,11 @@ def _start_here(cfg: config.Engine) -> None:
             )
             return
         except Exception as e:  # Ray has no class for it
+            if "AF_UNIX path length" in str(e):
+                name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+                raise InputError(
+                    name, os.environ.get(name), "is too long for Ray's sockets", "set RAY_TMPDIR to a short one, as /tmp"
+                ) from None
             if "timed out during startup" not in str(e) or time.monotonic() > end:
                 raise
             print("Ray did not start within its 30 s; it is started again", flush=True)

@@ -123,6 +123,15 @@ os._exit(0)
 """
 
 
+@pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])
+def test_a_temporary_folder_whose_name_is_too_long_for_a_socket_is_one_line(tmp_path, name):
+    folder = tmp_path / ("x" * 80)
+    folder.mkdir()
+    env = environment(**{name: str(folder)})
+    done = subprocess.run([sys.executable, "-c", JOIN], capture_output=True, text=True, env=env, timeout=60)
+    assert f"{name} = '{folder}': is too long for Ray's sockets" in done.stdout, done.stderr
+
+
 def test_a_cluster_whose_head_is_gone_is_waited_for_no_longer_than_engines_are():
     with socket.create_server(("127.0.0.1", 0)) as nobody:  # takes what comes, and says nothing
         address = f"127.0.0.1:{nobody.getsockname()[1]}"
