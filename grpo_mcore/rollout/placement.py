@@ -2,6 +2,7 @@
 them."""
 
 import os
+import tempfile
 import threading
 import time
 from typing import Any
@@ -13,6 +14,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from grpo_mcore.config import config
 from grpo_mcore.config.config import InputError
 
+LONGEST_TMPDIR = 107 - len(
+    "/00000000-0000-0000-0000-000000000000"
+)  # vLLM's sockets; those of multiprocessing are shorter
 _apart = False
 # Ray's processes in a process group of their own: torchrun and `timeout` signal all of a driver's group, whose SIGTERM
 # is a run's to answer, with Ray still there.
@@ -21,6 +25,8 @@ os.register_at_fork(after_in_child=lambda: os.setpgrp() if _apart else None)
 
 def start_ray(cfg: config.Engine, *, cuda: bool, alone: bool) -> None:
     """Or joins the cluster of RAY_ADDRESS. `alone`: there is no trainer. Raises InputError."""
+    if len(os.fsencode(tempfile.gettempdir())) > LONGEST_TMPDIR:
+        raise too_long("TMPDIR", tempfile.gettempdir())
     if "RAY_ADDRESS" in os.environ:
         _join(os.environ["RAY_ADDRESS"], cfg.start_timeout_s)
         return
@@ -55,6 +61,10 @@ def _join(address: str, timeout_s: float) -> None:
         raise InputError("RAY_ADDRESS", address, f"cannot be joined: {why}", "see that Ray's head is up, or unset it")
 
 
+def too_long(name: str, folder: str) -> InputError:
+    return InputError(name, folder, "is too long a path for sockets to be in it", f"set {name} to a short one, as /tmp")
+
+
 def _start_here(cfg: config.Engine) -> None:
     """Ray gives its own start 30 s, which a busy machine may exceed: then it is tried again, within start_timeout_s.
     Raises InputError."""
@@ -77,9 +87,7 @@ def _start_here(cfg: config.Engine) -> None:
         except Exception as e:  # Ray has no class for it
             if "AF_UNIX path length" in str(e):
                 name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
-                raise InputError(
-                    name, os.environ.get(name), "is too long for Ray's sockets", "set RAY_TMPDIR to a short one, as /tmp"
-                ) from None
+                raise too_long(name, os.environ[name]) from None
             if "timed out during startup" not in str(e) or time.monotonic() > end:
                 raise
             print("Ray did not start within its 30 s; it is started again", flush=True)
