@@ -102,18 +102,29 @@ class Inputs:
 
 def read_inputs(cfg: config.Config) -> Inputs:
     """Raises InputError for what is wrong with model, data or device, before anything expensive starts."""
-    folder = local_folder(cfg.model)
-    hf_config = model.load_hf_config(folder)
-    model.check_parallel(hf_config, cfg.parallel, cfg.precision)
-    check_lengths(cfg, hf_config)
+    folder, _ = read_model(cfg)
     tokenizer = prompts.Tokenizer(folder)
-    overlong = cfg.data.overlong_prompts
-    train_prompts, num_overlong = prompts.load(cfg.data.train, cfg.data, tokenizer, "data.train", overlong=overlong)
+    train_prompts, num_overlong = read_train_prompts(cfg, tokenizer)
     eval_prompts, num_left_out = prompts.load_evaluation(cfg, tokenizer) if cfg.eval.data else ([], 0)
     device = topology.pick_device(cfg.device)
     rules.check_device(cfg, device.type)
     model.check_attention(cfg, device)
     return Inputs(folder, tokenizer, train_prompts, num_overlong, eval_prompts, num_left_out, device)
+
+
+def read_model(cfg: config.Config) -> tuple[str, model.HFConfig]:
+    """Its folder and config. Raises InputError."""
+    folder = local_folder(cfg.model)
+    hf_config = model.load_hf_config(folder)
+    model.check_parallel(hf_config, cfg.parallel, cfg.precision)
+    check_lengths(cfg, hf_config)
+    return folder, hf_config
+
+
+def read_train_prompts(cfg: config.Config, tokenizer: prompts.Tokenizer) -> tuple[list[Prompt], int]:
+    """(prompts, how many of them are over-long, or were). Raises InputError."""
+    overlong = cfg.data.overlong_prompts
+    return prompts.load(cfg.data.train, cfg.data, tokenizer, "data.train", overlong=overlong)
 
 
 @contextlib.contextmanager
@@ -224,12 +235,18 @@ def prepare_run_dir(cfg: config.Config, given: Inputs) -> None:
     """Saves the resolved configuration, and for each start what it ran with; says what has changed since the last one.
     Raises InputError, with nothing written, if the run cannot go on as it is asked to."""
     step = checkpoint.newest_step(cfg.run_dir)
-    contents = {"model": claim.folder_digest(given.folder), "data.train": prompts.digest(given.train_prompts)}
-    for change in claim.changes(cfg, step, contents):
+    now = contents(given.folder, given.train_prompts)
+    for change in claim.changes(cfg, step, now):
         print(f"changed since the last start: {change}", flush=True)
-    claim.record(cfg, contents)
+    checkpoint.check_room(cfg, model.load_hf_config(given.folder))
+    claim.record(cfg, now)
     with (Path(cfg.run_dir) / "provenance.jsonl").open("a") as f:
         f.write(json.dumps(provenance()) + "\n")
+
+
+def contents(folder: str, train_prompts: Sequence[Prompt]) -> dict[str, str]:
+    """Digests of what a run is made of, by key."""
+    return {"model": claim.folder_digest(folder), "data.train": prompts.digest(train_prompts)}
 
 
 def make_model(cfg: config.Config) -> None:
@@ -239,10 +256,14 @@ def make_model(cfg: config.Config) -> None:
     if topology.rank() != 0:
         topology.wait_for_file(Path(cfg.model) / "config.json", cfg.collective_timeout_s)
         return
-    for name, source in (("data.train", cfg.data.train), ("eval.data", cfg.eval.data)):
-        if source:
-            sources.read_rows(source, cfg.data, name)  # what is wrong with them should not wait for the warm start
+    count_rows(cfg)  # what is wrong with them should not wait for the warm start
     warm_start.ensure(cfg)
+
+
+def count_rows(cfg: config.Config) -> dict[str, int]:
+    """Of each data set, by its key. Raises InputError for a row that cannot be used."""
+    given = {"data.train": cfg.data.train, "eval.data": cfg.eval.data}
+    return {name: len(sources.read_rows(source, cfg.data, name)) for name, source in given.items() if source}
 
 
 # Where a run ends.

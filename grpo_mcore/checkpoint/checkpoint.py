@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import inspect
 import json
+import math
 import os
 import random
 import shutil
@@ -36,6 +37,7 @@ from grpo_mcore.config.config import InputError
 from grpo_mcore.parallel import collectives
 from grpo_mcore.parallel.topology import Topology
 from grpo_mcore.policy import hf_weights
+from grpo_mcore.policy.model import HFConfig
 from grpo_mcore.policy.policy import Policy
 from grpo_mcore.report import run_folder
 
@@ -409,6 +411,22 @@ def _trusted_pickles() -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
+
+
+def check_room(cfg: config.Config, hf_config: HFConfig) -> str:
+    """What a run's checkpoints take at once, and what there is, before the run begins. Raises InputError."""
+    run_dir, c = Path(cfg.run_dir).absolute(), cfg.checkpoint
+    # Besides the weights, float32 ones if they are not, and Adam's two moments.
+    of_parameter = 12 if cfg.precision.params == "float32" else 14
+    one = of_parameter * sum(math.prod(shape) for shape in hf_weights.shapes(hf_config).values())
+    # What is kept, and the next one, until it is published.
+    at_once = min(c.keep + c.keep_best + 1, -(-cfg.num_steps // c.every)) if c.every else 1
+    more = max(at_once - len(published(run_dir)), 1)
+    free = shutil.disk_usage(next(p for p in (run_dir, *run_dir.parents) if p.exists())).free
+    words = f"{at_once} of {one / 1e9:.3g} GB at once, and the disk has {free / 1e9:.3g} GB free"
+    if free < more * one:
+        raise InputError("run_dir", cfg.run_dir, f"holds checkpoints, {words}", "make room, or lower checkpoint.keep")
+    return words
 
 
 def _no_room(partial: Path, needed: int) -> str | None:

@@ -34,15 +34,22 @@ RECORD = "warm_start.json"
 CHECK_EVERY = 10  # optimizer steps
 
 
-def ensure(cfg: config.Config) -> None:
-    """Makes cfg.model if it is not there. Raises InputError, RuntimeError."""
+def is_made(cfg: config.Config) -> bool:
+    """Whether cfg.model is there. Raises InputError if something else is."""
     folder = Path(cfg.model)
     wanted = {"seed": cfg.seed, **dataclasses.asdict(_asked(cfg))}
-    if folder.is_dir():
-        record = folder / RECORD
-        if not record.is_file() or json.loads(record.read_text()) != wanted:
-            constraint = "exists, but was not made by this warm_start and seed"
-            raise InputError("model", cfg.model, constraint, "remove the folder, or name another")
+    if not folder.is_dir():
+        return False
+    record = folder / RECORD
+    if not record.is_file() or json.loads(record.read_text()) != wanted:
+        constraint = "exists, but was not made by this warm_start and seed"
+        raise InputError("model", cfg.model, constraint, "remove the folder, or name another")
+    return True
+
+
+def ensure(cfg: config.Config) -> None:
+    """Makes cfg.model if it is not there. Raises InputError, RuntimeError."""
+    if is_made(cfg):
         return
     # One rank on a CPU, whatever torchrun's environment says of this process, and whatever torch could see.
     env = {

@@ -53,6 +53,24 @@ def claimed(run_dir: str | Path, *, leaving_s: float = LEAVING_S) -> Iterator[No
         os.close(lock)
 
 
+def look(run_dir: str | Path) -> None:
+    """Whether `claimed` could have the folder, which stays as it is. Raises InputError."""
+    folder = Path(run_dir).absolute()
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise InputError("run_dir", str(run_dir), f"cannot be written ({there} is not to be)", "name another folder")
+    if (folder / LOCK).is_file():
+        lock = os.open(folder / LOCK, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _held(folder / LOCK) from None
+        except OSError:  # a file system without locks
+            pass
+        finally:
+            os.close(lock)
+
+
 def _take(lock: int, path: Path, leaving_s: float) -> None:
     end = time.monotonic() + leaving_s
     while True:

@@ -23,10 +23,15 @@ _apart = False
 os.register_at_fork(after_in_child=lambda: os.setpgrp() if _apart else None)
 
 
-def start_ray(cfg: config.Engine, *, cuda: bool, alone: bool) -> None:
-    """Or joins the cluster of RAY_ADDRESS. `alone`: there is no trainer. Raises InputError."""
+def check_sockets() -> None:
+    """Raises InputError if the temporary folder is too deep for the sockets that engines put into it."""
     if len(os.fsencode(tempfile.gettempdir())) > LONGEST_TMPDIR:
         raise too_long("TMPDIR", tempfile.gettempdir())
+
+
+def start_ray(cfg: config.Engine, *, cuda: bool, alone: bool) -> None:
+    """Or joins the cluster of RAY_ADDRESS. `alone`: there is no trainer. Raises InputError."""
+    check_sockets()
     if "RAY_ADDRESS" in os.environ:
         _join(os.environ["RAY_ADDRESS"], cfg.start_timeout_s)
         return
