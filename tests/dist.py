@@ -24,14 +24,16 @@ import filelock
 
 ROOT = Path(__file__).parent.parent
 OF_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# ray.init sets it in its own process; in a child whose modules have been imported without it, Ray believes both.
+OF_RAY = ("RAY_AUTH_MODE",)
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.preload"])
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """Of a child process: one thread that does not spin, and none of an outer torchrun's variables."""
-    kept = {k: v for k, v in os.environ.items() if k not in OF_TORCHRUN}
+    """Of a child process: one thread that does not spin, none of an outer torchrun's variables or of a Ray's here."""
+    kept = {k: v for k, v in os.environ.items() if k not in OF_TORCHRUN + OF_RAY}
     # torchrun's 30 s between SIGTERM and SIGKILL are too few on a busy machine.
     kept["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "120"
     return {**kept, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT), **extra}
