@@ -29,6 +29,10 @@ from benchmarks.kill_resume import Run
 from grpo_mcore.report import run_folder
 
 OVERRIDES = [
+    "rollout.prompts_per_step=32",
+    "rollout.group_size=8",
+    "batch.global_batch_size=128",
+    "engine.max_running_responses=16",  # so that a step is sampled for some seconds
     "engine.num_engines=2",
     "engine.health_timeout_s=4",
     "engine.max_failures=1000000",
