@@ -21,6 +21,7 @@ setup(
         "transformers>=5.0",
         "safetensors",
         "datasets",
+        "pyarrow",
         "huggingface_hub",
         "filelock",
         "math-verify[antlr4_13_2]>=0.9,<0.10",

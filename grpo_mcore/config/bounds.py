@@ -145,4 +145,5 @@ ExpertParallel = Annotated[
     POSITIVE,
     Bound("expert parallelism is not built: the model families here are dense", at_most=1, remedy="leave it at 1"),
 ]
+WithGroup = Annotated[str, Contains("(", remedy="put the part that is the answer in parentheses, as '#### (.+)'")]
 Template = Annotated[str, Contains("{problem}", remedy="add it where the problem goes")]

@@ -34,6 +34,7 @@ from grpo_mcore.config.bounds import (
     TemperatureOrGreedy,
     Template,
     Threads,
+    WithGroup,
 )
 
 FP8_ALIGN = 16  # cuBLAS: every dimension of an FP8 matrix product is a multiple of it
@@ -66,6 +67,8 @@ class Data:
     train: PathText  # a .jsonl or .parquet file, a hub data set, or arithmetic:TASK/SPLIT (made, see arithmetic.py)
     problem_key: str = "problem"  # the column that holds the problem
     answer_key: str = "answer"  # the column that holds the right answer
+    # a regular expression whose first group is the answer, where the column holds more, as '#### (.+)'; null: all of it
+    answer_pattern: WithGroup | None = None
     prompt_template: Template = "{problem}"  # the prompt: `{problem}` is replaced, every other brace is literal
     chat_template: bool = True  # wrap the prompt as the user's turn in the tokenizer's chat template
     max_prompt_tokens: PositiveInt = 1024  # longer prompts are over-long

@@ -4,6 +4,7 @@ of training alone (check_metrics). Rules that need the model or the data stand w
 import difflib
 import functools
 import operator
+import re
 import typing
 
 from grpo_mcore.config import metric_names
@@ -53,6 +54,12 @@ def _check_sizes(config: Config) -> None:
         f"rollout.group_size)",
         "choose a divisor",
     )
+    need(
+        d.answer_pattern is None or _has_group(d.answer_pattern),
+        "data.answer_pattern",
+        "must be a regular expression with a group, which is the answer",
+        "mend it, as '#### (.+)'",
+    )
     total = r.max_total_tokens
     need(
         total is None or d.max_prompt_tokens < total,
@@ -77,6 +84,13 @@ def _check_sizes(config: Config) -> None:
         f"must be reward.cpu_s = {config.reward.cpu_s} or more: a process has no more CPU time than clock time",
         "raise it",
     )
+
+
+def _has_group(pattern: str) -> bool:
+    try:
+        return re.compile(pattern).groups > 0
+    except (re.error, RecursionError, OverflowError):
+        return False
 
 
 def check_metrics(config: Config) -> None:

@@ -1,7 +1,10 @@
 """Where problems and their answers come from: files, hub data sets, the arithmetic tasks."""
 
-import functools
+import decimal
 import json
+import math
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from grpo_mcore.config import config
@@ -11,7 +14,14 @@ from grpo_mcore.reward.grader import MAX_GOLD_CHARS
 
 # Short name -> hub data set and its split, with columns problem and answer.
 PUBLISHED = {"aime24": ("HuggingFaceH4/aime_2024", "train"), "math500": ("HuggingFaceH4/MATH-500", "test")}
-KINDS = "a .jsonl or .parquet file nor a data set"
+KINDS = "a .jsonl, .json or .parquet file nor a data set"
+AS_FILE = "save the rows as a .jsonl or .parquet file, and name that"
+# What `datasets` says of a data set that is there, of which something else is to be said than of one that is not.
+NOT_ONE_SPLIT = ("Config name is missing", "BuilderConfig", "Unknown split", "Bad split")
+
+POINTER, UTF_16 = b"version https://git-lfs", (b"\xff\xfe", b"\xfe\xff")
+SURROGATE = re.compile("[\ud800-\udfff]")
+NUMBERS = (int, float, decimal.Decimal)
 
 
 def read_rows(source: str, data: config.Data, name: str) -> list[tuple[str, str]]:
@@ -19,43 +29,111 @@ def read_rows(source: str, data: config.Data, name: str) -> list[tuple[str, str]
     configuration's field, for errors. Raises InputError."""
     if source.startswith("arithmetic:"):
         return arithmetic.rows(source.removeprefix("arithmetic:"))
+    rows = [_row(row, data, f"{name}: {source}, {place}") for place, row in _rows(source, name)]
+    if not rows:
+        raise InputError(name, source, "holds no row", "check the file")
+    return rows
+
+
+def _rows(source: str, name: str) -> Iterator[tuple[str, object]]:
+    """(where it stands, row)"""
+    path = Path(source)
+    if path.suffix not in (".jsonl", ".json", ".parquet"):
+        return _of_data_set(source, name)
+    if not path.is_file():
+        raise InputError(name, source, "there is no such file", "check the path")
+    with path.open("rb") as f:
+        if f.read(len(POINTER)) == POINTER:
+            raise InputError(name, source, "is Git LFS's pointer to a file, and not the file", "run git lfs pull")
+    return _of_parquet(source, name) if path.suffix == ".parquet" else _of_json(path, name)
+
+
+def _of_json(path: Path, name: str) -> Iterator[tuple[str, object]]:
+    text = _text(path, name)
+    if path.suffix == ".json" and text.lstrip().startswith("["):
+        rows = _parsed(text, f"{name}: {path}", "mend it")
+        assert isinstance(rows, list)
+        yield from ((f"row {i}", row) for i, row in enumerate(rows))
+        return
+    remedy = "write one row a line" if text.lstrip()[:2] in ("[", "[\n", "{", "{\n") else "mend the line"
+    # Not splitlines: it also cuts at U+2028, which JSON leaves bare within strings.
+    for i, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield f"line {i}", _parsed(line, f"{name}: {path}, line {i}", remedy)
+
+
+def _text(path: Path, name: str) -> str:
+    raw = path.read_bytes()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        line = raw.count(b"\n", 0, e.start) + 1
+        raise InputError(
+            f"{name}: {path}, line {line}",
+            raw[max(e.start - 20, 0) : e.start + 20],
+            "is not UTF-8",
+            f"convert the file: iconv -f {'UTF-16' if raw[:2] in UTF_16 else 'LATIN1'} -t UTF-8",
+        ) from None
+    if "\0" in text:
+        raise InputError(name, str(path), "holds bytes of zero, and is no text", "convert the file to UTF-8")
+    return text
+
+
+def _parsed(text: str, place: str, remedy: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:  # the latter, and numbers of thousands of digits, are JSON, but no row
+        raise InputError(place, text[:80], f"is not valid JSON ({e})", remedy) from None
+
+
+def _of_parquet(source: str, name: str) -> Iterator[tuple[str, object]]:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    try:
+        table = pa.parquet.read_table(source)
+    except (OSError, pa.ArrowException) as e:
+        why = (str(e).splitlines() or [""])[0]
+        raise InputError(name, source, f"cannot be read as parquet ({why})", "check the file") from None
+    for i, row in enumerate(table.to_pylist()):
+        yield f"row {i}", row
+
+
+def _of_data_set(source: str, name: str) -> Iterator[tuple[str, object]]:
     from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
+    from datasets.exceptions import DatasetGenerationError, DatasetsError
 
     hub_name, split = PUBLISHED.get(source, (source, "train"))
-    suffix = Path(source).suffix
-    if suffix in (".jsonl", ".json", ".parquet") and not Path(source).is_file():
-        raise InputError(name, source, "there is no such file", "check the path")
-    if suffix in (".jsonl", ".json"):
-        # Not splitlines: it also cuts at U+2028, which JSON leaves bare within strings.
-        lines = enumerate(Path(source).read_text().split("\n"), 1)
-        places = {f"{name}: {source}, line {i}": line for i, line in lines if line.strip()}
-        return [_row(_parse(line, place), data, place) for place, line in places.items()]
-    read = (
-        functools.partial(load_dataset, "parquet", data_files=source, split="train")
-        if suffix == ".parquet"
-        else functools.partial(load_dataset, hub_name, split=split)
-    )
-    table = hub.ask(name, source, KINDS, read, errors=(DatasetsError,))
-    return [_row(row, data, f"{name}: {source}, row {i}") for i, row in enumerate(table)]
 
+    def load() -> Iterable[object]:
+        try:
+            rows: Iterable[object] = load_dataset(hub_name, split=split)
+            return rows
+        except DatasetGenerationError as e:
+            raise InputError(name, source, f"cannot be read as rows ({e.__cause__ or e})", AS_FILE) from None
+        except ValueError as e:
+            why = " ".join(str(e).split())
+            if any(words in why for words in NOT_ONE_SPLIT):
+                raise InputError(name, source, f"has no one data set of a split {split!r} ({why})", AS_FILE) from None
+            raise
 
-def _parse(line: str, place: str) -> object:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as e:
-        raise InputError(place, line[:80], f"is not valid JSON ({e})", "mend the line") from e
+    for i, row in enumerate(hub.ask(name, source, KINDS, load, errors=(DatasetsError,))):
+        yield f"row {i}", row
 
 
 def _row(row: object, data: config.Data, place: str) -> tuple[str, str]:
-    cells = []
-    for key, field in ((data.problem_key, "data.problem_key"), (data.answer_key, "data.answer_key")):
-        if not isinstance(row, dict) or key not in row:
-            raise InputError(place, row, f"has no column {key!r}", f"set {field}, or mend the row")
-        if row[key] is None or not str(row[key]).strip():
-            raise InputError(place, row, f"its {key!r} is empty", "mend or remove the row")
-        cells.append(str(row[key]))
-    problem, answer = cells
+    problem = _cell(row, data.problem_key, "data.problem_key", place)
+    answer = _cell(row, data.answer_key, "data.answer_key", place)
+    if data.answer_pattern is not None:
+        found = re.search(data.answer_pattern, answer)
+        if not found or not found[1].strip():
+            raise InputError(
+                place,
+                answer[-80:],
+                f"its {data.answer_key!r} does not match data.answer_pattern = {data.answer_pattern!r}",
+                "mend the pattern, or remove the row",
+            )
+        answer = found[1].strip()
     if len(answer) > MAX_GOLD_CHARS:
         raise InputError(
             place,
@@ -64,3 +142,24 @@ def _row(row: object, data: config.Data, place: str) -> tuple[str, str]:
             "check data.answer_key, or remove the row",
         )
     return problem, answer
+
+
+def _cell(row: object, key: str, field: str, place: str) -> str:
+    """A column's text: a text that is not blank, or a number as it is written."""
+    if not isinstance(row, dict) or key not in row:
+        there = f" (there are {', '.join(map(repr, row))})" if isinstance(row, dict) and row else ""
+        raise InputError(place, row, f"has no column {key!r}", f"set {field}{there}, or mend the row")
+    value = row[key]
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise InputError(place, row, f"its {key!r} is empty", "mend or remove the row")
+    is_number = isinstance(value, NUMBERS) and not isinstance(value, bool)
+    if is_number and math.isfinite(value):
+        return str(value)
+    if not isinstance(value, str):
+        what = f"is {value}" if is_number else f"is of type {type(value).__name__}"
+        raise InputError(
+            place, value, f"its {key!r} {what}, where a text or a number belongs", f"set {field}, or mend the row"
+        )
+    if SURROGATE.search(value):
+        raise InputError(place, value, f"its {key!r} has half of a character (a lone surrogate)", "mend the row")
+    return value

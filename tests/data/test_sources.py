@@ -3,11 +3,15 @@
 Not covered here: the real hub, the arithmetic tasks (test_arithmetic.py).
 """
 
+import datetime
+import decimal
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from grpo_mcore.config import config
@@ -56,6 +60,103 @@ def test_a_bad_row_is_named_by_field_file_and_line(tmp_path, row, message):
         read_rows(source, PLAIN, "eval.data")
     assert message in str(e.value)
     assert str(e.value).startswith(f"eval.data: {source}, line 3 = ")  # counted as an editor counts them
+
+
+@pytest.mark.parametrize(
+    "value, words",
+    [
+        ([{"role": "user", "content": "1+2"}], "is of type list, where a text or a number belongs"),
+        (["2"], "is of type list"),
+        ([], "is of type list"),
+        ({"text": "2"}, "is of type dict"),
+        (True, "is of type bool"),
+        (float("nan"), "is nan, where"),
+        (float("-inf"), "is -inf, where"),
+        ("x\ud800", "has half of a character"),
+    ],
+)
+@pytest.mark.parametrize("key", ["problem", "answer"])
+def test_what_is_no_text_and_no_number_is_not_made_one(tmp_path, key, value, words):
+    source = jsonl(tmp_path / "d.jsonl", GOOD, {**GOOD, key: value})
+    with pytest.raises(InputError, match=f"line 2 = .*its '{key}' {words}"):
+        read_rows(source, PLAIN, "data.train")
+
+
+@pytest.mark.parametrize(
+    "answers, words",
+    [
+        ([["3"], ["4"]], "is of type list"),
+        ([b"3", b"4"], "is of type bytes"),
+        ([datetime.date(2024, 1, 1)] * 2, "is of type date"),
+        ([{"value": 3}] * 2, "is of type dict"),
+        ([None, None], "is empty"),
+    ],
+)
+def test_columns_of_parquet_are_held_to_the_same(tmp_path, answers, words):
+    source = str(tmp_path / "d.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"problem": ["1+2", "2+2"], "answer": answers}), source)
+    with pytest.raises(InputError, match=f"row 0 = .*its 'answer' {words}"):
+        read_rows(source, PLAIN, "data.train")
+
+
+def test_a_decimal_number_of_parquet_is_as_it_is_written(tmp_path):
+    source, numbers = str(tmp_path / "d.parquet"), [decimal.Decimal("2.50"), decimal.Decimal("4.00")]
+    pyarrow.parquet.write_table(pyarrow.table({"problem": ["1+2", "2+2"], "answer": numbers}), source)
+    assert read_rows(source, PLAIN, "data.train") == [("1+2", "2.50"), ("2+2", "4.00")]
+
+
+def test_the_answer_may_be_a_part_of_its_column(tmp_path):
+    source = jsonl(tmp_path / "d.jsonl", {"problem": "1+2", "answer": "1+2 is 3.\n#### 3 \n"})
+    data = config.Data(train="", answer_pattern="#### (.+)")
+    assert read_rows(source, data, "data.train") == [("1+2", "3")]
+    source = jsonl(tmp_path / "d.jsonl", {"problem": "1+2", "answer": "####  "})
+    with pytest.raises(InputError, match="line 1 = '####  ': its 'answer' does not match data.answer_pattern"):
+        read_rows(source, data, "data.train")
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 9\n"
+LINE = json.dumps({"problem": "1+2 \u00e9", "answer": "3"}, ensure_ascii=False) + "\n"
+NO_ROWS = {  # name: (what it holds, what is said)
+    "pointer.jsonl": (POINTER, "is Git LFS's pointer to a file, and not the file. Remedy: run git lfs pull"),
+    "pointer.parquet": (POINTER, "is Git LFS's pointer"),
+    "latin.jsonl": (2 * LINE.encode("latin1"), "line 1 = .*is not UTF-8. Remedy: .*iconv -f LATIN1 -t UTF-8"),
+    "utf16.jsonl": (LINE.encode("utf-16"), "is not UTF-8. Remedy: .*iconv -f UTF-16 -t UTF-8"),
+    "utf16_without_mark.jsonl": (
+        LINE.replace("\u00e9", "e").encode("utf-16-le"),
+        "holds bytes of zero, and is no text",
+    ),
+    "empty.jsonl": (b"", "holds no row"),
+    "blank.json": (b" \n\n", "holds no row"),
+    "no_row.json": (b"[]", "holds no row"),
+    "array.jsonl": (
+        b'[\n{"problem": "1", "answer": "1"}\n]',
+        "line 1 = .*not valid JSON.*Remedy: write one row a line",
+    ),
+    "cut.json": (b'[{"problem": "1", "answer"', "is not valid JSON"),
+    "one.json": (b'{\n"problem": "1",\n"answer": "1"\n}', "line 1 = .*Remedy: write one row a line"),
+    "deep.jsonl": (b"[" * 100_000, "line 1 = .*is not valid JSON"),
+    "digits.jsonl": (b'{"problem": "1", "answer": ' + b"1" * 5000 + b"}", "line 1 = .*is not valid JSON"),
+    "text.parquet": (b"problem,answer\n1+2,3\n", "cannot be read as parquet"),
+    "empty.parquet": (b"", "cannot be read as parquet"),
+}
+
+
+@pytest.mark.parametrize("name", NO_ROWS)
+def test_a_file_that_holds_no_rows_is_said_in_a_line(tmp_path, name):
+    contents, words = NO_ROWS[name]
+    (tmp_path / name).write_bytes(contents)
+    with pytest.raises(InputError, match=words) as e:
+        read_rows(str(tmp_path / name), PLAIN, "data.train")
+    assert str(e.value).startswith("data.train")
+
+
+def test_an_array_of_rows_and_a_byte_order_mark_are_read(tmp_path):
+    rows = [GOOD, {"problem": "2+2", "answer": 4}]
+    (tmp_path / "d.json").write_text(json.dumps(rows, indent=1), "utf-8-sig")
+    assert read_rows(str(tmp_path / "d.json"), PLAIN, "data.train") == [("1+2", "3"), ("2+2", "4")]
+    with pytest.raises(InputError, match="row 1 = 2: has no column"):
+        (tmp_path / "d.json").write_text(json.dumps([GOOD, 2]))
+        read_rows(str(tmp_path / "d.json"), PLAIN, "data.train")
 
 
 @pytest.mark.parametrize("name", ["gone.jsonl", "gone.json", "gone.parquet"])
@@ -125,7 +226,12 @@ def test_a_data_set_of_the_hub_gives_its_rows_and_what_is_wrong_with_one_is_said
         (tmp_path / "hub/datasets" / path).write_text(json.dumps([row]))
     (tmp_path / "hub/datasets/owner/broken").mkdir()
     (tmp_path / "hub/datasets/owner/broken/train.json").write_text('[{"problem": "1+2", ')
-    names = ["owner/good", "owner/unsplit", "owner/columns", "owner/broken", "owner/absent"]
+    several = tmp_path / "several"
+    (several / "a").mkdir(parents=True)
+    (several / "a/train.json").write_text(json.dumps([GOOD]))
+    configs = "".join(f"- config_name: {c}\n  data_files: a/train.json\n" for c in ("main", "socratic"))
+    (several / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    names = ["owner/good", "owner/unsplit", "owner/columns", "owner/broken", "owner/absent", str(several)]
     with Hub(tmp_path / "hub").serve() as hub:
         done = subprocess.run(
             [sys.executable, "-c", READ, *names],
@@ -135,16 +241,18 @@ def test_a_data_set_of_the_hub_gives_its_rows_and_what_is_wrong_with_one_is_said
             timeout=120,
         )
     assert done.returncode == 0, done.stderr
-    good, unsplit, columns, broken, absent = done.stdout.splitlines()
+    good, unsplit, columns, broken, absent, of_several = done.stdout.splitlines()
     assert json.loads(good) == [["1+2", "3"]]
     assert columns.startswith("data.train: owner/columns, row 0 = {'a': 1}: has no column 'problem'. Remedy: set")
     for name, line, words in (
-        ("unsplit", unsplit, "Unknown split"),
-        ("broken", broken, "DatasetGenerationError"),
-        ("absent", absent, "doesn't exist on the Hub"),
+        ("owner/unsplit", unsplit, "has no one data set of a split 'train' (Unknown split \"train\""),
+        (several, of_several, "has no one data set of a split 'train' (Config name is missing."),
+        ("owner/broken", broken, "cannot be read as rows ("),
+        ("owner/absent", absent, "is neither a .jsonl, .json or .parquet file nor a data set that can be reached ("),
     ):
-        assert line.startswith(f"data.train = 'owner/{name}': is neither a .jsonl or .parquet file nor a data set that")
-        assert words in line and "Remedy: " in line
+        assert line.startswith(f"data.train = '{name}': {words}") and "Remedy: " in line
+    assert "['main', 'socratic']" in of_several and "doesn't exist on the Hub" in absent
+    assert all("save the rows as a .jsonl or .parquet file" in line for line in (unsplit, of_several, broken))
 
 
 REAL = {"deepscaler": 40308, "aime_2024": 30, "math_500": 500, "amc_2023": 40}
