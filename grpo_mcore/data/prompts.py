@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+import jinja2
 from transformers import AutoTokenizer
 
 from grpo_mcore.config import config
@@ -18,18 +19,67 @@ class Tokenizer:
     """The model's tokenizer, its chat template and the ids that end a response."""
 
     def __init__(self, folder: str):
-        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        """Raises InputError if it cannot be read, and for ids that the model does not have."""
+        self._vocab_size: int = json.loads((Path(folder) / "config.json").read_text())["vocab_size"]
         ids: set[int] = set()
         for name in ("config.json", "generation_config.json"):
             path = Path(folder) / name
-            value = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
-            ids.update([value] if isinstance(value, int) else value or [])
+            ids.update(self._stop_ids(path) if path.is_file() else ())
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        except Exception as e:  # tokenizers has no class for it
+            why = (str(e).splitlines() or [""])[0]
+            raise InputError(
+                "model",
+                folder,
+                f"has a tokenizer that cannot be read ({type(e).__name__}: {why})",
+                "copy its files again from where the model came from",
+            ) from e
         if self._tokenizer.eos_token_id is not None:
             ids.add(self._tokenizer.eos_token_id)
+        if beyond := [i for i in ids if i >= self._vocab_size]:
+            raise InputError(
+                "model",
+                folder,
+                f"ends texts by token {beyond[0]}, and has {self._vocab_size} (vocab_size in config.json)",
+                "mend eos_token_id or the tokenizer: they are another model's",
+            )
         self.stop_token_ids = sorted(ids)
 
-    def encode(self, problem: str, data: config.Data) -> tuple[int, ...]:
+    def _stop_ids(self, path: Path) -> list[int]:
+        value = json.loads(path.read_text()).get("eos_token_id")
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in values):
+            raise InputError("model", str(path), f"eos_token_id is {value!r}, and no token's id", "write ids")
+        return values
+
+    def encode(self, problem: str, data: config.Data, place: str = "a prompt") -> tuple[int, ...]:
+        """`place` names the prompt, for errors. Raises InputError for what no engine can go on from."""
         text = data.prompt_template.replace("{problem}", problem)
+        token_ids = self._encode(text, data, place)
+        bos = self._tokenizer.bos_token_id
+        problem_with, remedy = "", ""
+        if not token_ids:
+            problem_with, remedy = (
+                "has no token",
+                "mend the row, or the tokenizer, whose vocabulary lacks its characters",
+            )
+        elif max(token_ids) >= self._vocab_size:
+            problem_with = (
+                f"has token {max(token_ids)}, and the model has {self._vocab_size} (vocab_size in config.json)"
+            )
+            remedy = "mend the row or data.prompt_template, or name the tokenizer that the model was trained with"
+        elif token_ids[-1] in self.stop_token_ids:
+            problem_with = f"ends with token {token_ids[-1]}, which ends a text: there would be nothing to answer"
+            remedy = "set add_eos_token to false in tokenizer_config.json, or mend the chat template"
+        elif bos is not None and bos not in self.stop_token_ids and token_ids[:2] == (bos, bos):
+            problem_with = f"begins with two tokens {bos}, which begins a text"
+            remedy = "take it out of data.prompt_template, which the tokenizer puts it before"
+        if problem_with:
+            raise InputError(place, text, problem_with, remedy)
+        return token_ids
+
+    def _encode(self, text: str, data: config.Data, place: str) -> tuple[int, ...]:
         if not data.chat_template:
             return tuple(self._tokenizer(text).input_ids)
         if self._tokenizer.chat_template is None:
@@ -37,7 +87,16 @@ class Tokenizer:
                 "data.chat_template", True, "the model's tokenizer has no chat template", "set data.chat_template=false"
             )
         chat = [{"role": "user", "content": text}]
-        encoded = self._tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
+        try:
+            encoded = self._tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as e:  # a template may compute what it likes
+            why = (str(e).splitlines() or [""])[0]
+            raise InputError(
+                "data.chat_template",
+                True,
+                f"the tokenizer's template cannot be applied to {place} ({type(e).__name__}: {why})",
+                "mend the template, or set data.chat_template=false",
+            ) from e
         return tuple(encoded["input_ids"])
 
     def encode_plain(self, text: str) -> tuple[int, ...]:
@@ -57,7 +116,7 @@ def load(
     Raises InputError."""
     prompts, too_long = [], 0
     for i, (problem, answer) in enumerate(read_rows(source, data, name)):
-        token_ids = tokenizer.encode(problem, data)
+        token_ids = tokenizer.encode(problem, data, f"{name}: {source}, prompt {i}")
         masked = len(token_ids) > data.max_prompt_tokens
         too_long += masked
         if not masked or overlong == "mask":

@@ -4,6 +4,7 @@ Not covered here: where problems come from (test_sources.py).
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -114,7 +115,7 @@ def test_decode_keeps_the_thinking_tags_also_where_the_tokenizer_calls_them_spec
 
     special = AutoTokenizer.from_pretrained(folder)
     special.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
-    special.save_pretrained(tmp_path)
+    special.save_pretrained(edited(folder, tmp_path, "config.json"))
     tokenizer = prompts.Tokenizer(str(tmp_path))
     assert tokenizer.decode(tokenizer.encode_plain("<think>1</think>2<eos>")) == "<think>1</think>2"
 
@@ -129,6 +130,100 @@ def test_every_end_token_that_the_folder_names_stops_a_response(folder, tmp_path
     tokenizer = prompts.Tokenizer(str(tmp_path))
     assert tokenizer.stop_token_ids == sorted([eos, z])
     assert tokenizer.decode(tokenizer.encode_plain("yz")) == "y"
+
+
+def edited(folder: Path, to: Path, name: str, **keys: object) -> Path:
+    """A copy, with other keys in one of its JSON files."""
+    shutil.copytree(folder, to, dirs_exist_ok=True)
+    path = to / name
+    path.write_text(json.dumps({**(json.loads(path.read_text()) if path.is_file() else {}), **keys}))
+    return to
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    "eos, words",
+    [
+        ("<eos>", "eos_token_id is '<eos>', and no token's id"),
+        (["<eos>"], "and no token's id"),
+        (True, "and no token's id"),
+        (-1, "and no token's id"),
+        (1000, r"ends texts by token 1000, and has \d+ \(vocab_size in config.json\)"),
+    ],
+)
+def test_an_end_of_text_that_is_no_token_of_the_model_is_refused(folder, tmp_path, name, eos, words):
+    with pytest.raises(InputError, match=words):
+        prompts.Tokenizer(str(edited(folder, tmp_path, name, eos_token_id=eos)))
+
+
+@pytest.mark.parametrize("contents", ["", "{", "{}", '{"model": 3}'])
+def test_a_tokenizer_that_is_broken_is_said(folder, tmp_path, contents):
+    (edited(folder, tmp_path, "config.json") / "tokenizer.json").write_text(contents)
+    with pytest.raises(InputError, match="has a tokenizer that cannot be read"):
+        prompts.Tokenizer(str(tmp_path))
+
+
+def test_a_prompt_with_a_token_that_the_model_lacks_is_named(folder, tmp_path):
+    (z,) = prompts.Tokenizer(str(folder)).encode_plain("z")
+    (tmp_path / "model").mkdir()
+    small = prompts.Tokenizer(str(edited(folder, tmp_path / "model", "config.json", vocab_size=z)))
+    source = jsonl(tmp_path / "d.jsonl", {"problem": "1+2", "answer": "3"}, {"problem": "z", "answer": "3"})
+    with pytest.raises(InputError, match=f"d.jsonl, prompt 1 = 'z': has token {z}, and the model has {z}"):
+        prompts.load(source, PLAIN, small, "data.train")
+
+
+def with_affixes(folder: Path, to: Path, single: str) -> prompts.Tokenizer:
+    """The tokenizer that puts what `single` says around each text."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    made = AutoTokenizer.from_pretrained(folder)
+    ids = [(t, made.convert_tokens_to_ids(t)) for t in ("<eos>", "z")]
+    made.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=ids)
+    made.bos_token = "z"
+    made.save_pretrained(edited(folder, to, "config.json"))
+    return prompts.Tokenizer(str(to))
+
+
+def test_a_tokenizer_that_ends_every_prompt_is_refused_by_the_first_of_them(folder, tmp_path):
+    with pytest.raises(InputError, match=r"a prompt = '1\+2': ends with token \d+, which ends a text.*add_eos_token"):
+        with_affixes(folder, tmp_path, "$A <eos>").encode("1+2", PLAIN)
+
+
+def test_a_beginning_of_text_that_template_and_tokenizer_both_put_there_is_refused(folder, tmp_path):
+    tokenizer = with_affixes(folder, tmp_path, "z $A")
+    assert tokenizer.decode(tokenizer.encode("1+2", PLAIN)) == "z1+2"
+    with pytest.raises(InputError, match="begins with two tokens .*take it out of data.prompt_template"):
+        tokenizer.encode("1+2", config.Data(train="", chat_template=False, prompt_template="z{problem}"))
+
+
+def test_a_prompt_without_a_token_is_named(tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    # A vocabulary without a word for what it lacks: that is left out.
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"1": 0, "+": 1}, []))).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"vocab_size": 2}')
+    tokenizer = prompts.Tokenizer(str(tmp_path))
+    assert tokenizer.encode("1+1", PLAIN) == (0, 1, 0)
+    source = jsonl(tmp_path / "d.jsonl", {"problem": "1+1", "answer": "3"}, {"problem": "\u4e8c", "answer": "3"})
+    with pytest.raises(InputError, match="prompt 1 = '\u4e8c': has no token"):
+        prompts.load(source, PLAIN, tokenizer, "data.train")
+
+
+@pytest.mark.parametrize(
+    "template, words",
+    [
+        ("{{ raise_exception('no user here') }}", "TemplateError: no user here"),
+        ("{% for %}", "TemplateSyntaxError"),
+        ("{{ messages[3]['content'] }}", "UndefinedError"),
+        ("{{ 1 + 'a' }}", "TypeError"),
+    ],
+)
+def test_a_chat_template_that_raises_is_said_with_the_prompt(folder, tmp_path, template, words):
+    (edited(folder, tmp_path, "config.json") / "chat_template.jinja").write_text(template)
+    with pytest.raises(InputError, match=rf"data.chat_template = True: .* applied to prompt 7 \({words}"):
+        prompts.Tokenizer(str(tmp_path)).encode("1+2", config.Data(train=""), "prompt 7")
 
 
 PROMPTS = [Prompt(i, "", "", (i,)) for i in range(7)]
