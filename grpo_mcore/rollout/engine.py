@@ -17,6 +17,10 @@ from grpo_mcore.parallel import topology
 LOADED = -1  # version of the weights an engine started with
 
 
+class Unservable(ValueError):
+    """A request that no engine could serve: the request's fault, and not the engine's."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How to sample the responses of one prompt; response i is seeded with seed + i."""
@@ -79,7 +83,8 @@ class Engine:
         await self._llm.is_sleeping()
 
     async def generate(self, name: int, token_ids: Sequence[int], sampling: Sampling) -> list[Completion]:
-        """The completions of one prompt."""
+        """The completions of one prompt. Raises Unservable."""
+        self._check(token_ids, sampling)
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -101,6 +106,8 @@ class Engine:
             version, discards = self._version, self._discards
             try:
                 output = await self._last(token_ids, params, name)
+            except ValueError as e:  # what vLLM finds wrong with a request before it begins; all else is another's
+                raise Unservable(str(e)) from None
             finally:
                 self._names.pop(name, None)
             await self._released.wait()
@@ -115,6 +122,20 @@ class Engine:
             )
             for c in sorted(output.outputs, key=lambda c: c.index)
         ]
+
+    def _check(self, token_ids: Sequence[int], sampling: Sampling) -> None:
+        """What vLLM does not look at without a tokenizer, and then dies of."""
+        model = self._llm.model_config
+        if not token_ids:
+            raise Unservable("its prompt has no token")
+        if not 0 <= min(token_ids) <= max(token_ids) < model.get_vocab_size():
+            wrong = next(t for t in token_ids if not 0 <= t < model.get_vocab_size())
+            raise Unservable(f"its prompt has token {wrong}, and the model has {model.get_vocab_size()}")
+        if len(token_ids) + sampling.max_tokens > model.max_model_len:
+            raise Unservable(
+                f"its prompt of {len(token_ids)} tokens and a response of {sampling.max_tokens} are longer than the "
+                f"{model.max_model_len} that engines were started for"
+            )
 
     def _versions(self, completion, version: int) -> tuple[tuple[int, int], ...]:
         """(policy_version, tokens) spans of what began with `version`."""

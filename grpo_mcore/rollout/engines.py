@@ -30,13 +30,17 @@ import ray
 from grpo_mcore.config import config
 from grpo_mcore.rollout import engine, placement
 from grpo_mcore.rollout.dispatch import Dispatch, Key
-from grpo_mcore.rollout.engine import Completion, Engine, Sampling
+from grpo_mcore.rollout.engine import Completion, Engine, Sampling, Unservable
 
 HEALTH_EVERY_S = 2.0
 
 
 class EngineError(config.RunError):
     """An engine died, failed or missed its deadline."""
+
+
+class RequestError(config.RunError):
+    """A request that no engine could serve."""
 
 
 class EnginesLost(EngineError):
@@ -172,8 +176,8 @@ class Engines:
     # --- requests -----------------------------------------------------------------------------------------------------
 
     def submit(self, key: Key, token_ids: Sequence[int], sampling: Sampling, phase: str) -> Future:
-        """A list of Completion, some time: requests are served in the order of their keys. The future fails only when
-        the run cannot go on."""
+        """A list of Completion, some time: requests are served in the order of their keys. The future fails with
+        RequestError if no engine could serve it, else only when the run cannot go on."""
         request = _Request(next(self._names), phase, token_ids, sampling, Future())
         with self._lock:
             self._requests[key] = request
@@ -249,14 +253,21 @@ class Engines:
             if self._requests.get(key) is not request or self._dispatch.owner(key) is not slot:
                 return
             error = answer.exception()
+            if isinstance(error, Unservable):
+                self._end(slot, key)
+                request.answer.set_exception(RequestError(f"{request.phase}: {_last_line(error)}"))
+                return
             problem = _last_line(error) if error is not None else _problem_with(answer.result(), request.sampling)
             if problem is not None:
                 self.lose(slot, request.phase, problem)
                 return
-            self._dispatch.done(slot, key)
-            del self._requests[key]
-            self._deal()
+            self._end(slot, key)
         request.answer.set_result(answer.result())
+
+    def _end(self, slot: Slot, key: Key) -> None:
+        self._dispatch.done(slot, key)
+        del self._requests[key]
+        self._deal()
 
     def _give_up(self, error: EngineError) -> None:
         with self._lock:

@@ -23,7 +23,7 @@ from grpo_mcore.reward.graded import Graded
 from grpo_mcore.reward.grader import Grader
 from grpo_mcore.rollout.admission import Admission
 from grpo_mcore.rollout.engine import Completion, Sampling
-from grpo_mcore.rollout.engines import Engines
+from grpo_mcore.rollout.engines import Engines, RequestError
 from grpo_mcore.types import Group, Prompt, Response
 
 CHECK_EVERY_S = 0.5  # how soon a wait notices that the engines are gone
@@ -59,7 +59,7 @@ def sample(
     """One group of `group_size` responses per prompt, in the order of the prompts. `max_tokens` of a response, by its
     prompt's length.
 
-    Raises EngineError, EnginesLost, StaleError.
+    Raises EngineError, EnginesLost, RequestError, StaleError.
     """
     answers = [
         engines.submit(
@@ -72,10 +72,10 @@ def sample(
     ]
     end = time.monotonic() + timeout_s
     try:
-        for answer in answers:
+        for prompt, answer in zip(prompts, answers, strict=True):
             while True:
                 try:
-                    answer.result(CHECK_EVERY_S)
+                    completions_of(prompt, answer, CHECK_EVERY_S)
                     break
                 except FutureTimeoutError:
                     engines.check()
@@ -92,6 +92,15 @@ def sample(
 
 def seed_of(seed: int, phase: str, position: int, prompt: Prompt) -> int:
     return random.Random(f"{seed}/{phase}/{position}/{prompt.id}").getrandbits(31)
+
+
+def completions_of(prompt: Prompt, answer: Future, timeout_s: float | None = None) -> list[Completion]:
+    """Raises RequestError, which names the prompt, and what else the answer fails with."""
+    try:
+        completions: list[Completion] = answer.result(timeout_s)
+        return completions
+    except RequestError as e:
+        raise RequestError(f"{e}: that of prompt {prompt.id}, {prompt.problem[:80]!r}") from None
 
 
 def group_of(prompt: Prompt, completions: Sequence[Completion], *, oldest: int, newest: int) -> Group:
@@ -254,8 +263,8 @@ class Rollout:
             newest, oldest = self._version + 1, self._version - self._cfg.rollout.max_staleness
         positions = [position for position, _ in items]
         groups = [
-            group_of(self._stream.at(position), answer.result(), oldest=oldest, newest=newest)
-            for position, answer in items
+            group_of(prompt, completions_of(prompt, answer), oldest=oldest, newest=newest)
+            for prompt, answer in ((self._stream.at(position), answer) for position, answer in items)
         ]
         graded = grade(groups, positions, self._tokenizer, self._grader)
         with self._changed:

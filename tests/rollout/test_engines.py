@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import os
+import re
 import signal
 import threading
 import time
@@ -21,7 +22,7 @@ from grpo_mcore.loss import batch
 from grpo_mcore.parallel import topology
 from grpo_mcore.refit.refit import RefitError
 from grpo_mcore.rollout.engine import Completion, Sampling, arguments, environment
-from grpo_mcore.rollout.engines import EngineError, _problem_with
+from grpo_mcore.rollout.engines import EngineError, RequestError, _problem_with
 from grpo_mcore.rollout.rollout import sample
 from grpo_mcore.types import Prompt, Response
 from tests.dist import spawn
@@ -48,10 +49,10 @@ def session(model_folders, tmp_path_factory):
     s.close()
 
 
-def sampled(session, version: int, seed: int = 5) -> list[list[tuple[int, ...]]]:
+def sampled(session, version: int, seed: int = 5, prompts: list[Prompt] = PROMPTS) -> list[list[tuple[int, ...]]]:
     groups = sample(
         session.engines,
-        PROMPTS,
+        prompts,
         group_size=4,
         temperature=1.0,
         max_tokens=lambda _: 200,
@@ -326,6 +327,23 @@ def test_a_cancelled_request_is_not_answered_and_its_key_may_come_again(session,
     second = session.engines.submit((0, 0), prompt, Sampling(4, 1.0, 10, seed=2), "test")
     assert len(second.result(60)) == 4
     assert not first.done()
+
+
+@slow
+def test_a_request_that_no_engine_could_serve_is_refused_by_its_prompt_and_costs_no_engine(session, undisturbed):
+    failures, vocabulary = session.engines.num_failures, session.policy.hf_config.vocab_size
+    for token_ids, words in (
+        ((), "its prompt has no token"),
+        ((3, vocabulary), f"its prompt has token {vocabulary}, and the model has {vocabulary}"),
+        ((3,) * 100, "its prompt of 100 tokens and a response of 200 are longer than the 216 that engines"),
+    ):
+        among = [*PROMPTS[:20], Prompt(77, "what is it?", "", token_ids), *PROMPTS[20:]]
+        with pytest.raises(
+            RequestError, match=rf"^evaluation: .*{re.escape(words)}.*: that of prompt 77, 'what is it\?'"
+        ):
+            sampled(session, 1, prompts=among)
+    assert sampled(session, 1) == undisturbed  # by engines that are as they were
+    assert session.engines.num_failures == failures and len(session.engines.ready) == 2
 
 
 @slow
