@@ -23,6 +23,7 @@ from grpo_mcore.policy.policy import FrozenPolicy, Policy
 from grpo_mcore.refit.refit import Refit
 from grpo_mcore.report import claim, curves, run_folder, sinks
 from grpo_mcore.report.provenance import provenance
+from grpo_mcore.reward import golds
 from grpo_mcore.reward.grader import Grader
 from grpo_mcore.rollout.engines import Engines
 from grpo_mcore.rollout.rollout import Rollout
@@ -106,6 +107,10 @@ def read_inputs(cfg: config.Config) -> Inputs:
     tokenizer = prompts.Tokenizer(folder)
     train_prompts, num_overlong = read_train_prompts(cfg, tokenizer)
     eval_prompts, num_left_out = prompts.load_evaluation(cfg, tokenizer) if cfg.eval.data else ([], 0)
+    if topology.rank() == 0:
+        for name, each in (("data.train", train_prompts), ("eval.data", eval_prompts)):
+            if warning := check_answers(cfg, name, each):
+                print(warning, flush=True)
     device = topology.pick_device(cfg.device)
     rules.check_device(cfg, device.type)
     model.check_attention(cfg, device)
@@ -125,6 +130,12 @@ def read_train_prompts(cfg: config.Config, tokenizer: prompts.Tokenizer) -> tupl
     """(prompts, how many of them are over-long, or were). Raises InputError."""
     overlong = cfg.data.overlong_prompts
     return prompts.load(cfg.data.train, cfg.data, tokenizer, "data.train", overlong=overlong)
+
+
+def check_answers(cfg: config.Config, name: str, of_prompts: Sequence[Prompt]) -> str | None:
+    """What to say of the right answers, if some can never be given. Raises InputError if none can."""
+    source = cfg.data.train if name == "data.train" else cfg.eval.data
+    return golds.check([p.answer for p in of_prompts], cfg.reward, name, str(source))
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from grpo_mcore.plan import memory
 from grpo_mcore.policy import warm_start
 from grpo_mcore.report import claim
 from grpo_mcore.rollout import placement
+from grpo_mcore.types import Prompt
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Checks:
             Look("rows", self._rows),
             Look("data.train", self._train, "tokenizer rows"),
             Look("eval.data", self._evaluation, "tokenizer rows"),
+            Look("answers", self._answers, "data.train eval.data"),
             Look("as before", self._as_before, "run_dir data.train"),
         )
 
@@ -80,10 +82,16 @@ class Checks:
         return f"{len(self.train_prompts)} prompts, {num_overlong} over-long"
 
     def _evaluation(self) -> str:
+        self.eval_prompts: list[Prompt] = []
         if self.cfg.eval.data is None:
             return "none"
-        eval_prompts, num_left_out = prompts.load_evaluation(self.cfg, self.tokenizer)
-        return f"{len(eval_prompts)} prompts, {num_left_out} over-long left out"
+        self.eval_prompts, num_left_out = prompts.load_evaluation(self.cfg, self.tokenizer)
+        return f"{len(self.eval_prompts)} prompts, {num_left_out} over-long left out"
+
+    def _answers(self) -> str:
+        each = (("data.train", self.train_prompts), ("eval.data", self.eval_prompts))
+        warnings = [run.check_answers(self.cfg, name, of) for name, of in each]
+        return "; ".join(filter(None, warnings)) or f"each can be right, by {self.cfg.reward.verifier}"
 
     def _as_before(self) -> str:
         step = checkpoint.newest_step(self.cfg.run_dir)

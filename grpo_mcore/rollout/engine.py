@@ -86,6 +86,7 @@ class Engine:
         """The completions of one prompt. Raises Unservable."""
         self._check(token_ids, sampling)
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMValidationError
         from vllm.sampling_params import RequestOutputKind
 
         params = SamplingParams(
@@ -106,7 +107,7 @@ class Engine:
             version, discards = self._version, self._discards
             try:
                 output = await self._last(token_ids, params, name)
-            except ValueError as e:  # what vLLM finds wrong with a request before it begins; all else is another's
+            except (ValueError, VLLMValidationError) as e:  # vLLM's own, of a request before it begins
                 raise Unservable(str(e)) from None
             finally:
                 self._names.pop(name, None)
