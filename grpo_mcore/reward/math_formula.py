@@ -37,10 +37,11 @@ _DEGREES = re.compile(r"(\d+|\{\\frac\{\d+\}\{\d+\}\})\^(?:\{\\circ\}|\\circ)")
 
 def can_be_read(text: str) -> bool:
     """Whether it is a formula, and not prose, a name (\angle ABC) or a notation that the parser would misread."""
+    exact = math_number.exactly(text)
     return (
-        _READABLE.fullmatch(text) is not None
-        and not _PROSE.search(text)
-        and all(command in _COMMANDS for command in _COMMAND.findall(text.replace(r"\\", " ")))
+        _READABLE.fullmatch(exact) is not None
+        and not _PROSE.search(exact)
+        and all(command in _COMMANDS for command in _COMMAND.findall(exact.replace(r"\\", " ")))
     )
 
 
@@ -129,6 +130,8 @@ def _latex_only() -> tuple[object, ...]:
 def _same(one: Any, other: Any) -> bool:
     import sympy
 
+    if one.has(sympy.nan, sympy.zoo) or other.has(sympy.nan, sympy.zoo):
+        return False
     if one == other:
         return True
     if isinstance(one, sympy.MatrixBase) or isinstance(other, sympy.MatrixBase):

@@ -151,7 +151,7 @@ def _brackets(text: str, depth: int) -> Node | None:
         if inner is None:
             continue
         if opening == r"\{":
-            condition = re.fullmatch(r"([^|:]*?)(?:\||:)(.+)", inner)  # \{x | x > 5\}
+            condition = re.fullmatch(r"([^|:]*)(?:\||:)(.+)", inner)  # \{x | x > 5\}
             if condition:
                 node = structure(condition[2], depth)
                 return node if node.name and node.name == condition[1].split(r"\in")[0].strip() else None
@@ -231,12 +231,12 @@ def _inequality(text: str, sides: list[str], operators: list[str], depth: int) -
     """Of sides that do not fall."""
     brackets = [("(", ")") if operator == "<" else ("[", "]") for operator in operators]
     if len(sides) == 2:
-        for name, value, ends, mark in (
-            (sides[0], sides[1], (r"-\infty", sides[1]), "(" + brackets[0][1]),
-            (sides[1], sides[0], (sides[0], r"\infty"), brackets[0][0] + ")"),
-        ):
-            if is_name(name) and name not in value:
-                return _interval(text, *ends, mark)._replace(name=name)
+        low, high = sides
+        for name in sorted(filter(is_name, sides), reverse=True):  # x > a is a condition on x
+            if name == low and name not in high:
+                return _interval(text, r"-\infty", high, "(" + brackets[0][1])._replace(name=name)
+            if name == high and name not in low:
+                return _interval(text, low, r"\infty", brackets[0][0] + ")")._replace(name=name)
         parts = tuple(structure(side, depth) for side in sides)
         return Node("inequality", text, parts, mark=operators[0])
     if len(sides) == 3 and is_name(sides[1]) and not any(sides[1] in side for side in (sides[0], sides[2])):
