@@ -12,6 +12,7 @@ Comparing formulas can take for ever (9^{9^{9^9}}): call `is_equal` in a process
 does). `is_equal_as_text` is the part that is safe anywhere.
 """
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -92,7 +93,7 @@ def is_equal_as_text(answer: str, gold: str) -> bool | None:
     Decides: equal spellings, two numbers (math_number.py), words, units that contradict each other, and another number
     of elements.
     """
-    return _compare(structure(answer), _gold(gold), _compare_text)
+    return _decide(answer, gold, _compare_text)
 
 
 def is_equal(answer: str, gold: str) -> bool:
@@ -101,9 +102,16 @@ def is_equal(answer: str, gold: str) -> bool:
 
     What can neither be read nor compared is not equal. There is no time limit: see the module's docstring.
     """
-    return _compare(structure(answer), _gold(gold), _compare_formulas) is True
+    return _decide(answer, gold, _compare_formulas) is True
 
 
+def _decide(answer: str, gold: str, leaf: "_Leaf") -> bool | None:
+    if read(answer) == read(gold) and read(answer).text:
+        return True
+    return _compare(structure(answer), _gold(gold), leaf)
+
+
+@functools.lru_cache(maxsize=1024)  # the responses of a group share theirs
 def _gold(gold: str) -> Node:
     return structure((extract_boxed(gold) if "boxed" in gold else None) or gold)
 
@@ -154,7 +162,7 @@ def _compare(mine: Node, truth: Node, leaf: _Leaf) -> bool | None:
     if mine.kind in ("list", "union"):
         return _compare_unordered(mine.parts, truth.parts, leaf)
     if mine.kind == "inequality":
-        return leaf(*(f"({node.parts[1].text})-({node.parts[0].text})" for node in (mine, truth)), "+")
+        return leaf(_difference(*mine.parts[::-1]), _difference(*truth.parts[::-1]), "+")
     return _all(_compare(one, other, leaf) for one, other in zip(mine.parts, truth.parts, strict=True))
 
 
@@ -230,16 +238,23 @@ def _compare_equations(mine: Node, truth: Node, leaf: _Leaf) -> bool | None:
         return _all(_any(_compare(one, other, leaf) for other in true_values) for one in my_values)
     if len(mine.parts) != 2 or len(truth.parts) != 2:
         return mine.text == truth.text
-    return leaf(*(f"({node.parts[0].text})-({node.parts[1].text})" for node in (mine, truth)), "~")
+    return leaf(_difference(*mine.parts), _difference(*truth.parts), "~")
+
+
+def _difference(left: Node, right: Node) -> str:
+    return f"({left.text})-({right.text})"
 
 
 def _claims(node: Node) -> tuple[list[str], list[Node]]:
     """The names of an equation, and what they are said to be; of another node no names, and itself."""
     if node.kind != "equation":
         return [], [node]
-    named = [is_name(side.text) or (side.kind == "tuple" and all(is_name(p.text) for p in side.parts)) for side in node.parts]
-    if all(named):
-        named = [True] + [False] * (len(named) - 1)  # y = x
+    named = [
+        is_name(side.text) or (side.kind == "tuple" and all(is_name(p.text) for p in side.parts)) for side in node.parts
+    ]
+    if all(named):  # y = x says x, but f(-x) = f(x) says no value of f
+        head = re.split(r"[(_ ]", node.parts[0].text)[0]
+        named = [not any(head in side.text for side in node.parts[1:])] + [False] * (len(named) - 1)
     names = [side.text for side, is_one in zip(node.parts, named, strict=True) if is_one]
     values = [side for side, is_one in zip(node.parts, named, strict=True) if not is_one]
     return names, values if names or not any(holds_letters(side.text) for side in values) else []

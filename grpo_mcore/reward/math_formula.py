@@ -24,8 +24,8 @@ _DIGITS_IN_A_POINT = 100
 _POINTS = ((17, 23, 1), (-29, 31, -1), (41, 13, -1), (-7, 19, 1))
 
 _COMMANDS = frozenset(
-    r"""frac sqrt cdot times div pi ln log exp sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh infty binom sum
-    prod int lim to lfloor rfloor lceil rceil alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota
+    r"""frac sqrt cdot times div pi ln log exp sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh infty binom
+    sum prod int lim to lfloor rfloor lceil rceil alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota
     kappa lambda mu nu xi rho sigma tau phi varphi chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega begin end
     pmatrix bmatrix matrix circ""".split()
 )
@@ -47,27 +47,38 @@ def can_be_read(text: str) -> bool:
 
 def are_equal(mine: str, truth: str) -> bool:
     """Of formulas in math_spelling.py's spelling. What cannot be read is not equal."""
-    one, other = _parse(mine), _parse(truth)
-    if one is None or other is None:
+    try:
+        one, other = _parse(mine), _parse(truth)
+        return one is not None and other is not None and (_rounds(mine, other, truth, one) or _same(one, other))
+    except Exception:  # the parser and sympy raise whatever they like, on what makes no sense
         return False
-    numbers = math_number.read_number(mine), math_number.read_number(truth)
-    for number, formula in ((numbers[0], other), (numbers[1], one)):
-        if number is not None and math_number.can_stand_for_another(number):
-            value = _value(formula, (number.places or 0) + 20)
-            if value is not None and math_number.stands_for(number, value):
-                return True
-    return _same(one, other)
 
 
 def are_proportional(mine: str, truth: str, positive: bool) -> bool:
     """Whether one is a constant multiple of the other, by a positive number if that is asked. Neither may be 0."""
-    one, other = _parse(mine), _parse(truth)
-    if one is None or other is None or not hasattr(one, "free_symbols") or one.free_symbols != other.free_symbols:
+    try:
+        one, other = _parse(mine), _parse(truth)
+        return one is not None and other is not None and _is_multiple(one, other, positive)
+    except Exception:  # as above
         return False
+
+
+def _rounds(mine: str, other: Any, truth: str, one: Any) -> bool:
+    """Whether one of them is a decimal that stands for the other."""
+    for text, formula in ((mine, other), (truth, one)):
+        number = math_number.read_number(text)
+        if number is not None and math_number.can_stand_for_another(number):
+            value = _value(formula, (number.places or 0) + 20)
+            if value is not None and math_number.stands_for(number, value):
+                return True
+    return False
+
+
+def _is_multiple(one: Any, other: Any, positive: bool) -> bool:
     import sympy
 
     names = sorted(one.free_symbols, key=str)
-    if not names or not isinstance(one, sympy.Expr) or not isinstance(other, sympy.Expr):
+    if not names or one.free_symbols != other.free_symbols or isinstance(one, sympy.MatrixBase):
         return False
     point = _points(names)[0]
     below = other.xreplace(point)

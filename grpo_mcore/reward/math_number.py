@@ -16,7 +16,9 @@ _MAX_CHARS = 4000  # Python reads no longer integers
 _MAX_EXPONENT = 999  # of a power of ten that is written out; a larger one is left to the algebra
 
 _FRACTION = r"\\frac\{(?P<top>-?\d+)\}\{(?P<bottom>-?\d+)\}|\\frac(?P<top1>\d)(?P<bottom1>\d)"
-_TIMES_TEN = r"(?P<times>(?:\\times|\\cdot|\*) ?10\^(?:\{(?P<braced>[+-]?\d+)\}|(?P<bare>\d)(?!\d))|[eE](?P<e>[+-]?\d+))"
+_TIMES_TEN = (
+    r"(?P<times>(?:\\times|\\cdot|\*) ?10\^(?:\{(?P<braced>[+-]?\d+)\}|(?P<bare>\d)(?!\d))|[eE](?P<e>[+-]?\d+))"
+)
 _NUMBER = re.compile(
     r"(?P<sign>[+-]?)(?:"
     r"(?P<slash_top>\d+)/(?P<slash_bottom>\d+)"
@@ -103,6 +105,8 @@ def exactly(text: str) -> str:
 
     def as_fraction(match: re.Match[str]) -> str:
         number = read_number(match.group())
-        return match.group() if number is None else rf"{{\frac{{{number.value.numerator}}}{{{number.value.denominator}}}}}"
+        return (
+            match.group() if number is None else rf"{{\frac{{{number.value.numerator}}}{{{number.value.denominator}}}}}"
+        )
 
     return DECIMAL.sub(as_fraction, text)

@@ -1,4 +1,4 @@
-r"""What an answer is made of: numbers and formulas (leaves) in lists, tuples, intervals, matrices, ratios and relations.
+r"""What an answer is made of: numbers and formulas (leaves) in lists, tuples, intervals, matrices, ratios, relations.
 Pure, and quick on any text.
 
     1, 2    \{2, 1\}    \pm 1                     list      in any order
