@@ -139,7 +139,7 @@ def _any(known: Iterable[bool | None]) -> bool | None:
 
 
 def _compare(mine: Node, truth: Node, leaf: _Leaf) -> bool | None:
-    if not mine.text or (mine.unit and truth.unit and mine.unit != truth.unit):
+    if not mine.text or _contradict(mine.unit, truth.unit):
         return False
     if mine.text == truth.text and mine.kind == truth.kind != "equation":
         return True
@@ -164,6 +164,11 @@ def _compare(mine: Node, truth: Node, leaf: _Leaf) -> bool | None:
     if mine.kind == "inequality":
         return leaf(_difference(*mine.parts[::-1]), _difference(*truth.parts[::-1]), "+")
     return _all(_compare(one, other, leaf) for one, other in zip(mine.parts, truth.parts, strict=True))
+
+
+def _contradict(unit: str, other: str) -> bool:
+    is_plain_degree = "degree" in (unit, other) and unit.startswith("degree") and other.startswith("degree")
+    return bool(unit and other and unit != other and not is_plain_degree)
 
 
 def _only_element(node: Node) -> Node:

@@ -33,6 +33,11 @@ _COMMAND = re.compile(r"\\([a-zA-Z]+)")
 _READABLE = re.compile(r"(?:\\[a-zA-Z\\]|[A-Za-z0-9+\-*/^_(){}\[\].|!&= ])+")
 _PROSE = re.compile(r"(?<![\\a-zA-Z])[A-Za-z]{2,} [A-Za-z]|(?<![\\a-zA-Z])[A-Za-z] [A-Za-z]{2,}")
 _DEGREES = re.compile(r"(\d+|\{\\frac\{\d+\}\{\d+\}\})\^(?:\{\\circ\}|\\circ)")
+# What stands before a factor: 2(3), (2)(3) and \binom{3}{2}2 are mixed numbers to the parser, 2 + 3.
+_FACTORS = re.compile(
+    r"(?<![\d^_])\d+(?=\(|\\binom)|\\pi(?=\()|\)(?=[(\d]|\\(?:frac|binom|sqrt))|\}(?=\\(?:frac|binom))"
+    r"|\\binom\{[^{}]*\}\{[^{}]*\}(?=[(\d]|\\(?:frac|binom|sqrt))"
+)
 
 
 def can_be_read(text: str) -> bool:
@@ -101,7 +106,8 @@ def _parse(text: str) -> "sympy.Expr | sympy.MatrixBase | None":
     number = math_number.read_number(text)
     if number is not None:
         return Rational(number.value.numerator, number.value.denominator)
-    exact = _DEGREES.sub(r"(\\frac{\1\\pi}{180})", math_number.exactly(text))
+    exact = _FACTORS.sub(r"\g<0>\\cdot ", math_number.exactly(text))
+    exact = _DEGREES.sub(r"(\\frac{\1\\pi}{180})", exact)
     found = parse(f"${_small_letters(exact)}$", extraction_config=_latex_only(), parsing_timeout=None)
     formula: Any = found[0] if found else None
     if not isinstance(formula, (Expr, MatrixBase)):

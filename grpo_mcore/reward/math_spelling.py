@@ -107,6 +107,7 @@ _THOUSANDS_OR_BRACKET = re.compile(
 _DEGREES = re.compile(r"\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))|\\degrees?(?![a-zA-Z])")
 _TEMPERATURE = re.compile(rf"(?:{_DEGREES.pattern})\s*(?:{_WRAPPER}\{{\s*)?(C|F|Celsius|Fahrenheit)\s*\}}?$")
 _TRIGONOMETRIC = re.compile(r"(?:sin|cos|tan|cot|sec|csc)(?!\w*\})")
+_BASE = re.compile(r"^-?[0-9A-Z]*[0-9]_\{\d+\}$")
 _MIXED_NUMBER = re.compile(r"([+-]?\d+) (\d+)/(\d+)")
 INTEGER = re.compile(r"[+-]?\d+")
 
@@ -136,7 +137,8 @@ def read(answer: str) -> Reading:
         text = rf"{scaled[1].replace(',', '')}\cdot {_SCALES[scaled[2]]}"
     text = _without_wrappers(text)
     if not _TRIGONOMETRIC.search(text):  # sin 30 is not sin 30 degrees; a plain angle is its number
-        text = _DEGREES.sub("", text)
+        text, degrees = _DEGREES.subn("", text)
+        unit = unit or ("degree" if degrees else "")
     if r"\begin" not in text:
         text = _join_thousands(text)
     # A space says something only between two words or numbers: \pi r, "1 1/2". One stays after a comma, so that a list
@@ -150,7 +152,7 @@ def read(answer: str) -> Reading:
     if INTEGER.fullmatch(text):  # digits only, never int(): it refuses 4300 digits and more
         digits = text.lstrip("+-").lstrip("0") or "0"
         text = "-" + digits if text[0] == "-" and digits != "0" else digits
-    return Reading(text, unit)
+    return Reading(text, unit or ("percent" if text.endswith(r"\%") else "base" if _BASE.search(text) else ""))
 
 
 def _join_thousands(text: str) -> str:
