@@ -177,6 +177,8 @@ def _only_element(node: Node) -> Node:
 
 def _compare_unordered(mine: tuple[Node, ...], truth: tuple[Node, ...], leaf: _Leaf) -> bool | None:
     """Whether each element has one of its own that it is equal to."""
+    if _are_named(mine) != _are_named(truth):  # p = 5, q = 2 is 5, 2 and not 2, 5
+        return _all(_compare(one, other, leaf) for one, other in zip(mine, truth, strict=True))
     shared = Counter(node.text for node in mine) & Counter(node.text for node in truth)
     mine, truth = _without(mine, shared.copy()), _without(truth, shared.copy())
     if len(mine) > _MAX_UNORDERED:
@@ -185,6 +187,12 @@ def _compare_unordered(mine: tuple[Node, ...], truth: tuple[Node, ...], leaf: _L
     if not _can_pair(known, {True, None}):
         return False
     return True if _can_pair(known, {True}) else None
+
+
+def _are_named(nodes: tuple[Node, ...]) -> bool:
+    """Whether each has a name of its own."""
+    names = [tuple(_claims(node)[0]) for node in nodes]
+    return len(nodes) > 1 and all(names) and len(set(names)) == len(names)
 
 
 def _without(nodes: tuple[Node, ...], texts: "Counter[str]") -> tuple[Node, ...]:
@@ -241,8 +249,8 @@ def _compare_equations(mine: Node, truth: Node, leaf: _Leaf) -> bool | None:
         return bool(my_values) and _all(_compare(value, truth, leaf) for value in my_values)
     if my_names and true_names and set(my_names) & set(true_names):
         return _all(_any(_compare(one, other, leaf) for other in true_values) for one in my_values)
-    if len(mine.parts) != 2 or len(truth.parts) != 2:
-        return mine.text == truth.text
+    if len(mine.parts) != 2 or len(truth.parts) != 2 or any(_WORD.search(name) for name in my_names + true_names):
+        return False
     return leaf(_difference(*mine.parts), _difference(*truth.parts), "~")
 
 

@@ -62,12 +62,12 @@ _SPELLINGS = [
         (r"\s+", " "),
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
         (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-zA-Z])\s*\.?", ""),
-        (r"(?<!\\)\\!\s*|(?<!\\)\\?\$", ""),  # 1,\! 000, currency and inner math shifts
+        (r"(?<=\d)\s*(?:,\s*\\!|\{\s*,\s*\})\s*(?=\d{3})", ""),  # 1,\! 000 and 1{,}000 are always a thousand
+        (r"(?<!\\)(?:\\!\s*|\\?\$)", ""),  # currency and inner math shifts
         (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![a-zA-Z])", " "),  # but \\ ends a row
         (r"\\?%|\s*(?<![a-zA-Z\\])percent(?:age)?(?![a-zA-Z])|" + _WRAPPER + r"\{\s*percent\s*\}", r"\\%"),
         (r"\^\s*\{\s*" + _WRAPPER + r"\{\s*(?:st|nd|rd|th)\s*\}\s*\}", ""),  # 11^{\text{th}}
         (r"(?<=\d)(?:st|nd|rd|th)$", ""),
-        (r"(?<=\d)\{,\}(?=\d{3})", ""),  # 1{,}000 is always a thousand
         (_WRAPPER + r"\{\s*(,?\s*(?:and|or|AND|OR)\s*,?)\s*\}", r" \1 "),
         (r"\\(?:land|wedge)(?![a-zA-Z])", " and "),
         (r"\\(?:lor|vee)(?![a-zA-Z])", " or "),
@@ -94,9 +94,11 @@ _SPELLINGS = [
         (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"\\(cap|setminus|cup|in)(?![a-zA-Z])", r"\\\1 "),
         (r"(?<=\w)_(?:\{\s*\(?(\d+)\)?\s*\}|(\d+))", r"_{\1\2}"),  # 32_{(8)}, 32_8
+        (r"\^\s*([+-](?:\d+|[a-zA-Z]))(?!\w)", r"^{\1}"),  # 10^-2
         (r"\s+", " "),
     )
 ]
+_STOP = re.compile(r"(?<![.,;:\s])\s*(?:\.(?!\s*\.)|[,;:])[,;: ]*$")  # but not 2, 3, 5, ...
 _JOIN = re.compile(r"\s*,?\s*(?<![\\\w])(and|or|AND|OR)(?!\w)\s*,?\s*")
 _MONEY = re.compile(r"[+-]?\\?\$ ?[^$]*|[+-]?\s*(?P<coin>[\u00a3\u20ac]|\\pounds|\\euro)")
 _COINS = {"\u00a3": "gbp", r"\pounds": "gbp", "\u20ac": "euro", r"\euro": "euro"}
@@ -126,7 +128,7 @@ def read(answer: str) -> Reading:
     # Of inequalities "and" is the intersection and "or" the union; of anything else both make a list.
     compares = _INEQUALITY.search(text) is not None
     text = _JOIN.sub(lambda m: r" \land " if compares and m[1].lower() == "and" else ", ", text)
-    text = unwrap(text.strip().rstrip(".,;: "))
+    text = unwrap(_STOP.sub("", text.strip()))
     temperature = _TEMPERATURE.search(text)
     if temperature:
         text, unit = text[: temperature.start()], "degree" + temperature[1][0]

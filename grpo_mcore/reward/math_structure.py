@@ -153,8 +153,10 @@ def _brackets(text: str, depth: int) -> Node | None:
         if opening == r"\{":
             condition = re.fullmatch(r"([^|:]*)(?:\||:)(.+)", inner)  # \{x | x > 5\}
             if condition:
+                name, _, of = condition[1].partition(r"\in")
                 node = structure(condition[2], depth)
-                return node if node.name and node.name == condition[1].split(r"\in")[0].strip() else None
+                is_real = of.strip() in ("", r"\mathbb{R}")
+                return node if is_real and node.name and node.name == name.strip() else None
             parts, _ = _split(inner, ",", ";")
             return Node("list", text, tuple(structure(part, depth) for part in parts)) if all(parts) else None
         parts, found = _split(inner, ",", ";")

@@ -130,6 +130,7 @@ PAIRS: dict[str, list[tuple[str, str, bool, str]]] = {
         ("5 \\text{ cm and } 6 \\text{ cm}", "5, 6", T, "elements have units, too"),
     ],
     "decimals": [
+        ("0.01", "10^-2", T, "an exponent needs no braces"),
         ("0.5", "\\frac{1}{2}", T, "a decimal is a fraction"),
         ("268.90625", "\\frac{8605}{32}", T, "a decimal is a fraction"),
         ("268.90625", "268.9", F, "a decimal with few digits is only itself"),
@@ -214,6 +215,7 @@ PAIRS: dict[str, list[tuple[str, str, bool, str]]] = {
         ("1/0", "2/0", F, "what has no value is not equal"),
     ],
     "formulas": [
+        ("\\int_0^1 x dx", "\\frac{1}{2}", T, "an integral has a value"),
         ("p!", "p!", T, "equal texts are equal"),
         ("x + 3", "3 + x", T, "algebra is exact"),
         ("x + 3", "x - 3", F, "algebra is exact"),
@@ -249,6 +251,8 @@ PAIRS: dict[str, list[tuple[str, str, bool, str]]] = {
         ("\\operatorname{arctan} 2", "\\arctan 2", T, "a function's name is its command"),
     ],
     "intervals and inequalities": [
+        ("\\{x\\in\\mathbb{R} : x>5\\}", "x>5", T, "a set may be given by a condition"),
+        ("\\{x\\in\\mathbb{Z} : x>5\\}", "x>5", F, "a condition on integers is no interval"),
         ("\\left[ -1, \\frac{1}{\\sqrt{2}} \\right)", "[-1, \\frac{1}{\\sqrt{2}}]", F, "an end counts"),
         ("\\left[ -1, \\frac{1}{\\sqrt{2}} \\right)", "[-1, \\frac{\\sqrt{2}}{2})", T, "ends are compared as numbers"),
         ("(5, \\infty)", "x > 5", T, "a condition is its interval"),
@@ -297,6 +301,8 @@ PAIRS: dict[str, list[tuple[str, str, bool, str]]] = {
         ("$x>1$ or $x<0$", "x<0, x>1", T, "or is the union"),
     ],
     "sets and tuples": [
+        ("2, 3, 5", "2, 3, 5, ...", F, "a list that goes on is longer"),
+        ("2, 3, 5", "2, 3, 5.", T, "a full stop ends a sentence"),
         ("(2, 1, 4, 1) \\text{ and } (2, 1, 1, 4)", "(2,1,4,1), (2,1,1,4)", T, "and makes a list"),
         ("5 \\text{ or } 7", "7, 5", T, "a list has no order"),
         ("12, 15, 18", "\\{18, 15, 12\\}", T, "a list is a set"),
@@ -444,6 +450,12 @@ PAIRS: dict[str, list[tuple[str, str, bool, str]]] = {
         ("\\begin{cases} x = 1 \\\\ y = 2 \\end{cases}", "x = 1, y = 2", T, "cases without conditions are a list"),
     ],
     "equations": [
+        ("AB=5", "AB = 5 \\text{ cm}", T, "one unit does not contradict none"),
+        ("\\text{ABC}=5", "BCA=5", F, "the letters of a word are no product"),
+        ("p = 5, q = 2", "2, 5", F, "values without names stand in the names' order"),
+        ("(p, q) = (5, 2)", "5, 2", T, "values without names stand in the names' order"),
+        ("(p, q) = (5, 2)", "2, 5", F, "values without names stand in the names' order"),
+        ("x = 1, x = 2", "2, 1", T, "a list has no order"),
         ("n=3", "3", T, "an equation with a name says its value"),
         ("f(-x) = f(x)", "f(x)", F, "an equation without a name is more than a side"),
         ("y = x", "x", T, "an equation with a name says its value"),
