@@ -32,6 +32,7 @@ _COMMANDS = frozenset(
 _COMMAND = re.compile(r"\\([a-zA-Z]+)")
 _READABLE = re.compile(r"(?:\\[a-zA-Z\\]|[A-Za-z0-9+\-*/^_(){}\[\].|!&= ])+")
 _PROSE = re.compile(r"(?<![\\a-zA-Z])[A-Za-z]{2,} [A-Za-z]|(?<![\\a-zA-Z])[A-Za-z] [A-Za-z]{2,}")
+_NUMBER_WITH_INDEX = re.compile(r"(?<![A-Za-z_{])\d+_")  # the parser drops the index of 90_n
 _DEGREES = re.compile(r"(\d+|\{\\frac\{\d+\}\{\d+\}\})\^(?:\{\\circ\}|\\circ)")
 # What stands before a factor: 2(3), (2)(3) and \binom{3}{2}2 are mixed numbers to the parser, 2 + 3.
 _FACTORS = re.compile(
@@ -45,6 +46,7 @@ def can_be_read(text: str) -> bool:
     exact = math_number.exactly(text)
     return (
         _READABLE.fullmatch(exact) is not None
+        and not _NUMBER_WITH_INDEX.search(exact)
         and not _PROSE.search(re.sub(r" d[a-z]\b", "", exact))  # as in x dx
         and all(command in _COMMANDS for command in _COMMAND.findall(exact.replace(r"\\", " ")))
     )

@@ -46,36 +46,33 @@ def read_number(text: str) -> Number | None:
     found = _NUMBER.fullmatch(text) if len(text) <= _MAX_CHARS else None
     if not found or not any(character.isdigit() for character in text):
         return None
-    try:
-        value, places = _unsigned(found)
-    except (ZeroDivisionError, OverflowError):
+    number = _fraction(found) if found["slash_top"] or found["top"] or found["top1"] else _decimal(found)
+    if number is None:
         return None
+    value, places = number
     if found["percent"]:
         value, places = value / 100, places and places + 2
     return Number(-value if found["sign"] == "-" else value, places)
 
 
-def _unsigned(found: re.Match[str]) -> tuple[Fraction, int | None]:
-    if found["slash_top"]:
-        return Fraction(int(found["slash_top"]), int(found["slash_bottom"])), None
-    top, bottom = found["top"] or found["top1"], found["bottom"] or found["bottom1"]
-    if top:
-        whole, part = int(found["whole"] or 0), Fraction(int(top), int(bottom))
-        if found["whole"] and part < 0:
-            raise ZeroDivisionError  # 2\frac{-1}{3} is a product or a slip: no mixed number
-        return whole + part, None
+def _fraction(found: re.Match[str]) -> Number | None:
+    r"""None for 1/0, and for 2\frac{-1}{3}, which is a product or a slip and no mixed number."""
+    top, bottom = (int(found[f"slash_{end}"] or found[end] or found[f"{end}1"]) for end in ("top", "bottom"))
+    if bottom == 0 or (found["whole"] and top * bottom < 0):
+        return None
+    return Number(int(found["whole"] or 0) + Fraction(top, bottom), None)
+
+
+def _decimal(found: re.Match[str]) -> Number | None:
     integer, digits, repeated = found["integer"], found["digits"] or "", found["repeated"]
-    if not (integer or digits or repeated):
-        raise ZeroDivisionError
+    exponent = int(found["braced"] or found["bare"] or found["e"] or 0)
+    if not (integer or digits or repeated) or abs(exponent) > _MAX_EXPONENT:
+        return None
     value = Fraction(int(integer + digits or "0"), 10 ** len(digits))
     if repeated:
         value += Fraction(int(repeated), (10 ** len(repeated) - 1) * 10 ** len(digits))
-    if not found["times"]:
-        return value, len(digits) or None if not repeated else None
-    exponent = int(found["braced"] or found["bare"] or found["e"])
-    if abs(exponent) > _MAX_EXPONENT:
-        raise OverflowError
-    return value * Fraction(10) ** exponent, None
+    may_be_rounded = digits and not repeated and not found["times"]
+    return Number(value * Fraction(10) ** exponent, len(digits) if may_be_rounded else None)
 
 
 def are_equal(one: Number, other: Number) -> bool:

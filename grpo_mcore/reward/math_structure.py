@@ -34,7 +34,7 @@ def structure(answer: str, depth: int = 0) -> Node:
 
 
 def _structure(text: str, depth: int) -> Node | None:
-    for reading in (_matrix, _list, _conjunction, _relation, _union, _brackets, _ratio, _both_signs):
+    for reading in (_matrix, _list, _labels, _conjunction, _relation, _union, _brackets, _ratio, _both_signs):
         node = reading(text, depth + 1)
         if node:
             return node
@@ -108,6 +108,13 @@ def _split_cells(line: str) -> list[str]:
 def _list(text: str, depth: int) -> Node | None:
     parts, found = _split(text, ",", ";")
     return _flat_list(text, [structure(part, depth) for part in parts]) if found and all(parts) else None
+
+
+def _labels(text: str, depth: int) -> Node | None:
+    """(1)(2)(4), which names statements and is no product."""
+    if not re.fullmatch(r"(?:\([0-9A-Za-z]\) ?){2,}", text):
+        return None
+    return Node("list", text, tuple(structure(label, depth) for label in re.findall(r"\w", text)))
 
 
 def _flat_list(text: str, nodes: list[Node]) -> Node:

@@ -9,6 +9,7 @@ T, F = True, False
 
 PAIRS: dict[str, list[tuple[str, str, bool, str]]] = {
     "numbers": [
+        ("90_n", "90", F, "an index is part of a number"),
         ("1000", "1 000", T, "thousands may be apart"),
         ("11,\\! 111,\\! 100", "11111100", T, "a negative space joins thousands"),
         ("1,\\!296,\\!540", "1296540", T, "a negative space joins thousands"),
@@ -176,8 +177,8 @@ PAIRS: dict[str, list[tuple[str, str, bool, str]]] = {
         (".25", "1/4", T, "a decimal is a fraction"),
     ],
     "fractions": [
-        ("(1)(2)(4)", "8", T, "factors are no mixed number"),
-        ("(1)(2)(4)", "(3)(4)", F, "factors are no mixed number"),
+        ("(12)(2)", "24", T, "factors are no mixed number"),
+        ("(12)(2)", "14", F, "factors are no mixed number"),
         ("2(3)", "6", T, "factors are no mixed number"),
         ("2(3)", "5", F, "factors are no mixed number"),
         ("\\binom{5}{2}(3)", "30", T, "factors are no mixed number"),
@@ -503,6 +504,11 @@ PAIRS: dict[str, list[tuple[str, str, bool, str]]] = {
         ("x = 0.0000001", "x = 0.0000002", F, "there is no absolute tolerance"),
     ],
     "text and choices": [
+        ("(1)(2)(4)", "(3)(4)", F, "labels are no product"),
+        ("(1)(2)(3)", "(2)(3)", F, "labels are no product"),
+        ("(1)(2)", "(1), (2)", T, "labels are a list"),
+        ("\\text{(A) } 0", "0", F, "a choice is its letter"),
+        ("\\text{(A) } 0", "(B) 0", F, "a choice is its letter"),
         ("\\text{No}", "no", T, "capitals of a word say nothing"),
         ("listen", "silent", F, "the letters of a word are no product"),
         ("\\text{listen}", "\\text{silent}", F, "the letters of a word are no product"),
