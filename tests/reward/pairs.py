@@ -557,6 +557,13 @@ PAIRS: dict[str, list[tuple[str, str, bool, str]]] = {
 
 ONE_WAY: dict[str, list[tuple[str, str, bool, str]]] = {
     "lists of one": [("[13]", "13", T, "some gold answers are lists of one"), ("5", "[5]", F, "but an answer is not")],
+    "one value written twice": [
+        ("0.09 \\text{ OR } \\frac{9}{100}", "\\frac{9}{100}", T, "of a gold answer either spelling will do"),
+        ("0.09 \\text{ OR } \\frac{9}{100}", "0.09", T, "of a gold answer either spelling will do"),
+        ("0.09 \\text{ OR } \\frac{9}{10}", "0.09", F, "a list has its elements"),
+        ("60^\\circ, 60^\\circ", "60^\\circ", F, "a list has its elements, as often"),
+        ("\\frac{9}{100}", "0.09, \\frac{9}{100}", F, "but an answer is not"),
+    ],
     "bases": [
         ("12431_7", "12431", T, "a problem that asks for a base makes it plain"),
         ("12431", "12431_7", F, "but a base that is written counts"),
