@@ -33,7 +33,11 @@ Pure modules, and all that they import beside the standard library and their own
     rollout.admission
     reward.graded           types
     reward.shaping          torch config types
-    reward.math_answer      math_verify
+    reward.math_answer
+    reward.math_spelling
+    reward.math_structure
+    reward.math_number
+    reward.math_formula     math_verify sympy
     reward.boxed_answer     sympy latex2sympy2_extended
     reward.verifiers
     reward.grading_process

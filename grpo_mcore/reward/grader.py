@@ -37,7 +37,7 @@ class Status(enum.StrEnum):
 class Verdict:
     r"""The grade of one response.
 
-    >>> Verdict(1.0, Status.CORRECT, r"\frac{3}{4}", "equal by math-verify")               # gold 0.75
+    >>> Verdict(1.0, Status.CORRECT, r"\sqrt{16}", "equal by math-verify")                 # gold 4
     >>> Verdict(0.0, Status.WRONG, "12", "not equal by text")                              # gold 13
     >>> Verdict(0.0, Status.TRUNCATED, None, r"no \boxed{} of 1 to 512 characters after the first </think>")
     >>> Verdict(0.0, Status.TIMED_OUT, "9^{9^{9^9}}", "killed after cpu_s = 2 s of processor time")

@@ -1,6 +1,6 @@
 r"""What decides whether an answer is right, by name: reward.verifier.
 
-math_verify    math_answer.py: math-verify after a normalisation
+math_verify    math_answer.py: numbers exactly, formulas as math-verify reads them
 boxed          boxed_answer.py: the rules of the original DeepScaleR run
 """
 

@@ -1,7 +1,7 @@
 r"""Extracting, spelling and comparing answers. Expected values are worked by hand; none is what the code happened to
 print.
 
-Not covered: comparisons that do not end (test_grader.py, where they can be killed), and math-verify's own algebra.
+Not covered: comparisons that do not end (test_grader.py, where they can be killed). What is equal is test_pairs.py's.
 """
 
 import subprocess
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_mcore.reward.math_answer import MAX_BOX_CHARS, extract_boxed, is_equal, is_equal_as_text, normalise
+from grpo_mcore.reward.math_answer import MAX_BOX_CHARS, extract_boxed, is_equal_as_text, normalise
 
 EXTRACTED = [
     (r"The answer is \boxed{42}.", "42"),
@@ -108,7 +108,7 @@ NORMALISED = [
     (r"8 \sqrt {3}", r"8\sqrt{3}"),
     (r"\pi r", r"\pi r"),
     ("x + 3", "x+3"),
-    (r"5 \; x", "5 x"),
+    (r"5 \; x", "5x"),
     (r"\displaystyle 5", "5"),
     (r"\$ 54.60", "54.60"),
     (r"\$23{,}000", "23000"),
@@ -137,7 +137,7 @@ NORMALISED = [
     ("2s", "2s"),
     ("10t", "10t"),
     ("5m", "5m"),
-    (r"x \text{ is odd}", r"x\text{is odd}"),  # products and prose are no units
+    (r"x \text{ is odd}", "x is odd"),  # products and prose are no units
     (r"11^{\text{th}}", "11"),
     ("11th", "11"),
     ("1 1/2", r"1\frac{1}{2}"),
@@ -161,144 +161,6 @@ def test_answers_that_mean_the_same_get_one_spelling(answer, spelling):
     assert normalise(spelling) == spelling
 
 
-EQUAL = [
-    ("5.", "5"),
-    ("1 000", "1000"),
-    ("90°", "90"),
-    (r"12.5\%", "12.5"),
-    ("1 1/2", r"\frac{3}{2}"),  # refused by math-verify
-    (r"12.5\%", "0.125"),
-    (r"50\%", "1/2"),
-    (r"33\frac{1}{3}\%", r"33\frac13"),
-    ("25", "025"),
-    ("-1 1/2", "-1.5"),
-    (r"\frac{1}{2}", "0.5"),
-    (r"2\sqrt3", r"\sqrt{12}"),
-    ("x+3", "3+x"),
-    ("(x+1)^2", "x^2+2x+1"),
-    ("3^8", "6561"),
-    ("x=5", "5"),
-    ("5", "x=5"),
-    ("x = 10/2 = 5", "5"),
-    ("2+3=5", "5"),
-    (r"\text{Area} = 25\pi", r"25\pi"),
-    ("y=x+3", "x+3"),
-    ("0.56", r"0.56 = 56\%"),
-    (r"56\%", r"0.56 = 56\%"),
-    (r"\sum_{i=1}^{5}1", "5"),
-    ("7, 5", r"5 \text{ or } 7"),
-    ("(100, 101)", "(100,101)"),
-    ("13", "[13]"),
-    (r"5 \text{ cm}", "5"),
-    ("5", r"5 \text{ cm}"),
-    ("5cm", r"5 \mathrm{~cm}"),
-    ("4 square feet", r"4 \text{ ft}^2"),
-    ("5 hours", r"5 \text{ hrs}"),
-    ("60 mi/h", r"60 \text{ miles per hour}"),
-    ("8:34", r"8\!:\!34 \text{ p.m.}"),
-    ("yes", r"\text{Yes}"),
-    ("B", r"\text{(B)}"),
-    ("12431", "12431_7"),
-    ("12431_{7}", "12431_7"),
-]
-NOT_EQUAL = [
-    ("7=5", "5"),
-    ("[5]", "5"),
-    (r"5 \text{ cm}", r"5 \text{ m}"),  # accepted by math-verify
-    ("x=7=5", "5"),
-    ("7=5=5", "5"),
-    ("5=7", "5"),
-    ("x=5", "y=5"),
-    ("6=2+3", "5"),
-    ("2", "2s"),
-    ("3m", "3g"),
-    ("10", "10t"),
-    ("12431_8", "12431_7"),
-    (r"5 \text{ ft}^2", r"5 \text{ ft}"),
-    ("2:15 pm", "4:30 pm"),
-    ("4:30 am", "4:30 pm"),
-    ("0.5", r"0.5\%"),
-    ("11/2", "1 1/2"),
-    (r"\frac{1}{2}", r"1\frac{1}{2}"),
-    ("100200", "100, 200"),
-    ("(100, 101)", "100101"),
-    ("100101", "(100,101)"),
-    ("5, 6", "5"),
-    (r"\pm 5", "5"),
-    ("I think 5", "5"),
-    ("7 or 5", "5"),
-    (r"\text{odd}", r"\text{even}"),
-    ("A", "B"),
-    ("1/3", "0.333"),
-    ("-5", "5"),
-    ("", "5"),
-    (".", "5"),
-    ("$$", "5"),
-    ("(1, 2)", "(2, 1)"),
-    ("[1, 2]", "(1, 2)"),
-    ("5" * 400 + "1", "5" * 400 + "2"),
-]
-
-
-@pytest.mark.parametrize(("answer", "gold"), EQUAL)
-def test_equal_answers_are_equal(answer, gold):
-    assert is_equal(answer, gold) is True
-
-
-@pytest.mark.parametrize(("answer", "gold"), NOT_EQUAL)
-def test_other_answers_are_not_equal(answer, gold):
-    assert is_equal(answer, gold) is False
-
-
-# (gold as data sets of competition problems write it, another way to write it, a near miss)
-GOLDS = [
-    (r"\frac{432}{11}", "432/11", r"\frac{432}{12}"),
-    ("29", "+29", "28"),
-    (r"-\sqrt{3}", r"-3^{1/2}", r"\sqrt{3}"),
-    (r"\frac{56 \pi \sqrt{3}}{9}", r"\frac{56\sqrt{3}\pi}{9}", r"\frac{56\pi}{9}"),
-    ("6a", r"6 \cdot a", "6"),
-    (r"14\frac{14}{23}", r"\frac{336}{23}", r"\frac{14}{23}"),
-    ("12, 15, 18", r"\{18, 15, 12\}", "12, 15, 19"),
-    (r"10 - 5 \sqrt{2+\sqrt{2}}", r"5(2 - \sqrt{2+\sqrt{2}})", r"10 - 5\sqrt{2}"),
-    ("4^9", "262144", "4^8"),
-    (r"$\dfrac{10}{21}$", r"\frac{20}{42}", r"\frac{21}{10}"),
-    (r"\left[ -1, \frac{1}{\sqrt{2}} \right)", r"[-1, \frac{\sqrt{2}}{2})", r"[-1, \frac{1}{\sqrt{2}}]"),
-    (r"(3+\sqrt{5},-1)", r"(\sqrt{5}+3, -1)", r"(-1, 3+\sqrt{5})"),
-    ("32_{(8)}", "32_8", "32_9"),
-    ("p!", "p!", "p"),
-    (r"2400 \mbox{ cm}^2", r"2400\text{ cm}^2", r"2400\text{ cm}^3"),
-    (r"25.4551\%", "25.4551%", "25.4%"),
-    (
-        r"\begin{pmatrix} -20/13 \\ -4/13 \end{pmatrix}",
-        r"\begin{pmatrix} -\frac{20}{13} \\ -\frac{4}{13} \end{pmatrix}",
-        r"\begin{pmatrix} -4/13 \\ -20/13 \end{pmatrix}",
-    ),
-    (r"(2, 1, 4, 1) \text{ and } (2, 1, 1, 4)", "(2,1,4,1), (2,1,1,4)", "(2,1,4,1)"),
-    ("268.90625", r"\frac{8605}{32}", "268.9"),
-    (r"\frac{\sqrt{2}}{2}(1 - \ln 2)", r"\frac{1-\ln 2}{\sqrt{2}}", r"\frac{\sqrt{2}}{2}(1 + \ln 2)"),
-    ("n=3", "3", "n=4"),
-    (r"\frac{3 \cdot 2^{1/3}}{4}", r"\frac{3\sqrt[3]{2}}{4}", r"\frac{3\sqrt{2}}{4}"),
-    (r"1,\!296,\!540", "1296540", "1296.540"),
-    (r"\$23{,}000", "23,000", "23"),
-    ("x + 3", "3 + x", "x - 3"),
-    (r"61^{\circ}", "61", "16"),
-    ("2x^2 - 12x + 20", "2(x^2-6x+10)", "2x^2 - 12x"),
-    (r"\text{No}", "no", "yes"),
-    (r"\text{(E)},", "E", "D"),
-    ("$222,222,222,223$", "222222222223", "222222222222"),
-    (r"400 - 100\pi", r"100(4-\pi)", r"100\pi - 400"),
-    ("(0, 0, 2), (1, 1, 2), (2, 2, 3)", "(1,1,2), (0,0,2), (2,2,3)", "(0,0,2), (1,1,2)"),
-    ("16:9", r"\frac{16}{9}", "9:16"),
-]
-
-
-@pytest.mark.parametrize(("gold", "other", "miss"), GOLDS)
-def test_realistic_gold_answers_accept_other_spellings_and_refuse_near_misses(gold, other, miss):
-    assert is_equal_as_text(gold, gold) is True
-    assert is_equal(other, gold) is True
-    assert is_equal(miss, gold) is False
-
-
 @pytest.mark.parametrize(
     ("answer", "gold", "expected"),
     [
@@ -310,7 +172,13 @@ def test_realistic_gold_answers_accept_other_spellings_and_refuse_near_misses(go
         ("7=5", "5", False),
         ("x=5", "5", True),
         ("9^{9^{9^9}}", "5", None),
-        ("1/2", "0.5", None),
+        ("1/2", "0.5", True),
+        ("1/2", "0.25", False),
+        (r"\sqrt{16}", "4", None),
+        ("listen", "silent", False),
+        ("(1, 2)", "(1, 2, 3)", False),
+        (r"(1, \sqrt{4})", "(1, 2)", None),
+        (r"(3, \sqrt{4})", "(1, 2)", False),
     ],
 )
 def test_what_needs_no_algebra_is_decided_as_text(answer, gold, expected):
@@ -340,12 +208,28 @@ def test_what_needs_no_algebra_is_decided_as_text(answer, gold, expected):
         "_1",
         r"\left(",
         "and ",
+        "x<",
+        r"\cup ",
+        "(1,",
+        r"\begin{matrix}",
+        r"\pm ",
+        "a ",
+        "'",
+        "x=(",
+        ":",
+        r"\{x|",
+        "1.",
+        r"\bar{1}",
+        "percent",
+        r"\le",
+        "x_{1}",
     ],
 )
 def test_hostile_answers_are_read_at_once(unit):
     answer = (unit * MAX_BOX_CHARS)[:MAX_BOX_CHARS]
     start = time.process_time()
     assert is_equal_as_text(answer, "5") is not True
+    is_equal_as_text(answer, answer[::-1])
     assert time.process_time() - start < 1  # milliseconds; seconds would be an exponential pattern
 
 

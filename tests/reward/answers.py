@@ -1,7 +1,9 @@
 r"""A corpus of answers: pairs (answer, gold) with what each verifier must say of them, and hostile answers, which must
 only end.
 
-Expectations come from what the notation means and from the rules in the verifiers' docstrings, not from a run.
+The pairs are those that the two may judge differently, or that show that they do not; pairs.py has the rules of
+math_answer.py, and nothing stands in both. Expectations come from what the notation means and from the rules in the
+verifiers' docstrings, not from a run.
 """
 
 # (answer, gold, equal by math_verify, equal by boxed)
