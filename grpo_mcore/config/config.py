@@ -223,7 +223,8 @@ class Engine:
 class Reward:
     """The last \\boxed{} after the thinking against the answer, in processes that can be killed."""
 
-    # math_verify: the library of that name; boxed: the rules of the original DeepScaleR run (boxed_answer.py)
+    # math_verify: formulas as that library reads them, compared exactly (math_answer.py); boxed: the rules of the
+    # original DeepScaleR run (boxed_answer.py)
     verifier: Literal["math_verify", "boxed"] = "math_verify"
     require_think: bool = False  # a response without </think> has no answer
     # ask the other verifier too: the metric reward/disagree counts what they judge differently, and RUN/rollouts has

@@ -91,11 +91,11 @@ def _of_parquet(source: str, name: str) -> Iterator[tuple[str, object]]:
     import pyarrow.parquet
 
     try:
-        table = pa.parquet.read_table(source)
-    except (OSError, pa.ArrowException) as e:
+        rows = pa.parquet.read_table(source).to_pylist()
+    except (OSError, ValueError, pa.ArrowException) as e:
         why = (str(e).splitlines() or [""])[0]
         raise InputError(name, source, f"cannot be read as parquet ({why})", "check the file") from None
-    for i, row in enumerate(table.to_pylist()):
+    for i, row in enumerate(rows):
         yield f"row {i}", row
 
 
@@ -153,7 +153,7 @@ def _cell(row: object, key: str, field: str, place: str) -> str:
     if value is None or (isinstance(value, str) and not value.strip()):
         raise InputError(place, row, f"its {key!r} is empty", "mend or remove the row")
     is_number = isinstance(value, NUMBERS) and not isinstance(value, bool)
-    if is_number and math.isfinite(value):
+    if is_number and (isinstance(value, int) or math.isfinite(value)):
         return str(value)
     if not isinstance(value, str):
         what = f"is {value}" if is_number else f"is of type {type(value).__name__}"

@@ -47,6 +47,12 @@ def check(answers: Sequence[str], cfg: config.Reward, name: str, source: str) ->
 
 def _never_right(answers: Sequence[str], cfg: config.Reward, grader: Grader) -> list[str]:
     thought, extract = "</think>" if cfg.require_think else "", VERIFIERS[cfg.verifier].extract
-    verdicts = grader.grade([(rf"{thought}\boxed{{{extract(a) or a}}}", a, False) for a in answers])
-    marked = [any(mark in a for mark in MARKS) for a in answers]
-    return [a for a, v, is_marked in zip(answers, verdicts, marked, strict=True) if is_marked or not v.reward]
+    boxes = [extract(a) for a in answers]
+    verdicts = grader.grade(
+        [(rf"{thought}\boxed{{{box or a}}}", a, False) for a, box in zip(answers, boxes, strict=True)]
+    )
+    return [
+        a
+        for a, box, verdict in zip(answers, boxes, verdicts, strict=True)
+        if not verdict.reward or (box is None and any(mark in a for mark in MARKS))
+    ]

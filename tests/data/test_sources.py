@@ -6,6 +6,7 @@ Not covered here: the real hub, the arithmetic tasks (test_arithmetic.py).
 import datetime
 import decimal
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,10 @@ import pytest
 
 from grpo_mcore.config import config
 from grpo_mcore.config.config import InputError
+from grpo_mcore.data import arithmetic, prompts
 from grpo_mcore.data.sources import read_rows
-from tests.dist import environment
+from grpo_mcore.reward import golds
+from tests.dist import environment, spawn
 from tests.hub import Hub
 
 PLAIN = config.Data(train="", chat_template=False)
@@ -264,3 +267,83 @@ def test_every_row_of_the_published_sets_is_a_problem_with_an_answer(name):
     if not path.is_file():
         pytest.skip(f"needs {path}")
     assert len(read_rows(str(path), PLAIN, "data.train")) == REAL[name]
+
+
+SHAPES = [
+    None,
+    True,
+    float("nan"),
+    1e999,
+    -1,
+    10**400,
+    "",
+    " ",
+    "\ud800",
+    "\x00",
+    [],
+    ["2"],
+    {},
+    {"problem": "x"},
+    "é" * 99,
+]
+
+
+def mutated(rng: random.Random, folder: Path) -> Path:
+    """A file of five rows of which something is wrong, or not."""
+    rows: list = [{"problem": f"{n}+{n}", "answer": str(2 * n), "level": n} for n in range(5)]
+    for _ in range(rng.randrange(3)):
+        row = rng.choice(rows)
+        if isinstance(row, dict) and rng.random() < 0.8:
+            row[rng.choice(["problem", "answer", "level", "other"])] = rng.choice(SHAPES)
+        else:
+            rows[rows.index(row)] = rng.choice(SHAPES)
+    path = folder / f"d{rng.choice(['.jsonl', '.json', '.parquet'])}"
+    if path.suffix == ".parquet":
+        good = [row for row in rows if isinstance(row, dict)]
+        columns = {key: [row.get(key) for row in good] for key in ("problem", "answer", "level")}
+        try:
+            pyarrow.parquet.write_table(pyarrow.table(columns), path)
+        except (pyarrow.ArrowException, UnicodeEncodeError, OverflowError):  # columns of several types
+            pyarrow.parquet.write_table(pyarrow.table({"problem": ["1"], "answer": [[rng.random()]]}), path)
+    elif path.suffix == ".json" and rng.random() < 0.5:
+        path.write_text(json.dumps(rows, indent=rng.choice([None, 1])))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    raw = bytearray(path.read_bytes())
+    for _ in range(rng.choice([0, 0, 1, 2, 20])):
+        at, kind = rng.randrange(len(raw) + 1), rng.randrange(4)
+        if kind == 0:
+            del raw[at : at + rng.choice([1, 5, 10**9])]
+        elif kind == 1:
+            raw[at:at] = rng.randbytes(rng.choice([1, 2, 50]))
+        elif kind == 2:
+            raw[at:at] = raw[rng.randrange(len(raw) + 1) :][:100]
+        else:
+            raw[at : at + 1] = bytes([rng.randrange(256)])
+    if rng.random() < 0.1:
+        raw = bytearray(bytes(raw).decode("latin1").encode(rng.choice(["utf-16", "utf-32", "utf-8-sig", "utf-8"])))
+    path.write_bytes(raw)
+    return path
+
+
+def read_mutated(folder: str, model: str, seeds: range) -> tuple[list[str], int]:
+    """(what was raised that is no InputError, how many were read)"""
+    tokenizer, wrong, num_read = prompts.Tokenizer(model), [], 0
+    for seed in seeds:
+        path = mutated(random.Random(seed), Path(folder))
+        try:
+            rows, _ = prompts.load(str(path), PLAIN, tokenizer, "data.train")
+            golds.check([p.answer for p in rows], config.Reward(num_processes=1), "data.train", str(path))
+            num_read += 1
+        except InputError:
+            pass
+        except BaseException as e:
+            wrong.append(f"seed {seed}: {type(e).__name__}: {e}")
+    return wrong, num_read
+
+
+@pytest.mark.slow
+def test_no_mistake_of_many_in_a_data_file_is_a_traceback(tmp_path):
+    arithmetic.make_model(tmp_path / "model", seed=0)
+    ((wrong, num_read),) = spawn(read_mutated, 1, str(tmp_path), str(tmp_path / "model"), range(2000), timeout_s=400)
+    assert not wrong and 200 < num_read < 1800, (wrong[:5], len(wrong), num_read)
