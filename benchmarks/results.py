@@ -9,6 +9,7 @@ hardware and versions are the same.
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,6 +80,16 @@ def kill_resume(result: dict) -> Table:
     ]
 
 
+def engine_deaths(result: dict) -> Table:
+    kinds = Counter(f"{death['of']} {death['how']}" for death in result["deaths"])
+    titles = ["deaths", "of which", "corrupted refits", "steps", "responses", "lost", "graded twice", "all equal"]
+    equal = all(result[f"{what}_equal"] for what in ("rollouts", "weights", "metrics"))
+    numbers = [number(result[key], 0) for key in ("steps", "responses", "responses_lost", "responses_twice")]
+    of_which = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
+    row = [str(len(result["deaths"])), of_which, str(result["corrupted_refits"]), *numbers, "yes" if equal else "NO"]
+    return [titles, row]
+
+
 def refit(result: dict) -> Table:
     out = [["what", "median, ms", "least, ms", "GB/s of the median", "/ memcpy, of medians"]]
     for name, p in result["phases"].items():
@@ -125,7 +136,8 @@ def train_step(result: dict) -> Table:
 
 
 HEADLINES: dict[str, Callable[[dict], Table]] = {
-    f.__name__: f for f in (end_to_end, gpu_acceptance, kernels, kill_resume, refit, rollout, simulate, train_step)
+    f.__name__: f
+    for f in (end_to_end, engine_deaths, gpu_acceptance, kernels, kill_resume, refit, rollout, simulate, train_step)
 }
 
 

@@ -17,7 +17,7 @@ from grpo_mcore.data import prompts, sources
 from grpo_mcore.loss.loss import OverRanks
 from grpo_mcore.parallel import collectives, topology
 from grpo_mcore.parallel.topology import Topology
-from grpo_mcore.policy import model, warm_start
+from grpo_mcore.policy import hf_weights, model, warm_start
 from grpo_mcore.policy.model_folder import local_folder
 from grpo_mcore.policy.policy import FrozenPolicy, Policy
 from grpo_mcore.refit.refit import Refit
@@ -123,6 +123,8 @@ def read_model(cfg: config.Config) -> tuple[str, model.HFConfig]:
     hf_config = model.load_hf_config(folder)
     model.check_parallel(hf_config, cfg.parallel, cfg.precision)
     check_lengths(cfg, hf_config)
+    with hf_weights.Reader(folder) as reader:
+        reader.check(hf_config)
     return folder, hf_config
 
 

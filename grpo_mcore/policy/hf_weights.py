@@ -13,16 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from grpo_mcore.config.config import InputError, Parallel
 from grpo_mcore.parallel.collectives import from_stage, start_gather
 from grpo_mcore.parallel.topology import Topology
 from grpo_mcore.policy.model import Backbone, has_qk_norm, has_qkv_bias, head_dim, stage_of
-from grpo_mcore.policy.model_folder import INDEX, SIDE_FILES, WEIGHTS, weight_files
+from grpo_mcore.policy.model_folder import INDEX, LFS_POINTER, SIDE_FILES, WEIGHTS, weight_files
 
 HEAD = "output_layer.weight"
 MAX_FILE_BYTES = 5 << 30
+# As the files name them.
 SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float16: "F16"}
 
 # (HF tensors, one tp rank's shard, hf_config, tp, tp_rank) -> (HF view, shard view) pairs: all the shard has of them.
@@ -212,12 +213,28 @@ def shapes(hf_config) -> dict[str, tuple[int, ...]]:
     return {name: shape for group in groups(hf_config) for name, shape in group.items()}
 
 
+def _opened(file: Path):
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as e:
+        with file.open("rb") as f:
+            is_pointer = f.read(len(LFS_POINTER)) == LFS_POINTER
+        why, remedy = (
+            f"({' '.join(str(e).split())})",
+            "copy it again from where the model came from: it is cut, or another file",
+        )
+        if is_pointer:
+            why, remedy = "but Git LFS's pointer to one", "run git lfs pull in its folder"
+        raise InputError("model", str(file), f"is no safetensors file {why}", remedy) from None
+
+
 class Reader:
     """The tensors of a folder's safetensors files, by name, without loading the files whole."""
 
     def __init__(self, folder: str | Path):
+        """Raises InputError for a file that is none."""
         self.folder = Path(folder)
-        self._files = [safe_open(f, framework="pt") for f in weight_files(folder, str(folder))]
+        self._files = [_opened(f) for f in weight_files(folder, str(folder))]
         self.where = {name: f for f in self._files for name in f.keys()}  # noqa: SIM118  (no mapping)
 
     def __enter__(self) -> "Reader":
@@ -230,14 +247,33 @@ class Reader:
     def read(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
         """Raises InputError if the tensor has not the shape given."""
         tensor = self.where[name].get_tensor(name)
-        if shape is not None and tuple(tensor.shape) != shape:
+        if shape is not None:
+            self._check_shape(name, tuple(tensor.shape), shape)
+        return tensor
+
+    def check(self, hf_config) -> None:
+        """Names, shapes and dtypes, without reading a tensor but a head that may be tied. Raises InputError."""
+        expected = shapes(hf_config)
+        self.check_names(set(expected), tied=hf_config.tie_word_embeddings)
+        for name, shape in expected.items():
+            part = self.where[name].get_slice(name)
+            self._check_shape(name, tuple(part.get_shape()), shape)
+            if part.get_dtype() not in SAFETENSORS_DTYPES.values():
+                raise InputError(
+                    "model",
+                    str(self.folder),
+                    f"{name} is of {part.get_dtype()}, and weights are of {', '.join(SAFETENSORS_DTYPES.values())}",
+                    "name the model that it was quantised from, or convert it",
+                )
+
+    def _check_shape(self, name: str, seen: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+        if seen != wanted:
             raise InputError(
                 f"tensor {name}",
-                tuple(tensor.shape),
-                f"must have shape {shape}",
+                seen,
+                f"must have shape {wanted}",
                 f"mend {self.folder}: its config.json and its weights disagree",
             )
-        return tensor
 
     def dtype(self) -> torch.dtype:
         """The one dtype of all tensors. Raises InputError if they differ."""
@@ -311,6 +347,7 @@ def save_folder(
         index = {"metadata": {"total_size": sum(size.values())}, "weight_map": weight_map}
         (partial / INDEX).write_text(json.dumps(index, indent=1))
     copy_side_files(side_files_from, partial)
+    _say_dtype(partial / "config.json", dtype)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
@@ -330,9 +367,18 @@ def _write_header(f, shapes: dict[str, tuple[int, ...]], size: dict[str, int], d
 
 
 def copy_side_files(source: str | Path, target: str | Path) -> None:
-    """Config, tokenizer and chat template of a model folder."""
-    Path(target).mkdir(parents=True, exist_ok=True)
+    """Config, tokenizer and chat templates of a model folder, those in folders within it too."""
     for pattern in SIDE_FILES:
-        for f in Path(source).glob(pattern):
-            if f.name != INDEX:
-                shutil.copyfile(f, Path(target) / f.name)
+        for f in Path(source).rglob(pattern):
+            place = f.relative_to(source)
+            if f.name != INDEX and not any(part.startswith(".") for part in place.parts):
+                (Path(target) / place).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(f, Path(target) / place)
+
+
+def _say_dtype(path: Path, dtype: torch.dtype) -> None:
+    """In config.json, by the key that it has: who follows it would round the tensors."""
+    written = json.loads(path.read_text())
+    for key in [key for key in ("dtype", "torch_dtype") if key in written] or ["dtype"]:
+        written[key] = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(written, indent=2) + "\n")

@@ -29,10 +29,8 @@ from grpo_mcore.config.config import (
 from grpo_mcore.loss.batch import Cost, Packing
 from grpo_mcore.parallel import pipeline, vocab
 from grpo_mcore.parallel.topology import Topology
-from grpo_mcore.policy import plain_layers
+from grpo_mcore.policy import families, plain_layers
 from grpo_mcore.types import Microbatch
-
-FAMILIES = ("qwen2", "qwen3", "llama")
 
 
 class HFConfig(Protocol):
@@ -89,35 +87,23 @@ def load_hf_config(folder: str) -> HFConfig:
     """The folder's Hugging Face config, if this project can train it. Raises InputError."""
     try:
         config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as e:
+    except Exception as e:  # of many classes: JSON's, the validators' of its fields
+        why = " ".join(str(e).split())
         raise InputError(
             "model",
             folder,
-            f"no readable Hugging Face config ({str(e).splitlines()[0]})",
+            f"no readable Hugging Face config ({type(e).__name__}: {why})",
             "give a folder with a config.json, or a hub name",
         ) from e
-    if config.model_type not in FAMILIES:
+    if config.model_type not in families.FAMILIES:
         raise InputError(
             "model",
             folder,
-            f"its model_type is {config.model_type!r}; this trains {', '.join(FAMILIES)}",
+            f"its model_type is {config.model_type!r}; this trains {', '.join(families.FAMILIES)}",
             "choose a model of these families",
         )
+    families.check(config, folder)
     rope_settings(config)
-    if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
-        raise InputError(
-            "model",
-            folder,
-            "its config has attention_bias or mlp_bias",
-            "choose a model without these biases (Qwen2's own on q, k, v are fine)",
-        )
-    if getattr(config, "use_sliding_window", False):
-        raise InputError(
-            "model",
-            folder,
-            "its config asks for sliding-window attention",
-            "set use_sliding_window to false in its config.json if the window is never reached",
-        )
     return config
 
 
@@ -205,6 +191,11 @@ def rope_settings(hf_config) -> tuple[float, torch.Tensor | None]:
     """(base, inverse frequencies or None for the plain ones). Raises InputError for a scaling that also scales
     attention."""
     rope = hf_config.rope_parameters
+    turned = rope.get("partial_rotary_factor", 1)
+    if turned != 1:
+        raise InputError(
+            "model: partial_rotary_factor", turned, "must be 1: RoPE turns whole heads", "choose another model"
+        )
     if rope["rope_type"] == "default":
         return rope["rope_theta"], None
     if rope["rope_type"] not in ("linear", "llama3"):

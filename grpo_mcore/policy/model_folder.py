@@ -15,12 +15,14 @@ from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 
 from grpo_mcore.config.config import InputError
 from grpo_mcore.data import hub
+from grpo_mcore.report import claim
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 # Any of these sets is a tokenizer. Without one transformers makes an empty tokenizer of config.json, and says nothing.
 TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
 # What makes a folder a model besides its weights.
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+LFS_POINTER = b"version https://git-lfs"
 KINDS = "a folder nor a hub name"
 
 
@@ -67,7 +69,10 @@ def weight_files(folder: str | Path, model: str) -> list[Path]:
     """The safetensors files of a folder's weights. Raises InputError, of what `model` names, if one is not there."""
     index, names = Path(folder) / INDEX, [WEIGHTS]
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise InputError("model", str(index), f"is no index of weights ({e})", "copy it again") from None
     missing = [n for n in names if not (Path(folder) / n).is_file()]
     if missing:
         raise InputError(
@@ -126,9 +131,9 @@ def _package_file(model: str) -> Path:
 
 
 def _from_gguf(gguf: Path, cache: Path, model: str) -> str:
-    folder = cache / gguf.stem.lower()
-    if not (folder / CONFIG).is_file() and not gguf.is_file():
+    if not gguf.is_file():
         raise InputError("model", model, "there is no such file", "check the path")
+    folder = cache / f"{gguf.stem.lower()}-{claim.digest([gguf])[:8]}"  # of what is in it: others have its name
     cache.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(cache / f".{folder.name}.lock"):  # of several ranks one makes it
         if not (folder / CONFIG).is_file():
@@ -144,10 +149,16 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        hf = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-        )
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        try:
+            hf = AutoModelForCausalLM.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+            )
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        except Exception as e:  # of many classes: gguf's, numpy's, transformers'
+            why = f"({type(e).__name__}: {' '.join(str(e).split())})"
+            raise InputError(
+                "model", str(gguf), f"cannot be read {why}", "copy the file again, or choose another"
+            ) from e
     hf.config.dtype = torch.bfloat16
     hf.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     hf.save_pretrained(partial)

@@ -11,7 +11,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import yaml
@@ -99,9 +99,14 @@ def _held(path: Path) -> InputError:
 
 
 def folder_digest(folder: str | Path) -> str:
-    """Of a model's folder: its config and its weights, of whose files samples are read."""
-    sha = hashlib.sha256((Path(folder) / "config.json").read_bytes())
-    for path in sorted(Path(folder).glob("*.safetensors")):
+    """Of a model's folder: its config and its weights."""
+    return digest(sorted(Path(folder).glob("*.safetensors")), (Path(folder) / "config.json").read_bytes())
+
+
+def digest(paths: Iterable[Path], head: bytes = b"") -> str:
+    """Of large files, by name, size and samples of what they hold."""
+    sha = hashlib.sha256(head)
+    for path in paths:
         size = path.stat().st_size
         sha.update(f"{path.name} {size}".encode())
         with path.open("rb") as f:
