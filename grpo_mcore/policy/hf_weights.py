@@ -369,7 +369,7 @@ def _write_header(f, shapes: dict[str, tuple[int, ...]], size: dict[str, int], d
 def copy_side_files(source: str | Path, target: str | Path) -> None:
     """Config, tokenizer and chat templates of a model folder, those in folders within it too."""
     for pattern in SIDE_FILES:
-        for f in Path(source).rglob(pattern):
+        for f in list(Path(source).rglob(pattern)):  # the target may be in it
             place = f.relative_to(source)
             if f.name != INDEX and not any(part.startswith(".") for part in place.parts):
                 (Path(target) / place).parent.mkdir(parents=True, exist_ok=True)

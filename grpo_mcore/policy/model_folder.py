@@ -67,18 +67,18 @@ def check(folder: str | Path, model: str) -> None:
 
 def weight_files(folder: str | Path, model: str) -> list[Path]:
     """The safetensors files of a folder's weights. Raises InputError, of what `model` names, if one is not there."""
-    index, names = Path(folder) / INDEX, [WEIGHTS]
+    index, files = Path(folder) / INDEX, [Path(folder) / WEIGHTS]
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = json.loads(index.read_text())["weight_map"].values()
+            files = sorted({Path(folder) / name for name in names})
         except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise InputError("model", str(index), f"is no index of weights ({e})", "copy it again") from None
-    missing = [n for n in names if not (Path(folder) / n).is_file()]
-    if missing:
+            raise InputError("model", str(index), f"is no index of weights ({e!r})", "copy it again") from None
+    if missing := [f.name for f in files if not f.is_file()]:
         raise InputError(
             "model", model, f"has no {', '.join(missing)}", "name a Hugging Face model with safetensors weights"
         )
-    return [Path(folder) / n for n in names]
+    return files
 
 
 def _snapshot(model: str) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from grpo_mcore.config import config
 from grpo_mcore.config.config import InputError
@@ -92,6 +93,69 @@ def load_changed(folder: str, changed, alone, name: str, tensor: torch.Tensor | 
 def test_a_missing_extra_or_misshapen_tensor_is_named(model_folders, tmp_path, alone, name, tensor, words):
     with pytest.raises(InputError, match=f"{re.escape(name)}.*{words}"):
         load_changed(model_folders["qwen2_tied"], tmp_path / "changed", alone, name, tensor)
+
+
+NO_WEIGHTS = {
+    "nothing": b"",
+    "a pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 9\n",
+    "a web page": b"<!DOCTYPE html><html></html>",
+    "a pickle": b"PK\x03\x04" + bytes(200),
+}
+
+
+@pytest.mark.parametrize("case", [*NO_WEIGHTS, "a part of it"])
+def test_a_file_that_is_no_safetensors_is_named(model_folders, tmp_path, case):
+    shutil.copytree(model_folders["qwen2_tied"], tmp_path / "m")
+    path = tmp_path / "m/model.safetensors"
+    path.write_bytes(NO_WEIGHTS.get(case, path.read_bytes()[:-100]))
+    words = "but Git LFS's pointer to one. Remedy: run git lfs pull" if case == "a pointer" else r"\("
+    with pytest.raises(InputError, match=rf"model = '{path}': is no safetensors file {words}"):
+        hf_weights.Reader(tmp_path / "m")
+
+
+@pytest.mark.parametrize("index", ["", "{}", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'])
+def test_an_index_that_is_none_is_named(model_folders, tmp_path, index):
+    shutil.copytree(model_folders["qwen2_tied"], tmp_path / "m")
+    (tmp_path / "m" / hf_weights.INDEX).write_text(index)
+    with pytest.raises(InputError, match="model.safetensors.index.json'?: is no index of weights"):
+        hf_weights.Reader(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "words"),
+    [
+        (None, "model.norm.weight is missing"),
+        (torch.ones(127), r"tensor model.norm.weight = \(127,\): must have shape \(128,\)"),
+        (torch.ones(128).to(torch.float8_e4m3fn), "model.norm.weight is of F8_E4M3, and weights are of BF16, F32, F16"),
+        (torch.ones(128, dtype=torch.int8), "model.norm.weight is of I8"),
+    ],
+)
+def test_names_shapes_and_dtypes_are_looked_at_before_weights_are_read(model_folders, tmp_path, tensor, words):
+    folder = model_folders["qwen2_tied"]
+    shutil.copytree(folder, tmp_path / "m")
+    tensors = {k: x for k, x in load_file(f"{folder}/model.safetensors").items() if k != "model.norm.weight"}
+    save_file(tensors | ({} if tensor is None else {"model.norm.weight": tensor}), tmp_path / "m/model.safetensors")
+    with hf_weights.Reader(folder) as reader:
+        reader.check(model.load_hf_config(folder))
+    with hf_weights.Reader(tmp_path / "m") as reader, pytest.raises(InputError, match=words):
+        reader.check(model.load_hf_config(folder))
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype", None])
+def test_an_export_says_what_its_tensors_are_and_has_all_that_a_reader_needs(model_folders, tmp_path, key):
+    source = shutil.copytree(model_folders["qwen2_tied"], tmp_path / "m")
+    written = {k: v for k, v in json.loads((source / "config.json").read_text()).items() if "dtype" not in k}
+    (source / "config.json").write_text(json.dumps(written | ({key: "bfloat16"} if key else {})))
+    for name in ("additional_chat_templates/tool.jinja", ".cache/x.json"):
+        (source / name).parent.mkdir()
+        (source / name).write_text("{}")
+    tensors = load_file(source / "model.safetensors")
+    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+    hf_weights.save_folder(source / "out", iter(tensors.items()), source, shapes=shapes, dtype=torch.float32)
+    reread = AutoModelForCausalLM.from_pretrained(source / "out", dtype="auto").state_dict()
+    assert all(torch.equal(reread[name], tensor) for name, tensor in tensors.items())
+    assert (source / "out/additional_chat_templates/tool.jinja").is_file()
+    assert not (source / "out/.cache").exists() and not (source / "out/out.partial").exists()
 
 
 def test_a_tied_head_that_is_written_twice_is_accepted_only_if_equal(model_folders, tmp_path, alone):

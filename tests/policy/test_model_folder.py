@@ -180,3 +180,28 @@ def test_planning_needs_the_config_alone(hub, tmp_path):
     done = subprocess.run([sys.executable, "-c", ask, NAME], env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert {name for name, n in hub.fetched.items() if n} == {f"{NAME}/config.json"}
+
+
+def test_a_gguf_is_what_it_holds_and_not_its_name(tmp_path, monkeypatch):
+    def dequantise(gguf: Path, folder: Path) -> None:  # as much of it as its place depends on
+        folder.mkdir()
+        (folder / "config.json").write_text(gguf.read_text())
+
+    monkeypatch.setattr(model_folder, "_dequantise", dequantise)
+    monkeypatch.setattr(model_folder, "check", lambda folder, model: None)
+    for place, contents in (("a", "one"), ("b", "another")):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "m.gguf").write_text(contents)
+    folders = [model_folder.local_folder(str(tmp_path / p / "m.gguf"), tmp_path / "cache") for p in ("a", "b", "a")]
+    assert [(Path(f) / "config.json").read_text() for f in folders] == ["one", "another", "one"]
+    (tmp_path / "a/m.gguf").unlink()
+    with pytest.raises(InputError, match="there is no such file"):
+        model_folder.local_folder(str(tmp_path / "a/m.gguf"), tmp_path / "cache")
+
+
+@pytest.mark.parametrize("contents", [b"", b"GGUF", b"GGUF" + 100 * b"\xff", b"version https://git-lfs"])
+def test_a_gguf_that_cannot_be_read_is_one_line(tmp_path, contents):
+    (tmp_path / "m.gguf").write_bytes(contents)
+    with pytest.raises(InputError, match=r"m.gguf'?: cannot be read \("):
+        model_folder.local_folder(str(tmp_path / "m.gguf"), tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("m-*/config.json"))
