@@ -123,8 +123,7 @@ def read_model(cfg: config.Config) -> tuple[str, model.HFConfig]:
     hf_config = model.load_hf_config(folder)
     model.check_parallel(hf_config, cfg.parallel, cfg.precision)
     check_lengths(cfg, hf_config)
-    with hf_weights.Reader(folder) as reader:
-        reader.check(hf_config)
+    hf_weights.check(folder, hf_config)
     return folder, hf_config
 
 

@@ -14,9 +14,10 @@ from grpo_mcore.config import config
 from grpo_mcore.data import prompts
 from grpo_mcore.evaluate import scores
 from grpo_mcore.parallel import topology
-from grpo_mcore.policy import model
+from grpo_mcore.policy import hf_weights, model
 from grpo_mcore.policy.model_folder import local_folder
 from grpo_mcore.report.provenance import versions
+from grpo_mcore.reward import golds
 from grpo_mcore.reward.graded import Graded
 from grpo_mcore.reward.grader import Grader
 from grpo_mcore.reward.verifiers import VERIFIERS
@@ -147,9 +148,11 @@ def evaluate_model(cfg: config.Config, source: str | None, *, compare_with: str 
             folder = f"{scratch}/hf"
             convert.to_hf(source, folder)
         folder = local_folder(folder)
-        model.load_hf_config(folder)
+        hf_weights.check(folder, model.load_hf_config(folder))
         tokenizer = prompts.Tokenizer(folder)
         eval_prompts, num_left_out = prompts.load_evaluation(cfg, tokenizer)
+        if warning := golds.check([p.answer for p in eval_prompts], cfg.reward, "eval.data", cfg.eval.data):
+            print(warning, flush=True)
         card = protocol(cfg, eval_prompts, num_left_out, tokenizer)
         if earlier:
             check_paired(eval_prompts, earlier[0])

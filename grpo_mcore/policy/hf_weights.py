@@ -213,6 +213,24 @@ def shapes(hf_config) -> dict[str, tuple[int, ...]]:
     return {name: shape for group in groups(hf_config) for name, shape in group.items()}
 
 
+def check(folder: str | Path, hf_config) -> None:
+    """Names, shapes and dtypes of a folder's weights, without reading a tensor but a head that may be tied. Raises
+    InputError."""
+    expected = shapes(hf_config)
+    with Reader(folder) as reader:
+        reader.check_names(set(expected), tied=hf_config.tie_word_embeddings)
+        for name, shape in expected.items():
+            part = reader.where[name].get_slice(name)
+            reader.check_shape(name, tuple(part.get_shape()), shape)
+            if part.get_dtype() not in SAFETENSORS_DTYPES.values():
+                raise InputError(
+                    "model",
+                    str(folder),
+                    f"{name} is of {part.get_dtype()}, and weights are of {', '.join(SAFETENSORS_DTYPES.values())}",
+                    "name the model that it was quantised from, or convert it",
+                )
+
+
 def _opened(file: Path):
     try:
         return safe_open(file, framework="pt")
@@ -248,25 +266,10 @@ class Reader:
         """Raises InputError if the tensor has not the shape given."""
         tensor = self.where[name].get_tensor(name)
         if shape is not None:
-            self._check_shape(name, tuple(tensor.shape), shape)
+            self.check_shape(name, tuple(tensor.shape), shape)
         return tensor
 
-    def check(self, hf_config) -> None:
-        """Names, shapes and dtypes, without reading a tensor but a head that may be tied. Raises InputError."""
-        expected = shapes(hf_config)
-        self.check_names(set(expected), tied=hf_config.tie_word_embeddings)
-        for name, shape in expected.items():
-            part = self.where[name].get_slice(name)
-            self._check_shape(name, tuple(part.get_shape()), shape)
-            if part.get_dtype() not in SAFETENSORS_DTYPES.values():
-                raise InputError(
-                    "model",
-                    str(self.folder),
-                    f"{name} is of {part.get_dtype()}, and weights are of {', '.join(SAFETENSORS_DTYPES.values())}",
-                    "name the model that it was quantised from, or convert it",
-                )
-
-    def _check_shape(self, name: str, seen: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    def check_shape(self, name: str, seen: tuple[int, ...], wanted: tuple[int, ...]) -> None:
         if seen != wanted:
             raise InputError(
                 f"tensor {name}",

@@ -135,10 +135,9 @@ def test_names_shapes_and_dtypes_are_looked_at_before_weights_are_read(model_fol
     shutil.copytree(folder, tmp_path / "m")
     tensors = {k: x for k, x in load_file(f"{folder}/model.safetensors").items() if k != "model.norm.weight"}
     save_file(tensors | ({} if tensor is None else {"model.norm.weight": tensor}), tmp_path / "m/model.safetensors")
-    with hf_weights.Reader(folder) as reader:
-        reader.check(model.load_hf_config(folder))
-    with hf_weights.Reader(tmp_path / "m") as reader, pytest.raises(InputError, match=words):
-        reader.check(model.load_hf_config(folder))
+    hf_weights.check(folder, model.load_hf_config(folder))
+    with pytest.raises(InputError, match=words):
+        hf_weights.check(tmp_path / "m", model.load_hf_config(folder))
 
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype", None])
