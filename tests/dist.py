@@ -24,8 +24,8 @@ import filelock
 
 ROOT = Path(__file__).parent.parent
 OF_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-# ray.init sets it in its own process; in a child whose modules have been imported without it, Ray believes both.
-OF_RAY = ("RAY_AUTH_MODE",)
+# Set in the process that starts a Ray; in a child whose modules have been imported without them, Ray believes both.
+OF_RAY = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.preload"])

@@ -2,6 +2,7 @@
 them."""
 
 import os
+import secrets
 import tempfile
 import threading
 import time
@@ -74,6 +75,7 @@ def _start_here(cfg: config.Engine) -> None:
     """Ray gives its own start 30 s, which a busy machine may exceed: then it is tried again, within start_timeout_s.
     Raises InputError."""
     global _apart
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray writes one into the home folder
     end = time.monotonic() + cfg.start_timeout_s
     while True:
         try:

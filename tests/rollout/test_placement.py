@@ -150,6 +150,7 @@ def test_a_cluster_whose_head_is_gone_is_waited_for_no_longer_than_engines_are()
 
 
 def ray_after_a_signal_to_the_group() -> str:
+    os.environ["HOME"] = "/proc/nowhere"  # Ray needs none
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     placement.start_ray(config.Engine(num_engines=1), cuda=False, alone=False)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Ray has put its own in place
