@@ -68,7 +68,7 @@ class Data:
     problem_key: str = "problem"  # the column that holds the problem
     answer_key: str = "answer"  # the column that holds the right answer
     # a regular expression whose first group is the answer, where the column holds more, as '#### (.+)'; null: all of it
-    answer_pattern: WithGroup | None = None
+    answer_regex: WithGroup | None = None
     prompt_template: Template = "{problem}"  # the prompt: `{problem}` is replaced, every other brace is literal
     chat_template: bool = True  # wrap the prompt as the user's turn in the tokenizer's chat template
     max_prompt_tokens: PositiveInt = 1024  # longer prompts are over-long

@@ -55,8 +55,8 @@ def _check_sizes(config: Config) -> None:
         "choose a divisor",
     )
     need(
-        d.answer_pattern is None or _has_group(d.answer_pattern),
-        "data.answer_pattern",
+        d.answer_regex is None or _has_group(d.answer_regex),
+        "data.answer_regex",
         "must be a regular expression with a group, which is the answer",
         "mend it, as '#### (.+)'",
     )

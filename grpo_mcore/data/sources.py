@@ -124,13 +124,13 @@ def _of_data_set(source: str, name: str) -> Iterator[tuple[str, object]]:
 def _row(row: object, data: config.Data, place: str) -> tuple[str, str]:
     problem = _cell(row, data.problem_key, "data.problem_key", place)
     answer = _cell(row, data.answer_key, "data.answer_key", place)
-    if data.answer_pattern is not None:
-        found = re.search(data.answer_pattern, answer)
+    if data.answer_regex is not None:
+        found = re.search(data.answer_regex, answer)
         if not found or not found[1].strip():
             raise InputError(
                 place,
                 answer[-80:],
-                f"its {data.answer_key!r} does not match data.answer_pattern = {data.answer_pattern!r}",
+                f"its {data.answer_key!r} does not match data.answer_regex = {data.answer_regex!r}",
                 "mend the pattern, or remove the row",
             )
         answer = found[1].strip()

@@ -39,7 +39,7 @@ def check(answers: Sequence[str], cfg: config.Reward, name: str, source: str) ->
         f"{', '.join(repr(a[-EXAMPLE_CHARS:]) for a in never[:NUM_EXAMPLES])}"
     )
     marks = [pattern for mark, pattern in (MARKS | BOX).items() if sum(mark in a for a in never) > len(looked) / 2]
-    remedy = f"set data.answer_pattern='{marks[0]}', or name another column" if marks else "name another column"
+    remedy = f"set data.answer_regex='{marks[0]}', or name another column" if marks else "name another column"
     if len(never) == len(looked):
         raise InputError(name, source, words, f"{remedy} (data.answer_key)")
     return f"warning: {name}: {words}. Remedy: {remedy} (data.answer_key), or mend or remove these rows"

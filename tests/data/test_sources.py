@@ -110,10 +110,10 @@ def test_a_decimal_number_of_parquet_is_as_it_is_written(tmp_path):
 
 def test_the_answer_may_be_a_part_of_its_column(tmp_path):
     source = jsonl(tmp_path / "d.jsonl", {"problem": "1+2", "answer": "1+2 is 3.\n#### 3 \n"})
-    data = config.Data(train="", answer_pattern="#### (.+)")
+    data = config.Data(train="", answer_regex="#### (.+)")
     assert read_rows(source, data, "data.train") == [("1+2", "3")]
     source = jsonl(tmp_path / "d.jsonl", {"problem": "1+2", "answer": "####  "})
-    with pytest.raises(InputError, match="line 1 = '####  ': its 'answer' does not match data.answer_pattern"):
+    with pytest.raises(InputError, match="line 1 = '####  ': its 'answer' does not match data.answer_regex"):
         read_rows(source, data, "data.train")
 
 

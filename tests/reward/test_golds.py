@@ -29,7 +29,7 @@ def test_whole_solutions_are_refused_with_the_pattern_that_finds_their_answers(v
     with pytest.raises(InputError) as e:
         said(SOLUTIONS, verifier=verifier)
     assert f"8 of 8 answers can never be right, by reward.verifier={verifier}: " in str(e.value)
-    assert r"#### 2'" in str(e.value) and r"Remedy: set data.answer_pattern='####\s*(.+)'" in str(e.value)
+    assert r"#### 2'" in str(e.value) and r"Remedy: set data.answer_regex='####\s*(.+)'" in str(e.value)
 
 
 @pytest.mark.parametrize("verifier", VERIFIERS)
