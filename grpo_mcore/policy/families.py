@@ -3,7 +3,6 @@ has no effect on it, and what must have the one value that is computed. A field 
 it says what the family's config says by default: a model that computes something else is not silently trained.
 """
 
-import json
 from pathlib import Path
 
 from grpo_mcore.config.config import InputError
@@ -54,7 +53,7 @@ FULL = "full_attention"
 
 def check(hf_config, folder: str | Path) -> None:
     """Of the folder's config.json, as read by transformers. Raises InputError, which names field and value."""
-    written = json.loads((Path(folder) / "config.json").read_text())
+    written, _ = type(hf_config).get_config_dict(folder)  # `folder` may be the file itself
     default = type(hf_config)()
     for field in dict.fromkeys([*MUST_BE, *written]):
         value = getattr(hf_config, field, written.get(field))

@@ -60,14 +60,19 @@ def test_hostile_answers_end_within_their_limits_and_never_crash_the_grader(name
 @pytest.mark.parametrize("name", VERIFIERS)
 def test_what_runs_in_the_graders_own_process_is_fast_whatever_the_answer(name):
     verifier = VERIFIERS[name]
-    for text in HOSTILE_RESPONSES + [boxed(answer) for answer in HOSTILE]:
+
+    def seconds(text: str) -> float:
         began = time.thread_time()
         answer = verifier.extract(text)
         if answer is not None:
             verifier.compare_text(answer, "5.5")
             verifier.compare_text(answer, answer[::-1])
             verifier.normalise(answer)
-        assert time.thread_time() - began < 1.0, text[:80]
+        return time.thread_time() - began
+
+    for text in HOSTILE_RESPONSES + [boxed(answer) for answer in HOSTILE]:
+        # A collection of all that earlier tests have left counts as this thread's: not every time.
+        assert any(seconds(text) < 1.0 for _ in range(3)), text[:80]
 
 
 @pytest.mark.parametrize(
