@@ -3,8 +3,10 @@
 import hashlib
 import json
 import random
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from transformers import AutoTokenizer
@@ -20,7 +22,7 @@ class Tokenizer:
 
     def __init__(self, folder: str):
         """Raises InputError if it cannot be read, and for ids that the model does not have."""
-        self._vocab_size: int = json.loads((Path(folder) / "config.json").read_text())["vocab_size"]
+        self._vocab_size: int = _read(Path(folder) / "config.json").get("vocab_size", sys.maxsize)
         ids: set[int] = set()
         for name in ("config.json", "generation_config.json"):
             path = Path(folder) / name
@@ -47,7 +49,7 @@ class Tokenizer:
         self.stop_token_ids = sorted(ids)
 
     def _stop_ids(self, path: Path) -> list[int]:
-        value = json.loads(path.read_text()).get("eos_token_id")
+        value = _read(path).get("eos_token_id")
         values = value if isinstance(value, list) else [] if value is None else [value]
         if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in values):
             raise InputError("model", str(path), f"eos_token_id is {value!r}, and no token's id", "write ids")
@@ -57,27 +59,31 @@ class Tokenizer:
         """`place` names the prompt, for errors. Raises InputError for what no engine can go on from."""
         text = data.prompt_template.replace("{problem}", problem)
         token_ids = self._encode(text, data, place)
-        bos = self._tokenizer.bos_token_id
-        problem_with, remedy = "", ""
-        if not token_ids:
-            problem_with, remedy = (
-                "has no token",
-                "mend the row, or the tokenizer, whose vocabulary lacks its characters",
-            )
-        elif max(token_ids) >= self._vocab_size:
-            problem_with = (
-                f"has token {max(token_ids)}, and the model has {self._vocab_size} (vocab_size in config.json)"
-            )
-            remedy = "mend the row or data.prompt_template, or name the tokenizer that the model was trained with"
-        elif token_ids[-1] in self.stop_token_ids:
-            problem_with = f"ends with token {token_ids[-1]}, which ends a text: there would be nothing to answer"
-            remedy = "set add_eos_token to false in tokenizer_config.json, or mend the chat template"
-        elif bos is not None and bos not in self.stop_token_ids and token_ids[:2] == (bos, bos):
-            problem_with = f"begins with two tokens {bos}, which begins a text"
-            remedy = "take it out of data.prompt_template, which the tokenizer puts it before"
-        if problem_with:
-            raise InputError(place, text, problem_with, remedy)
+        if found := self._problem_with(token_ids):
+            raise InputError(place, text, *found)
         return token_ids
+
+    def _problem_with(self, token_ids: Sequence[int]) -> tuple[str, str] | None:
+        """(what is wrong with a prompt's tokens, remedy)"""
+        bos = self._tokenizer.bos_token_id
+        if not token_ids:
+            return "has no token", "mend the row, or the tokenizer, whose vocabulary lacks its characters"
+        if max(token_ids) >= self._vocab_size:
+            return (
+                f"has token {max(token_ids)}, and the model has {self._vocab_size} (vocab_size in config.json)",
+                "mend the row or data.prompt_template, or name the tokenizer that the model was trained with",
+            )
+        if token_ids[-1] in self.stop_token_ids:
+            return (
+                f"ends with token {token_ids[-1]}, which ends a text: there would be nothing to answer",
+                "set add_eos_token to false in tokenizer_config.json, or mend the chat template",
+            )
+        if bos is not None and bos not in self.stop_token_ids and token_ids[:2] == (bos, bos):
+            return (
+                f"begins with two tokens {bos}, which begins a text",
+                "take it out of data.prompt_template, which the tokenizer puts it before",
+            )
+        return None
 
     def _encode(self, text: str, data: config.Data, place: str) -> tuple[int, ...]:
         if not data.chat_template:
@@ -107,6 +113,17 @@ class Tokenizer:
         kept = [t for t in token_ids if t not in self.stop_token_ids]
         text: str = self._tokenizer.decode(kept, skip_special_tokens=False)
         return text
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON file of a model's folder. Raises InputError."""
+    try:
+        tree = json.loads(path.read_text())
+    except ValueError as e:
+        raise InputError("model", str(path), f"is not valid JSON ({e})", "copy it again") from None
+    if not isinstance(tree, dict):
+        raise InputError("model", str(path), "is no JSON object", "copy it again")
+    return tree
 
 
 def load(

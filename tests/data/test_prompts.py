@@ -163,6 +163,13 @@ def test_a_tokenizer_that_is_broken_is_said(folder, tmp_path, contents):
         prompts.Tokenizer(str(tmp_path))
 
 
+@pytest.mark.parametrize("contents", ["", "{", "[]", "\xff"])
+def test_a_generation_config_that_is_broken_is_named(folder, tmp_path, contents):
+    (edited(folder, tmp_path, "config.json") / "generation_config.json").write_text(contents, "latin1")
+    with pytest.raises(InputError, match="generation_config.json'?: is n"):
+        prompts.Tokenizer(str(tmp_path))
+
+
 def test_a_prompt_with_a_token_that_the_model_lacks_is_named(folder, tmp_path):
     (z,) = prompts.Tokenizer(str(folder)).encode_plain("z")
     (tmp_path / "model").mkdir()
