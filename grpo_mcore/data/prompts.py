@@ -138,6 +138,11 @@ def load(
         too_long += masked
         if not masked or overlong == "mask":
             prompts.append(Prompt(i, problem, answer, token_ids[: data.max_prompt_tokens], masked))
+    if len({p.token_ids for p in prompts}) == 1 < len({p.problem for p in prompts}):
+        field = "data.chat_template" if data.chat_template else "data.max_prompt_tokens"
+        raise InputError(
+            field, getattr(data, field[5:]), "makes the same tokens of every problem", "see that the problem is in them"
+        )
     if all(p.masked for p in prompts):
         raise InputError(
             name,

@@ -109,12 +109,12 @@ def _of_data_set(source: str, name: str) -> Iterator[tuple[str, object]]:
         try:
             rows: Iterable[object] = load_dataset(hub_name, split=split)
             return rows
-        except DatasetGenerationError as e:
-            raise InputError(name, source, f"cannot be read as rows ({e.__cause__ or e})", AS_FILE) from None
-        except ValueError as e:
-            why = " ".join(str(e).split())
+        except Exception as e:  # a folder of other things is said by any class
+            why = " ".join(str(e.__cause__ or e).split())
             if any(words in why for words in NOT_ONE_SPLIT):
                 raise InputError(name, source, f"has no one data set of a split {split!r} ({why})", AS_FILE) from None
+            if Path(source).exists() or isinstance(e, DatasetGenerationError):
+                raise InputError(name, source, f"cannot be read as rows ({type(e).__name__}: {why})", AS_FILE) from None
             raise
 
     for i, row in enumerate(hub.ask(name, source, KINDS, load, errors=(DatasetsError,))):

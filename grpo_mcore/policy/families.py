@@ -18,12 +18,13 @@ USED = """
 
 # Names, versions and settings of other programs; what only generation, or training with dropout, would look at.
 WITHOUT_EFFECT = """
-    architectures dtype torch_dtype transformers_version name_or_path tokenizer_class use_cache initializer_range
-    bos_token_id pad_token_id sep_token_id decoder_start_token_id attn_implementation pretraining_tp is_llama_config
-    transformers.js_config unsloth_version unsloth_fixed attention_dropout hidden_dropout embd_pdrop resid_pdrop
-    sliding_window max_window_layers output_attentions output_hidden_states output_scores return_dict
-    return_dict_in_generate torchscript chunk_size_feed_forward id2label label2id problem_type finetuning_task
-    task_specific_params do_sample temperature top_k top_p typical_p min_length max_length num_beams num_beam_groups
+    architectures dtype torch_dtype transformers_version name_or_path tokenizer_class use_cache
+    initializer_range bos_token_id pad_token_id sep_token_id unk_token_id cls_token_id mask_token_id
+    decoder_start_token_id attn_implementation pretraining_tp is_llama_config transformers.js_config
+    unsloth_version unsloth_fixed attention_dropout hidden_dropout embd_pdrop resid_pdrop sliding_window
+    max_window_layers output_attentions output_hidden_states output_scores return_dict return_dict_in_generate
+    torchscript chunk_size_feed_forward id2label label2id problem_type finetuning_task task_specific_params
+    do_sample temperature top_k top_p typical_p min_length max_length num_beams num_beam_groups
     num_return_sequences early_stopping length_penalty repetition_penalty diversity_penalty no_repeat_ngram_size
     encoder_no_repeat_ngram_size bad_words_ids suppress_tokens begin_suppress_tokens forced_bos_token_id
     forced_eos_token_id exponential_decay_length_penalty remove_invalid_values prefix

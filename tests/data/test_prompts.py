@@ -233,6 +233,13 @@ def test_a_chat_template_that_raises_is_said_with_the_prompt(folder, tmp_path, t
         prompts.Tokenizer(str(tmp_path)).encode("1+2", config.Data(train=""), "prompt 7")
 
 
+def test_a_chat_template_that_leaves_the_problem_out_is_refused(folder, tmp_path):
+    (edited(folder, tmp_path, "config.json") / "chat_template.jinja").write_text("answer this:")
+    source = jsonl(tmp_path / "d.jsonl", *({"problem": f"{n}+{n}", "answer": "1"} for n in range(3)))
+    with pytest.raises(InputError, match="data.chat_template = True: makes the same tokens of every problem"):
+        prompts.load(source, config.Data(train=""), prompts.Tokenizer(str(tmp_path)), "data.train")
+
+
 PROMPTS = [Prompt(i, "", "", (i,)) for i in range(7)]
 
 

@@ -82,6 +82,7 @@ PUBLISHED = {
     "SmolLM2-135M-Instruct": {k: v for k, v in LLAMA.items() if k not in ("rope_scaling", "head_dim")}
     | {"is_llama_config": True, "rope_interleaved": False, "rope_scaling": None, "hidden_size": 576}
     | {"num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "eos_token_id": 2, "pad_token_id": 2}
+    | {"unk_token_id": 0}  # as transformers writes it, from a GGUF
     | {"transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}}},
 }
 
