@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import TypeVar
 
 from huggingface_hub.errors import HTTPError
@@ -11,7 +12,18 @@ from grpo_mcore.config.config import InputError
 
 TIMEOUT_S = 3600.0  # to fetch all of one model or data set, or to wait for the process that does
 
+POINTER = b"version https://git-lfs"  # what a clone without Git LFS has in the place of a large file
+
 Result = TypeVar("Result")
+
+
+def refuse_pointer(name: str, file: Path) -> None:
+    """`name` is the configuration's field. Raises InputError, and OSError if the file cannot be read."""
+    with file.open("rb") as f:
+        if f.read(len(POINTER)) == POINTER:
+            raise InputError(
+                name, str(file), "is Git LFS's pointer to a file, and not the file", "run git lfs pull in its folder"
+            )
 
 
 def ask(

@@ -75,7 +75,7 @@ class Checks:
         return f"stops at tokens {', '.join(map(str, self.tokenizer.stop_token_ids))}"
 
     def _rows(self) -> str:
-        return ", ".join(f"{number} of {name}" for name, number in run.count_rows(self.cfg).items())
+        return ", ".join(f"{len(rows)} of {name}" for name, rows in run.read_rows(self.cfg).items())
 
     def _train(self) -> str:
         self.train_prompts, num_overlong = run.read_train_prompts(self.cfg, self.tokenizer)
@@ -90,7 +90,7 @@ class Checks:
 
     def _answers(self) -> str:
         each = (("data.train", self.train_prompts), ("eval.data", self.eval_prompts))
-        warnings = [run.check_answers(self.cfg, name, of) for name, of in each]
+        warnings = [run.check_answers(self.cfg, name, [p.answer for p in of]) for name, of in each]
         return "; ".join(filter(None, warnings)) or f"each can be right, by {self.cfg.reward.verifier}"
 
     def _as_before(self) -> str:
