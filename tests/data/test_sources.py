@@ -3,6 +3,8 @@
 Not covered here: the real hub, the arithmetic tasks (test_arithmetic.py).
 """
 
+import copy
+import csv
 import datetime
 import decimal
 import gzip
@@ -349,21 +351,48 @@ SHAPES = [
     ["2"],
     {},
     {"problem": "x"},
+    [{"role": "user", "content": "1+2"}],
+    {"a": [{"b": [[]]}]},
     "é" * 99,
+]
+COLUMNS = [  # of parquet, of types that JSON has not
+    pyarrow.array([b"3", b"\xff"]),
+    pyarrow.array([datetime.date(2024, 1, 1), None]),
+    pyarrow.array([2**50, 0], pyarrow.timestamp("ms")),  # beyond the years that Python knows
+    pyarrow.array([1, 2], pyarrow.timestamp("us", tz="Nowhere/Here")),
+    pyarrow.array([1, None], pyarrow.duration("us")),
+    pyarrow.array([decimal.Decimal("1.50"), None]),
+    pyarrow.array([[("a", 1), ("a", 2)], None], pyarrow.map_(pyarrow.string(), pyarrow.int32())),
+    pyarrow.array(["3", "4"]).dictionary_encode(),
+    pyarrow.array([None, None]),
+    pyarrow.array([1.5, float("nan")], pyarrow.float16()),
 ]
 
 
 def mutated(rng: random.Random, folder: Path) -> Path:
-    """A file of five rows of which something is wrong, or not."""
+    """A file of five rows of which something is wrong, or not; a CSV's folder."""
     rows: list = [{"problem": f"{n}+{n}", "answer": str(2 * n), "level": n} for n in range(5)]
     for _ in range(rng.randrange(3)):
         row = rng.choice(rows)
         if isinstance(row, dict) and rng.random() < 0.8:
-            row[rng.choice(["problem", "answer", "level", "other"])] = rng.choice(SHAPES)
+            row[rng.choice(["problem", "answer", "level", "other"])] = copy.deepcopy(rng.choice(SHAPES))
         else:
-            rows[rows.index(row)] = rng.choice(SHAPES)
-    path = folder / f"d{rng.choice(['.jsonl', '.json', '.parquet'])}"
-    if path.suffix == ".parquet":
+            rows[rows.index(row)] = copy.deepcopy(rng.choice(SHAPES))
+    path = folder / rng.choice(["d.jsonl", "d.json", "d.parquet", f"{rng.getrandbits(40)}/train.csv"])
+    if path.suffix == ".csv":
+        path.parent.mkdir()
+        with path.open("w", errors="surrogatepass") as f:
+            writer = csv.writer(f)
+            writer.writerows(
+                [("problem", "answer"), *(row.values() if isinstance(row, dict) else [row] for row in rows)]
+            )
+    elif path.suffix == ".parquet" and rng.random() < 0.3:
+        columns = [pyarrow.array(["1+2", "2+2"]), pyarrow.array(["3", "4"]), rng.choice(COLUMNS)]
+        rng.shuffle(columns)
+        pyarrow.parquet.write_table(
+            pyarrow.table(dict(zip(("problem", "answer", "other"), columns, strict=True))), path
+        )
+    elif path.suffix == ".parquet":
         good = [row for row in rows if isinstance(row, dict)]
         columns = {key: [row.get(key) for row in good] for key in ("problem", "answer", "level")}
         try:
@@ -388,11 +417,15 @@ def mutated(rng: random.Random, folder: Path) -> Path:
     if rng.random() < 0.1:
         raw = bytearray(bytes(raw).decode("latin1").encode(rng.choice(["utf-16", "utf-32", "utf-8-sig", "utf-8"])))
     path.write_bytes(raw)
-    return path
+    return path.parent if path.suffix == ".csv" else path
 
 
 def read_mutated(folder: str, model: str, seeds: range) -> tuple[list[str], int]:
     """(what was raised that is no InputError, how many were read)"""
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.config.HF_DATASETS_CACHE = f"{folder}/cache"
     tokenizer, wrong, num_read = prompts.Tokenizer(model), [], 0
     for seed in seeds:
         path = mutated(random.Random(seed), Path(folder))
