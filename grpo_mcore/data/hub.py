@@ -26,22 +26,13 @@ def refuse_pointer(name: str, file: Path) -> None:
             )
 
 
-def ask(
-    name: str,
-    value: str,
-    kinds: str,
-    work: Callable[[], Result],
-    *,
-    timeout_s: float = TIMEOUT_S,
-    errors: tuple[type[Exception], ...] = (),
-) -> Result:
+def ask(name: str, value: str, kinds: str, work: Callable[[], Result], *, timeout_s: float = TIMEOUT_S) -> Result:
     """work(), which reads what `value` names from the hub or its cache. For errors: `name` is the configuration's
-    field, `kinds` what the value may be, and `errors` are more of those that work raises. Raises InputError.
+    field, `kinds` what the value may be. Raises InputError.
 
     In a thread that the process does not wait for when it ends: a hub that never answers cannot hold it.
     """
     result: Future[Result] = Future()
-    of_the_hub: tuple[type[Exception], ...] = (OSError, ValueError, HTTPError, *errors)
 
     def answer() -> None:
         try:
@@ -52,7 +43,7 @@ def ask(
     threading.Thread(target=answer, daemon=True).start()
     try:
         return result.result(timeout_s)
-    except of_the_hub as e:
+    except (OSError, ValueError, HTTPError) as e:
         if isinstance(e, TimeoutError) and not result.done():
             raise InputError(
                 name,

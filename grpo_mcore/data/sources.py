@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from huggingface_hub.errors import HFValidationError, HTTPError
+
 from grpo_mcore.config import config
 from grpo_mcore.config.config import InputError
 from grpo_mcore.data import arithmetic, hub
@@ -117,7 +119,6 @@ def _of_parquet(source: str, name: str) -> Iterator[tuple[str, object]]:
 
 def _of_data_set(source: str, name: str) -> Iterator[tuple[str, object]]:
     from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError, DatasetsError
 
     hub_name, split = PUBLISHED.get(source, (source, "train"))
 
@@ -130,11 +131,11 @@ def _of_data_set(source: str, name: str) -> Iterator[tuple[str, object]]:
             why = " ".join(str(e.__cause__ or e).split())
             if any(words in why for words in NOT_ONE_SPLIT):
                 raise InputError(name, source, f"has no one data set of a split {split!r} ({why})", AS_FILE) from None
-            if Path(source).exists() or isinstance(e, DatasetGenerationError):
+            if Path(source).exists() or not isinstance(e, (OSError, HTTPError, HFValidationError)):  # it is there
                 raise InputError(name, source, f"cannot be read as rows ({type(e).__name__}: {why})", AS_FILE) from None
             raise
 
-    for i, row in enumerate(hub.ask(name, source, KINDS, load, errors=(DatasetsError,))):
+    for i, row in enumerate(hub.ask(name, source, KINDS, load)):
         yield f"row {i}", row
 
 

@@ -294,14 +294,24 @@ def test_a_data_set_of_the_hub_gives_its_rows_and_what_is_wrong_with_one_is_said
     for path, row in sets.items():
         (tmp_path / "hub/datasets" / path).parent.mkdir(parents=True)
         (tmp_path / "hub/datasets" / path).write_text(json.dumps([row]))
-    (tmp_path / "hub/datasets/owner/broken").mkdir()
+    for path in ("broken", "scripted"):
+        (tmp_path / "hub/datasets/owner" / path).mkdir()
+    (tmp_path / "hub/datasets/owner/scripted/scripted.py").write_text("print(1)")
     (tmp_path / "hub/datasets/owner/broken/train.json").write_text('[{"problem": "1+2", ')
     several = tmp_path / "several"
     (several / "a").mkdir(parents=True)
     (several / "a/train.json").write_text(json.dumps([GOOD]))
     configs = "".join(f"- config_name: {c}\n  data_files: a/train.json\n" for c in ("main", "socratic"))
     (several / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
-    names = ["owner/good", "owner/unsplit", "owner/columns", "owner/broken", "owner/absent", str(several)]
+    names = [
+        "owner/good",
+        "owner/unsplit",
+        "owner/columns",
+        "owner/broken",
+        "owner/absent",
+        str(several),
+        "owner/scripted",
+    ]
     with Hub(tmp_path / "hub").serve() as hub:
         done = subprocess.run(
             [sys.executable, "-c", READ, *names],
@@ -311,13 +321,14 @@ def test_a_data_set_of_the_hub_gives_its_rows_and_what_is_wrong_with_one_is_said
             timeout=120,
         )
     assert done.returncode == 0, done.stderr
-    good, unsplit, columns, broken, absent, of_several = done.stdout.splitlines()
+    good, unsplit, columns, broken, absent, of_several, scripted = done.stdout.splitlines()
     assert json.loads(good) == [["1+2", "3"]]
     assert columns.startswith("data.train: owner/columns, row 0 = {'a': 1}: has no column 'problem'. Remedy: set")
     for name, line, words in (
         ("owner/unsplit", unsplit, "has no one data set of a split 'train' (Unknown split \"train\""),
         (several, of_several, "has no one data set of a split 'train' (Config name is missing."),
         ("owner/broken", broken, "cannot be read as rows ("),
+        ("owner/scripted", scripted, "cannot be read as rows (RuntimeError: Dataset scripts are no longer supported"),
         ("owner/absent", absent, "is neither a .jsonl, .json or .parquet file nor a data set that can be reached ("),
     ):
         assert line.startswith(f"data.train = '{name}': {words}") and "Remedy: " in line
