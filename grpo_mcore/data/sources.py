@@ -5,7 +5,7 @@ import decimal
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from huggingface_hub.errors import HFValidationError, HTTPError
@@ -122,21 +122,30 @@ def _of_data_set(source: str, name: str) -> Iterator[tuple[str, object]]:
 
     hub_name, split = PUBLISHED.get(source, (source, "train"))
 
-    def load() -> list[object]:
+    def load() -> Iterable[object]:
         try:
-            return list(load_dataset(hub_name, split=split))
+            rows: Iterable[object] = load_dataset(hub_name, split=split)
+            return rows
         except Exception as e:  # a folder of other things is said by any class
-            for file in filter(Path.is_file, Path(source).rglob("*")):
-                hub.refuse_pointer(name, file)
-            why = " ".join(str(e.__cause__ or e).split())
-            if any(words in why for words in NOT_ONE_SPLIT):
-                raise InputError(name, source, f"has no one data set of a split {split!r} ({why})", AS_FILE) from None
-            if Path(source).exists() or not isinstance(e, (OSError, HTTPError, HFValidationError)):  # it is there
-                raise InputError(name, source, f"cannot be read as rows ({type(e).__name__}: {why})", AS_FILE) from None
-            raise
+            if isinstance(e, (OSError, HTTPError, HFValidationError)) and not Path(source).exists():
+                raise  # it is not there
+            raise _unreadable(e, source, name, split) from None
 
-    for i, row in enumerate(hub.ask(name, source, KINDS, load)):
-        yield f"row {i}", row
+    rows = hub.ask(name, source, KINDS, load)
+    try:
+        yield from ((f"row {i}", row) for i, row in enumerate(rows))
+    except Exception as e:  # a text that is none, a picture without its reader
+        raise _unreadable(e, source, name, split) from None
+
+
+def _unreadable(e: Exception, source: str, name: str, split: str) -> InputError:
+    """What is said of a data set that is there. Raises InputError for a pointer in its folder."""
+    for file in filter(Path.is_file, Path(source).rglob("*")):
+        hub.refuse_pointer(name, file)
+    why = " ".join(str(e.__cause__ or e).split())
+    if any(words in why for words in NOT_ONE_SPLIT):
+        return InputError(name, source, f"has no one data set of a split {split!r} ({why})", AS_FILE)
+    return InputError(name, source, f"cannot be read as rows ({type(e).__name__}: {why})", AS_FILE)
 
 
 def _row(row: object, data: config.Data, place: str) -> tuple[str, str]:
