@@ -268,7 +268,8 @@ def make_model(cfg: config.Config) -> None:
     if topology.rank() != 0:
         topology.wait_for_file(Path(cfg.model) / "config.json", cfg.collective_timeout_s)
         return
-    check_rows(cfg)  # what is wrong with them should not wait for the warm start
+    if not warm_start.is_made(cfg):
+        check_rows(cfg)  # what is wrong with them should not wait for it
     warm_start.ensure(cfg)
 
 

@@ -6,13 +6,15 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HFValidationError, HTTPError
 
 from grpo_mcore.config.config import InputError
 
 TIMEOUT_S = 3600.0  # to fetch all of one model or data set, or to wait for the process that does
 
 POINTER = b"version https://git-lfs"  # what a clone without Git LFS has in the place of a large file
+
+NOT_THERE = (OSError, HTTPError, HFValidationError)  # what the hub's clients raise of what they cannot reach
 
 Result = TypeVar("Result")
 

@@ -8,8 +8,6 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from huggingface_hub.errors import HFValidationError, HTTPError
-
 from grpo_mcore.config import config
 from grpo_mcore.config.config import InputError
 from grpo_mcore.data import arithmetic, hub
@@ -127,7 +125,7 @@ def _of_data_set(source: str, name: str) -> Iterator[tuple[str, object]]:
             rows: Iterable[object] = load_dataset(hub_name, split=split)
             return rows
         except Exception as e:  # a folder of other things is said by any class
-            if isinstance(e, (OSError, HTTPError, HFValidationError)) and not Path(source).exists():
+            if isinstance(e, hub.NOT_THERE) and not Path(source).exists():
                 raise  # it is not there
             raise _unreadable(e, source, name, split) from None
 
