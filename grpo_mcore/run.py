@@ -109,7 +109,7 @@ def read_inputs(cfg: config.Config) -> Inputs:
     eval_prompts, num_left_out = prompts.load_evaluation(cfg, tokenizer) if cfg.eval.data else ([], 0)
     if topology.rank() == 0:
         for name, each in (("data.train", train_prompts), ("eval.data", eval_prompts)):
-            if warning := check_answers(cfg, name, each):
+            if warning := check_answers(cfg, name, [p.answer for p in each]):
                 print(warning, flush=True)
     device = topology.pick_device(cfg.device)
     rules.check_device(cfg, device.type)
@@ -133,10 +133,10 @@ def read_train_prompts(cfg: config.Config, tokenizer: prompts.Tokenizer) -> tupl
     return prompts.load(cfg.data.train, cfg.data, tokenizer, "data.train", overlong=overlong)
 
 
-def check_answers(cfg: config.Config, name: str, of_prompts: Sequence[Prompt]) -> str | None:
+def check_answers(cfg: config.Config, name: str, answers: Sequence[str]) -> str | None:
     """What to say of the right answers, if some can never be given. Raises InputError if none can."""
     source = cfg.data.train if name == "data.train" else cfg.eval.data
-    return golds.check([p.answer for p in of_prompts], cfg.reward, name, str(source))
+    return golds.check(answers, cfg.reward, name, str(source))
 
 
 @contextlib.contextmanager
@@ -268,14 +268,22 @@ def make_model(cfg: config.Config) -> None:
     if topology.rank() != 0:
         topology.wait_for_file(Path(cfg.model) / "config.json", cfg.collective_timeout_s)
         return
-    count_rows(cfg)  # what is wrong with them should not wait for the warm start
+    if not warm_start.is_made(cfg):
+        check_rows(cfg)  # what is wrong with them should not wait for it
     warm_start.ensure(cfg)
 
 
-def count_rows(cfg: config.Config) -> dict[str, int]:
-    """Of each data set, by its key. Raises InputError for a row that cannot be used."""
+def check_rows(cfg: config.Config) -> None:
+    """Before there is a tokenizer. Raises InputError for a row that cannot be used, and for answers of which none can
+    be right."""
+    for name, rows in read_rows(cfg).items():
+        check_answers(cfg, name, [answer for _, answer in rows])
+
+
+def read_rows(cfg: config.Config) -> dict[str, list[tuple[str, str]]]:
+    """(problem, answer) of each data set, by its key. Raises InputError for a row that cannot be used."""
     given = {"data.train": cfg.data.train, "eval.data": cfg.eval.data}
-    return {name: len(sources.read_rows(source, cfg.data, name)) for name, source in given.items() if source}
+    return {name: sources.read_rows(source, cfg.data, name) for name, source in given.items() if source}
 
 
 # Where a run ends.

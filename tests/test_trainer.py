@@ -274,6 +274,10 @@ BAD_INPUT = {
         ["data.train=nowhere.jsonl", "model=not_made_yet", "warm_start.task=two_digit_sums"],
         "there is no such file",
     ),
+    "answers that none can give, before the warm start": (
+        ["data.train=solutions.jsonl", "model=not_made_yet", "warm_start.task=two_digit_sums"],
+        "1 of 1 answers can never be right",
+    ),
     "a model that another warm start made": (["warm_start.task=two_digit_sums"], "was not made by this warm_start"),
     "a row without an answer": (["data.train=rows.jsonl"], "line 2"),
     "sequences longer than the model's": (
@@ -287,6 +291,7 @@ BAD_INPUT = {
 @pytest.mark.parametrize("case", BAD_INPUT)
 def test_bad_input_is_one_line_with_a_remedy(untaught, case):
     (untaught.parent / "rows.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n{"problem": "1+2"}\n')
+    (untaught.parent / "solutions.jsonl").write_text('{"problem": "1+1", "answer": "#### 2"}\n')
     overrides, words = BAD_INPUT[case]
     out = train(untaught, *overrides, code=2, timeout_s=60)
     lines = [line for line in out.splitlines() if "arn" not in line]

@@ -49,7 +49,8 @@ class InputError(Exception):
 
     def __init__(self, name: str, value: object, constraint: str, remedy: str):
         line = f"{_short(name)} = {_short(repr(value))}: {_short(constraint)}. Remedy: {remedy}."
-        super().__init__(" ".join(line.splitlines()))
+        # A path may hold bytes that no console takes.
+        super().__init__(" ".join(line.splitlines()).encode("utf-8", "backslashreplace").decode())
 
 
 def _short(text: str) -> str:

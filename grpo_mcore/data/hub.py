@@ -3,33 +3,38 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HFValidationError, HTTPError
 
 from grpo_mcore.config.config import InputError
 
 TIMEOUT_S = 3600.0  # to fetch all of one model or data set, or to wait for the process that does
 
+POINTER = b"version https://git-lfs"  # what a clone without Git LFS has in the place of a large file
+
+NOT_THERE = (OSError, HTTPError, HFValidationError)  # what the hub's clients raise of what they cannot reach
+
 Result = TypeVar("Result")
 
 
-def ask(
-    name: str,
-    value: str,
-    kinds: str,
-    work: Callable[[], Result],
-    *,
-    timeout_s: float = TIMEOUT_S,
-    errors: tuple[type[Exception], ...] = (),
-) -> Result:
+def refuse_pointer(name: str, file: Path) -> None:
+    """`name` is the configuration's field. Raises InputError, and OSError if the file cannot be read."""
+    with file.open("rb") as f:
+        if f.read(len(POINTER)) == POINTER:
+            raise InputError(
+                name, str(file), "is Git LFS's pointer to a file, and not the file", "run git lfs pull in its folder"
+            )
+
+
+def ask(name: str, value: str, kinds: str, work: Callable[[], Result], *, timeout_s: float = TIMEOUT_S) -> Result:
     """work(), which reads what `value` names from the hub or its cache. For errors: `name` is the configuration's
-    field, `kinds` what the value may be, and `errors` are more of those that work raises. Raises InputError.
+    field, `kinds` what the value may be. Raises InputError.
 
     In a thread that the process does not wait for when it ends: a hub that never answers cannot hold it.
     """
     result: Future[Result] = Future()
-    of_the_hub: tuple[type[Exception], ...] = (OSError, ValueError, HTTPError, *errors)
 
     def answer() -> None:
         try:
@@ -40,7 +45,7 @@ def ask(
     threading.Thread(target=answer, daemon=True).start()
     try:
         return result.result(timeout_s)
-    except of_the_hub as e:
+    except (OSError, ValueError, HTTPError) as e:
         if isinstance(e, TimeoutError) and not result.done():
             raise InputError(
                 name,

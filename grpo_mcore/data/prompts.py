@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from transformers import AutoTokenizer
 
 from grpo_mcore.config import config
@@ -45,6 +44,13 @@ class Tokenizer:
                 folder,
                 f"ends texts by token {beyond[0]}, and has {self._vocab_size} (vocab_size in config.json)",
                 "mend eos_token_id or the tokenizer: they are another model's",
+            )
+        if not ids:
+            raise InputError(
+                "model",
+                folder,
+                "names no token that ends a text: no response would end",
+                "write eos_token into tokenizer_config.json, or eos_token_id into generation_config.json",
             )
         self.stop_token_ids = sorted(ids)
 
@@ -87,7 +93,10 @@ class Tokenizer:
 
     def _encode(self, text: str, data: config.Data, place: str) -> tuple[int, ...]:
         if not data.chat_template:
-            return tuple(self._tokenizer(text).input_ids)
+            try:
+                return tuple(self._tokenizer(text).input_ids)
+            except Exception as e:  # tokenizers has no class for it
+                raise InputError(place, text, f"cannot be made tokens ({e})", "mend data.prompt_template") from e
         if self._tokenizer.chat_template is None:
             raise InputError(
                 "data.chat_template", True, "the model's tokenizer has no chat template", "set data.chat_template=false"
@@ -95,7 +104,7 @@ class Tokenizer:
         chat = [{"role": "user", "content": text}]
         try:
             encoded = self._tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as e:  # a template may compute what it likes
+        except Exception as e:  # a template may compute what it likes
             why = (str(e).splitlines() or [""])[0]
             raise InputError(
                 "data.chat_template",

@@ -1,5 +1,6 @@
 """Where problems and their answers come from: files, hub data sets, the arithmetic tasks."""
 
+import codecs
 import decimal
 import json
 import math
@@ -19,7 +20,15 @@ AS_FILE = "save the rows as a .jsonl or .parquet file, and name that"
 # What `datasets` says of a data set that is there, of which something else is to be said than of one that is not.
 NOT_ONE_SPLIT = ("Config name is missing", "BuilderConfig", "Unknown split", "Bad split")
 
-POINTER, UTF_16 = b"version https://git-lfs", (b"\xff\xfe", b"\xfe\xff")
+SUFFIXES = (".jsonl", ".json", ".parquet")
+MAY_BE_OF_THE_HUB = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+# What a file of other encodings begins with; the longer ones first.
+MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 SURROGATE = re.compile("[\ud800-\udfff]")
 NUMBERS = (int, float, decimal.Decimal)
 
@@ -38,14 +47,20 @@ def read_rows(source: str, data: config.Data, name: str) -> list[tuple[str, str]
 def _rows(source: str, name: str) -> Iterator[tuple[str, object]]:
     """(where it stands, row)"""
     path = Path(source)
-    if path.suffix not in (".jsonl", ".json", ".parquet"):
-        return _of_data_set(source, name)
-    if not path.is_file():
-        raise InputError(name, source, "there is no such file", "check the path")
-    with path.open("rb") as f:
-        if f.read(len(POINTER)) == POINTER:
-            raise InputError(name, source, "is Git LFS's pointer to a file, and not the file", "run git lfs pull")
-    return _of_parquet(source, name) if path.suffix == ".parquet" else _of_json(path, name)
+    try:
+        if path.is_file():
+            hub.refuse_pointer(name, path)
+        elif path.suffix in SUFFIXES or not (path.exists() or MAY_BE_OF_THE_HUB.fullmatch(source)):
+            what = "is a folder" if path.is_dir() else "there is no such file"
+            raise InputError(name, source, what, "check the path")
+        elif path.is_dir() or not path.exists():
+            yield from _of_data_set(source, name)
+            return
+        if path.suffix not in SUFFIXES:
+            raise InputError(name, source, f"is no {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file", AS_FILE)
+        yield from _of_parquet(source, name) if path.suffix == ".parquet" else _of_json(path, name)
+    except OSError as e:
+        raise InputError(name, source, f"cannot be read ({e.strerror})", "check the path and its rights") from None
 
 
 def _of_json(path: Path, name: str) -> Iterator[tuple[str, object]]:
@@ -64,6 +79,9 @@ def _of_json(path: Path, name: str) -> Iterator[tuple[str, object]]:
 
 def _text(path: Path, name: str) -> str:
     raw = path.read_bytes()
+    marked = next((encoding for mark, encoding in MARKS.items() if raw.startswith(mark)), None)
+    if b"\0" in raw and not marked:
+        raise InputError(name, str(path), "holds bytes of zero, and is no text", "unpack it, or convert it to UTF-8")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:
@@ -72,10 +90,8 @@ def _text(path: Path, name: str) -> str:
             f"{name}: {path}, line {line}",
             raw[max(e.start - 20, 0) : e.start + 20],
             "is not UTF-8",
-            f"convert the file: iconv -f {'UTF-16' if raw[:2] in UTF_16 else 'LATIN1'} -t UTF-8",
+            f"convert the file: iconv -f {marked or 'LATIN1'} -t UTF-8",
         ) from None
-    if "\0" in text:
-        raise InputError(name, str(path), "holds bytes of zero, and is no text", "convert the file to UTF-8")
     return text
 
 
@@ -92,8 +108,8 @@ def _of_parquet(source: str, name: str) -> Iterator[tuple[str, object]]:
 
     try:
         rows = pa.parquet.read_table(source).to_pylist()
-    except (OSError, ValueError, pa.ArrowException) as e:
-        why = (str(e).splitlines() or [""])[0]
+    except Exception as e:  # of many classes: a date may be beyond Python's, a cut file ask for all memory
+        why = (str(e).splitlines() or [type(e).__name__])[0]
         raise InputError(name, source, f"cannot be read as parquet ({why})", "check the file") from None
     for i, row in enumerate(rows):
         yield f"row {i}", row
@@ -101,7 +117,6 @@ def _of_parquet(source: str, name: str) -> Iterator[tuple[str, object]]:
 
 def _of_data_set(source: str, name: str) -> Iterator[tuple[str, object]]:
     from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError, DatasetsError
 
     hub_name, split = PUBLISHED.get(source, (source, "train"))
 
@@ -110,15 +125,25 @@ def _of_data_set(source: str, name: str) -> Iterator[tuple[str, object]]:
             rows: Iterable[object] = load_dataset(hub_name, split=split)
             return rows
         except Exception as e:  # a folder of other things is said by any class
-            why = " ".join(str(e.__cause__ or e).split())
-            if any(words in why for words in NOT_ONE_SPLIT):
-                raise InputError(name, source, f"has no one data set of a split {split!r} ({why})", AS_FILE) from None
-            if Path(source).exists() or isinstance(e, DatasetGenerationError):
-                raise InputError(name, source, f"cannot be read as rows ({type(e).__name__}: {why})", AS_FILE) from None
-            raise
+            if isinstance(e, hub.NOT_THERE) and not Path(source).exists():
+                raise  # it is not there
+            raise _unreadable(e, source, name, split) from None
 
-    for i, row in enumerate(hub.ask(name, source, KINDS, load, errors=(DatasetsError,))):
-        yield f"row {i}", row
+    rows = hub.ask(name, source, KINDS, load)
+    try:
+        yield from ((f"row {i}", row) for i, row in enumerate(rows))
+    except Exception as e:  # a text that is none, a picture without its reader
+        raise _unreadable(e, source, name, split) from None
+
+
+def _unreadable(e: Exception, source: str, name: str, split: str) -> InputError:
+    """What is said of a data set that is there. Raises InputError for a pointer in its folder."""
+    for file in filter(Path.is_file, Path(source).rglob("*")):
+        hub.refuse_pointer(name, file)
+    why = " ".join(str(e.__cause__ or e).split())
+    if any(words in why for words in NOT_ONE_SPLIT):
+        return InputError(name, source, f"has no one data set of a split {split!r} ({why})", AS_FILE)
+    return InputError(name, source, f"cannot be read as rows ({type(e).__name__}: {why})", AS_FILE)
 
 
 def _row(row: object, data: config.Data, place: str) -> tuple[str, str]:
@@ -126,7 +151,7 @@ def _row(row: object, data: config.Data, place: str) -> tuple[str, str]:
     answer = _cell(row, data.answer_key, "data.answer_key", place)
     if data.answer_regex is not None:
         found = re.search(data.answer_regex, answer)
-        if not found or not found[1].strip():
+        if not found or not (found[1] or "").strip():
             raise InputError(
                 place,
                 answer[-80:],
@@ -145,16 +170,18 @@ def _row(row: object, data: config.Data, place: str) -> tuple[str, str]:
 
 
 def _cell(row: object, key: str, field: str, place: str) -> str:
-    """A column's text: a text that is not blank, or a number as it is written."""
-    if not isinstance(row, dict) or key not in row:
-        there = f" (there are {', '.join(map(repr, row))})" if isinstance(row, dict) and row else ""
+    """A column's text: a text that is not blank, or a number, in digits."""
+    if not isinstance(row, dict):
+        raise InputError(place, row, f"is of type {type(row).__name__}, where a row belongs", "write each as an object")
+    if key not in row:
+        there = f" (there are {', '.join(map(repr, row))})" if row else ""
         raise InputError(place, row, f"has no column {key!r}", f"set {field}{there}, or mend the row")
     value = row[key]
-    if value is None or (isinstance(value, str) and not value.strip()):
+    if value is None or (isinstance(value, str) and not any(c.isprintable() and c != " " for c in value)):
         raise InputError(place, row, f"its {key!r} is empty", "mend or remove the row")
     is_number = isinstance(value, NUMBERS) and not isinstance(value, bool)
     if is_number and (isinstance(value, int) or math.isfinite(value)):
-        return str(value)
+        return f"{decimal.Decimal(str(value)):f}"  # some verifiers know no 1e+22
     if not isinstance(value, str):
         what = f"is {value}" if is_number else f"is of type {type(value).__name__}"
         raise InputError(

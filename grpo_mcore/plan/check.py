@@ -15,7 +15,6 @@ from grpo_mcore.plan import memory
 from grpo_mcore.policy import warm_start
 from grpo_mcore.report import claim
 from grpo_mcore.rollout import placement
-from grpo_mcore.types import Prompt
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Checks:
             Look("rows", self._rows),
             Look("data.train", self._train, "tokenizer rows"),
             Look("eval.data", self._evaluation, "tokenizer rows"),
-            Look("answers", self._answers, "data.train eval.data"),
+            Look("answers", self._answers, "rows"),
             Look("as before", self._as_before, "run_dir data.train"),
         )
 
@@ -75,22 +74,25 @@ class Checks:
         return f"stops at tokens {', '.join(map(str, self.tokenizer.stop_token_ids))}"
 
     def _rows(self) -> str:
-        return ", ".join(f"{number} of {name}" for name, number in run.count_rows(self.cfg).items())
+        rows = run.read_rows(self.cfg)
+        self.answers = {name: [answer for _, answer in each] for name, each in rows.items()}
+        return ", ".join(f"{len(each)} of {name}" for name, each in rows.items())
 
     def _train(self) -> str:
         self.train_prompts, num_overlong = run.read_train_prompts(self.cfg, self.tokenizer)
+        self.answers["data.train"] = [p.answer for p in self.train_prompts]
         return f"{len(self.train_prompts)} prompts, {num_overlong} over-long"
 
     def _evaluation(self) -> str:
-        self.eval_prompts: list[Prompt] = []
         if self.cfg.eval.data is None:
             return "none"
-        self.eval_prompts, num_left_out = prompts.load_evaluation(self.cfg, self.tokenizer)
-        return f"{len(self.eval_prompts)} prompts, {num_left_out} over-long left out"
+        eval_prompts, num_left_out = prompts.load_evaluation(self.cfg, self.tokenizer)
+        self.answers["eval.data"] = [p.answer for p in eval_prompts]
+        return f"{len(eval_prompts)} prompts, {num_left_out} over-long left out"
 
     def _answers(self) -> str:
-        each = (("data.train", self.train_prompts), ("eval.data", self.eval_prompts))
-        warnings = [run.check_answers(self.cfg, name, of) for name, of in each]
+        """Of the prompts, or of all rows where a tokenizer does not yet tell which are prompts."""
+        warnings = [run.check_answers(self.cfg, name, answers) for name, answers in self.answers.items()]
         return "; ".join(filter(None, warnings)) or f"each can be right, by {self.cfg.reward.verifier}"
 
     def _as_before(self) -> str:

@@ -16,10 +16,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from grpo_mcore.config.config import InputError, Parallel
+from grpo_mcore.data import hub
 from grpo_mcore.parallel.collectives import from_stage, start_gather
 from grpo_mcore.parallel.topology import Topology
 from grpo_mcore.policy.model import Backbone, has_qk_norm, has_qkv_bias, head_dim, stage_of
-from grpo_mcore.policy.model_folder import INDEX, LFS_POINTER, SIDE_FILES, WEIGHTS, weight_files
+from grpo_mcore.policy.model_folder import INDEX, SIDE_FILES, WEIGHTS, weight_files
 
 HEAD = "output_layer.weight"
 MAX_FILE_BYTES = 5 << 30
@@ -235,15 +236,13 @@ def _opened(file: Path):
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as e:
-        with file.open("rb") as f:
-            is_pointer = f.read(len(LFS_POINTER)) == LFS_POINTER
-        why, remedy = (
-            f"({' '.join(str(e).split())})",
+        hub.refuse_pointer("model", file)
+        raise InputError(
+            "model",
+            str(file),
+            f"is no safetensors file ({' '.join(str(e).split())})",
             "copy it again from where the model came from: it is cut, or another file",
-        )
-        if is_pointer:
-            why, remedy = "but Git LFS's pointer to one", "run git lfs pull in its folder"
-        raise InputError("model", str(file), f"is no safetensors file {why}", remedy) from None
+        ) from None
 
 
 class Reader:

@@ -22,7 +22,6 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
 # What makes a folder a model besides its weights.
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
-LFS_POINTER = b"version https://git-lfs"
 KINDS = "a folder nor a hub name"
 
 
@@ -52,7 +51,8 @@ def config_folder(model: str) -> str:
 
 
 def check(folder: str | Path, model: str) -> None:
-    """Raises InputError, of what `model` names, if the folder lacks its config, tokenizer or weights."""
+    """Raises InputError, of what `model` names, if the folder lacks its config, tokenizer or weights, or has only
+    Git LFS's pointers to them."""
     if not (Path(folder) / CONFIG).is_file():
         raise InputError("model", model, f"has no {CONFIG}", "name a Hugging Face model")
     weight_files(folder, model)
@@ -63,6 +63,8 @@ def check(folder: str | Path, model: str) -> None:
             f"has no tokenizer ({', or '.join(' and '.join(names) for names in TOKENIZERS)})",
             "copy the tokenizer's files of the model that it comes from into the folder",
         )
+    for file in sorted(f for pattern in SIDE_FILES for f in Path(folder).glob(pattern) if f.is_file()):
+        hub.refuse_pointer("model", file)
 
 
 def weight_files(folder: str | Path, model: str) -> list[Path]:
@@ -133,6 +135,7 @@ def _package_file(model: str) -> Path:
 def _from_gguf(gguf: Path, cache: Path, model: str) -> str:
     if not gguf.is_file():
         raise InputError("model", model, "there is no such file", "check the path")
+    hub.refuse_pointer("model", gguf)
     folder = cache / f"{gguf.stem.lower()}-{claim.digest([gguf])[:8]}"  # of what is in it: others have its name
     cache.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(cache / f".{folder.name}.lock"):  # of several ranks one makes it

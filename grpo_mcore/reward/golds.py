@@ -2,9 +2,10 @@ r"""Whether a data set's right answers can be given: each is put into a box, as 
 itself.
 
 What no response can be right about trains nothing, and looks like a model that is always wrong: a whole solution in
-the place of its answer ("... #### 72"), or an answer that the verifier does not take for equal to itself.
+the place of its answer ("... #### 72", or sentences), or an answer that the verifier does not take for equal to itself.
 """
 
+import re
 import time
 from collections.abc import Sequence
 
@@ -16,8 +17,11 @@ from grpo_mcore.reward.verifiers import VERIFIERS
 SECONDS = 15.0  # algebra may take longer than there is time: then a part of the answers is looked at
 AT_ONCE, NUM_EXAMPLES, EXAMPLE_CHARS = 256, 3, 60
 # What announces the answer at the end of a solution, and no box of a response holds.
-MARKS = {"####": r"####\s*(.+)", "nswer is": r"nswer is:?\s*(.+)"}
-BOX = {r"\boxed{": r"\\boxed\{(.+)\}"}  # of which some verifiers take the contents
+MARKS = (r"####\s*(.+)", r"<answer>(.+)</answer>", r"nswer(?: is:?|:)\s*(.+)")
+BOX = r"\\boxed\{(.+)\}"  # of which some verifiers take the contents
+# Words of an answer, LaTeX's not counted: one of so many is sentences. None of DeepScaleR's 40,308 has even 4, 97 % of
+# GSM8K's solutions have more.
+WORD, NUM_WORDS = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}"), 8
 
 
 def check(answers: Sequence[str], cfg: config.Reward, name: str, source: str) -> str | None:
@@ -38,11 +42,15 @@ def check(answers: Sequence[str], cfg: config.Reward, name: str, source: str) ->
         f"{len(never)} of {len(looked)} answers can never be right, by reward.verifier={cfg.verifier}: "
         f"{', '.join(repr(a[-EXAMPLE_CHARS:]) for a in never[:NUM_EXAMPLES])}"
     )
-    marks = [pattern for mark, pattern in (MARKS | BOX).items() if sum(mark in a for a in never) > len(looked) / 2]
-    remedy = f"set data.answer_regex='{marks[0]}', or name another column" if marks else "name another column"
+    if 2 * len(never) < len(looked):
+        return f"warning: {name}: {words}. Remedy: mend or remove these rows"
+    marks = [mark for mark in (*MARKS, BOX) if sum(bool(re.search(mark, a)) for a in never) > len(looked) / 2]
+    remedy = "name another column (data.answer_key), or take the answer out of it (data.answer_regex)"
+    if marks:
+        remedy = f"set data.answer_regex='{marks[0]}', or name another column (data.answer_key)"
     if len(never) == len(looked):
-        raise InputError(name, source, words, f"{remedy} (data.answer_key)")
-    return f"warning: {name}: {words}. Remedy: {remedy} (data.answer_key), or mend or remove these rows"
+        raise InputError(name, source, words, remedy)
+    return f"warning: {name}: {words}. Remedy: {remedy}, or mend or remove these rows"
 
 
 def _never_right(answers: Sequence[str], cfg: config.Reward, grader: Grader) -> list[str]:
@@ -54,5 +62,9 @@ def _never_right(answers: Sequence[str], cfg: config.Reward, grader: Grader) -> 
     return [
         a
         for a, box, verdict in zip(answers, boxes, verdicts, strict=True)
-        if not verdict.reward or (box is None and any(mark in a for mark in MARKS))
+        if not verdict.reward or (box is None and _is_solution(a))
     ]
+
+
+def _is_solution(answer: str) -> bool:
+    return any(re.search(mark, answer) for mark in MARKS) or len(WORD.findall(answer)) >= NUM_WORDS

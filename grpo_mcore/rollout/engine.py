@@ -89,26 +89,29 @@ class Engine:
         from vllm.exceptions import VLLMValidationError
         from vllm.sampling_params import RequestOutputKind
 
-        params = SamplingParams(
-            n=sampling.num_responses,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            max_tokens=sampling.max_tokens,
-            seed=sampling.seed,
-            stop_token_ids=[] if sampling.never_stop else self._stop_token_ids,
-            ignore_eos=sampling.never_stop,
-            logprobs=0,
-            detokenize=False,
-            # Any other kind drops the responses that end before the last.
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
+        try:
+            params = SamplingParams(
+                n=sampling.num_responses,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                max_tokens=sampling.max_tokens,
+                seed=sampling.seed,
+                stop_token_ids=[] if sampling.never_stop else self._stop_token_ids,
+                ignore_eos=sampling.never_stop,
+                logprobs=0,
+                detokenize=False,
+                # Any other kind drops the responses that end before the last.
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+        except (ValueError, VLLMValidationError) as e:
+            raise Unservable(_one_line(e)) from None
         while True:
             await self._released.wait()  # a refit under way is waited for
             version, discards = self._version, self._discards
             try:
                 output = await self._last(token_ids, params, name)
             except (ValueError, VLLMValidationError) as e:  # vLLM's own, of a request before it begins
-                raise Unservable(str(e)) from None
+                raise Unservable(_one_line(e)) from None
             finally:
                 self._names.pop(name, None)
             await self._released.wait()
@@ -232,6 +235,10 @@ class Engine:
     async def release(self) -> None:
         """The weights have been proven."""
         self._released.set()
+
+
+def _one_line(e: Exception) -> str:
+    return " ".join(str(e).split())
 
 
 def _children(process_id: int) -> list[int]:

@@ -21,7 +21,7 @@ from grpo_mcore.config.config import Config, InputError
 from grpo_mcore.evaluate import evaluate, scores
 from grpo_mcore.policy.model_folder import local_folder
 from grpo_mcore.report import run_folder
-from grpo_mcore.run import stop_reason
+from grpo_mcore.run import check_rows, stop_reason
 from grpo_mcore.stages import stages
 from grpo_mcore.stages.lineage import FILE, Lineage, check_unchanged, next_action, plain
 from grpo_mcore.stages.stages import Plan, Stage
@@ -93,6 +93,7 @@ def run(plan: Plan, launcher: Launcher, redo_from: int | None = None) -> None:
         if redo_from is not None:
             forget(plan, lineage, redo_from - 1)
         check(plan, lineage)
+        check_data(plan, lineage)
         go_on(plan, launcher, lineage)
     print(summary(lineage), flush=True)
 
@@ -168,6 +169,20 @@ def check(plan: Plan, lineage: Lineage) -> None:
                 f"use --redo-from {number + 1}",
             )
     stages.check_model(plan)
+
+
+def check_data(plan: Plan, lineage: Lineage) -> None:
+    """That of all stages that are still to be trained, before the first is. Raises InputError."""
+    seen = set()
+    for number, stage in enumerate(plan.file.stages):
+        if number < len(lineage.stages) and "train" in lineage.stages[number]:
+            continue
+        for config in (plan.config(number), plan.config(number, evaluation=True)):
+            key = dataclasses.replace(config.data, skip_prompts=0), config.eval.data, config.reward
+            if key not in seen:
+                with stages.naming(stage):
+                    check_rows(config)
+            seen.add(key)
 
 
 def next_stage_needs(plan: Plan, lineage: Lineage, number: int) -> bool:

@@ -156,6 +156,26 @@ def test_an_end_of_text_that_is_no_token_of_the_model_is_refused(folder, tmp_pat
         prompts.Tokenizer(str(edited(folder, tmp_path, name, eos_token_id=eos)))
 
 
+def test_a_model_that_names_no_end_of_text_is_refused(tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"1": 0, "+": 1}, []))).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"vocab_size": 2}')
+    with pytest.raises(InputError, match="names no token that ends a text: .*Remedy: write eos_token"):
+        prompts.Tokenizer(str(tmp_path))
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 1}')
+    assert prompts.Tokenizer(str(tmp_path)).stop_token_ids == [1]
+
+
+def test_a_prompt_that_cannot_be_made_tokens_is_named(tokenizer):
+    data = config.Data(train="", chat_template=False, prompt_template="\ud800{problem}")
+    with pytest.raises(
+        InputError, match=r"prompt 7 = '\\ud8001\+2': cannot be made tokens .* mend data.prompt_template"
+    ):
+        tokenizer.encode("1+2", data, "prompt 7")
+
+
 @pytest.mark.parametrize("contents", ["", "{", "{}", '{"model": 3}'])
 def test_a_tokenizer_that_is_broken_is_said(folder, tmp_path, contents):
     (edited(folder, tmp_path, "config.json") / "tokenizer.json").write_text(contents)
@@ -209,8 +229,10 @@ def test_a_prompt_without_a_token_is_named(tmp_path):
     from transformers import PreTrainedTokenizerFast
 
     # A vocabulary without a word for what it lacks: that is left out.
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"1": 0, "+": 1}, []))).save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text('{"vocab_size": 2}')
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"1": 0, "+": 1, ".": 2}, []))).save_pretrained(
+        tmp_path
+    )
+    (tmp_path / "config.json").write_text('{"vocab_size": 3, "eos_token_id": 2}')
     tokenizer = prompts.Tokenizer(str(tmp_path))
     assert tokenizer.encode("1+1", PLAIN) == (0, 1, 0)
     source = jsonl(tmp_path / "d.jsonl", {"problem": "1+1", "answer": "3"}, {"problem": "\u4e8c", "answer": "3"})
@@ -225,6 +247,11 @@ def test_a_prompt_without_a_token_is_named(tmp_path):
         ("{% for %}", "TemplateSyntaxError"),
         ("{{ messages[3]['content'] }}", "UndefinedError"),
         ("{{ 1 + 'a' }}", "TypeError"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{% for i in range(10 ** 9) %}{% endfor %}", "OverflowError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{{ 'x' * 10 ** 15 }}", "MemoryError"),
+        ("{{ '\\ud800' }}", "TypeError"),
     ],
 )
 def test_a_chat_template_that_raises_is_said_with_the_prompt(folder, tmp_path, template, words):

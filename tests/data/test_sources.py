@@ -3,8 +3,11 @@
 Not covered here: the real hub, the arithmetic tasks (test_arithmetic.py).
 """
 
+import copy
+import csv
 import datetime
 import decimal
+import gzip
 import json
 import random
 import subprocess
@@ -51,7 +54,9 @@ def test_columns_are_read_by_the_configured_names(tmp_path):
     [
         ({"problem": "1+2"}, "has no column 'answer'. Remedy: set data.answer_key"),
         ({"question": "1+2", "answer": "3"}, "has no column 'problem'. Remedy: set data.problem_key"),
-        ([1, 2], "has no column 'problem'"),
+        ([1, 2], "is of type list, where a row belongs. Remedy: write each as an object"),
+        ('"1+2"', "is of type str, where a row belongs"),
+        ({"problem": "1+2", "answer": "\u200b\t"}, "its 'answer' is empty"),
         ({"problem": "1+2", "answer": " "}, "its 'answer' is empty. Remedy: mend or remove the row"),
         ({"problem": "1+2", "answer": None}, "its 'answer' is empty"),
         ({"problem": "", "answer": "3"}, "its 'problem' is empty"),
@@ -102,6 +107,12 @@ def test_columns_of_parquet_are_held_to_the_same(tmp_path, answers, words):
         read_rows(source, PLAIN, "data.train")
 
 
+def test_a_number_is_written_in_digits(tmp_path):
+    source = jsonl(tmp_path / "d.jsonl", *({"problem": "x", "answer": n} for n in (72.0, 0.1, -2, 1e22, 1e-7, 10**30)))
+    answers = [answer for _, answer in read_rows(source, PLAIN, "data.train")]
+    assert answers == ["72.0", "0.1", "-2", "1" + 22 * "0", "0.0000001", "1" + 30 * "0"]
+
+
 def test_a_decimal_number_of_parquet_is_as_it_is_written(tmp_path):
     source, numbers = str(tmp_path / "d.parquet"), [decimal.Decimal("2.50"), decimal.Decimal("4.00")]
     pyarrow.parquet.write_table(pyarrow.table({"problem": ["1+2", "2+2"], "answer": numbers}), source)
@@ -115,6 +126,9 @@ def test_the_answer_may_be_a_part_of_its_column(tmp_path):
     source = jsonl(tmp_path / "d.jsonl", {"problem": "1+2", "answer": "####  "})
     with pytest.raises(InputError, match="line 1 = '####  ': its 'answer' does not match data.answer_regex"):
         read_rows(source, data, "data.train")
+    source = jsonl(tmp_path / "d.jsonl", GOOD)
+    with pytest.raises(InputError, match="line 1 = '3': its 'answer' does not match"):  # with a group that has no part
+        read_rows(source, config.Data(train="", answer_regex="#### (.+)|3"), "data.train")
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 9\n"
@@ -124,6 +138,8 @@ NO_ROWS = {  # name: (what it holds, what is said)
     "pointer.parquet": (POINTER, "is Git LFS's pointer"),
     "latin.jsonl": (2 * LINE.encode("latin1"), "line 1 = .*is not UTF-8. Remedy: .*iconv -f LATIN1 -t UTF-8"),
     "utf16.jsonl": (LINE.encode("utf-16"), "is not UTF-8. Remedy: .*iconv -f UTF-16 -t UTF-8"),
+    "utf32.jsonl": (LINE.encode("utf-32"), "is not UTF-8. Remedy: .*iconv -f UTF-32 -t UTF-8"),
+    "packed.jsonl": (gzip.compress(LINE.encode()), "holds bytes of zero, and is no text. Remedy: unpack it"),
     "utf16_without_mark.jsonl": (
         LINE.replace("\u00e9", "e").encode("utf-16-le"),
         "holds bytes of zero, and is no text",
@@ -141,6 +157,9 @@ NO_ROWS = {  # name: (what it holds, what is said)
     "digits.jsonl": (b'{"problem": "1", "answer": ' + b"1" * 5000 + b"}", "line 1 = .*is not valid JSON"),
     "text.parquet": (b"problem,answer\n1+2,3\n", "cannot be read as parquet"),
     "empty.parquet": (b"", "cannot be read as parquet"),
+    "rows.csv": (b"problem,answer\n1+2,3\n", "is no .jsonl, .json or .parquet file. Remedy: save the rows as"),
+    "rows.jsonl.gz": (b"", "is no .jsonl, .json or .parquet file"),
+    "pointer.csv": (POINTER, "is Git LFS's pointer"),
 }
 
 
@@ -157,17 +176,65 @@ def test_an_array_of_rows_and_a_byte_order_mark_are_read(tmp_path):
     rows = [GOOD, {"problem": "2+2", "answer": 4}]
     (tmp_path / "d.json").write_text(json.dumps(rows, indent=1), "utf-8-sig")
     assert read_rows(str(tmp_path / "d.json"), PLAIN, "data.train") == [("1+2", "3"), ("2+2", "4")]
-    with pytest.raises(InputError, match="row 1 = 2: has no column"):
+    with pytest.raises(InputError, match="row 1 = 2: is of type int"):
         (tmp_path / "d.json").write_text(json.dumps([GOOD, 2]))
         read_rows(str(tmp_path / "d.json"), PLAIN, "data.train")
 
 
-@pytest.mark.parametrize("name", ["gone.jsonl", "gone.json", "gone.parquet"])
+@pytest.mark.parametrize("name", ["gone.jsonl", "gone.json", "gone.parquet", "gone.csv", "gone", "gone/rows"])
 def test_a_missing_file_is_named(tmp_path, name):
     source = str(tmp_path / name)
     with pytest.raises(InputError) as e:
         read_rows(source, PLAIN, "data.train")
     assert str(e.value) == f"data.train = {source!r}: there is no such file. Remedy: check the path."
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [("", "is a folder"), ("x" * 300, "cannot be read (File name too long)"), ("\udcff", "there is no such file")],
+)
+def test_a_path_that_leads_to_no_file_is_said(tmp_path, name, words):
+    (tmp_path / ".jsonl.jsonl").mkdir()
+    source = str(tmp_path / f"{name or '.jsonl'}.jsonl")
+    with pytest.raises(InputError) as e:
+        read_rows(source, PLAIN, "data.train")
+    assert words in str(e.value)
+    str(e.value).encode()  # can be printed
+
+
+def broken_text(path: Path) -> None:
+    """A parquet file of whose first problem the bytes are no UTF-8."""
+    offsets = pyarrow.array([0, 2], pyarrow.int32()).buffers()[1]
+    problem = pyarrow.Array.from_buffers(pyarrow.string(), 1, [None, offsets, pyarrow.py_buffer(b"\xff\xfe")])
+    pyarrow.parquet.write_table(pyarrow.table({"problem": problem, "answer": ["3"]}), path)
+
+
+FOLDERS = {  # what stands in one: what is said
+    "nothing": "cannot be read as rows (EmptyDatasetError: ",
+    "a pointer": "train.jsonl': is Git LFS's pointer to a file",
+    "broken text": "cannot be read as rows (UnicodeDecodeError: ",
+    "another split": "has no one data set of a split 'train' (Unknown split",
+    "an empty file": "cannot be read as rows (",
+    "another encoding": "cannot be read as rows (DatasetGenerationError: 'utf-8' codec can't decode",
+}
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_a_folder_that_holds_no_rows_is_said_in_a_line(tmp_path, datasets_cache, case):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    contents = {"a pointer": POINTER, "an empty file": b""}
+    if case in contents:
+        (folder / "train.jsonl").write_bytes(contents[case])
+    if case == "broken text":
+        broken_text(folder / "train.parquet")
+    if case == "another split":
+        jsonl(folder / "test.jsonl", GOOD)
+    if case == "another encoding":
+        (folder / "train.csv").write_bytes("problem,answer\n1+2 \u00e9,3\n".encode("latin1"))
+    with pytest.raises(InputError) as e:
+        read_rows(str(folder), PLAIN, "data.train")
+    assert FOLDERS[case] in str(e.value)
 
 
 def test_a_line_that_is_not_json_is_named_by_file_and_line(tmp_path):
@@ -227,14 +294,24 @@ def test_a_data_set_of_the_hub_gives_its_rows_and_what_is_wrong_with_one_is_said
     for path, row in sets.items():
         (tmp_path / "hub/datasets" / path).parent.mkdir(parents=True)
         (tmp_path / "hub/datasets" / path).write_text(json.dumps([row]))
-    (tmp_path / "hub/datasets/owner/broken").mkdir()
+    for path in ("broken", "scripted"):
+        (tmp_path / "hub/datasets/owner" / path).mkdir()
+    (tmp_path / "hub/datasets/owner/scripted/scripted.py").write_text("print(1)")
     (tmp_path / "hub/datasets/owner/broken/train.json").write_text('[{"problem": "1+2", ')
     several = tmp_path / "several"
     (several / "a").mkdir(parents=True)
     (several / "a/train.json").write_text(json.dumps([GOOD]))
     configs = "".join(f"- config_name: {c}\n  data_files: a/train.json\n" for c in ("main", "socratic"))
     (several / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
-    names = ["owner/good", "owner/unsplit", "owner/columns", "owner/broken", "owner/absent", str(several)]
+    names = [
+        "owner/good",
+        "owner/unsplit",
+        "owner/columns",
+        "owner/broken",
+        "owner/absent",
+        str(several),
+        "owner/scripted",
+    ]
     with Hub(tmp_path / "hub").serve() as hub:
         done = subprocess.run(
             [sys.executable, "-c", READ, *names],
@@ -244,13 +321,14 @@ def test_a_data_set_of_the_hub_gives_its_rows_and_what_is_wrong_with_one_is_said
             timeout=120,
         )
     assert done.returncode == 0, done.stderr
-    good, unsplit, columns, broken, absent, of_several = done.stdout.splitlines()
+    good, unsplit, columns, broken, absent, of_several, scripted = done.stdout.splitlines()
     assert json.loads(good) == [["1+2", "3"]]
     assert columns.startswith("data.train: owner/columns, row 0 = {'a': 1}: has no column 'problem'. Remedy: set")
     for name, line, words in (
         ("owner/unsplit", unsplit, "has no one data set of a split 'train' (Unknown split \"train\""),
         (several, of_several, "has no one data set of a split 'train' (Config name is missing."),
         ("owner/broken", broken, "cannot be read as rows ("),
+        ("owner/scripted", scripted, "cannot be read as rows (RuntimeError: Dataset scripts are no longer supported"),
         ("owner/absent", absent, "is neither a .jsonl, .json or .parquet file nor a data set that can be reached ("),
     ):
         assert line.startswith(f"data.train = '{name}': {words}") and "Remedy: " in line
@@ -284,21 +362,48 @@ SHAPES = [
     ["2"],
     {},
     {"problem": "x"},
+    [{"role": "user", "content": "1+2"}],
+    {"a": [{"b": [[]]}]},
     "é" * 99,
+]
+COLUMNS = [  # of parquet, of types that JSON has not
+    pyarrow.array([b"3", b"\xff"]),
+    pyarrow.array([datetime.date(2024, 1, 1), None]),
+    pyarrow.array([2**50, 0], pyarrow.timestamp("ms")),  # beyond the years that Python knows
+    pyarrow.array([1, 2], pyarrow.timestamp("us", tz="Nowhere/Here")),
+    pyarrow.array([1, None], pyarrow.duration("us")),
+    pyarrow.array([decimal.Decimal("1.50"), None]),
+    pyarrow.array([[("a", 1), ("a", 2)], None], pyarrow.map_(pyarrow.string(), pyarrow.int32())),
+    pyarrow.array(["3", "4"]).dictionary_encode(),
+    pyarrow.array([None, None]),
+    pyarrow.array([1.5, float("nan")], pyarrow.float16()),
 ]
 
 
 def mutated(rng: random.Random, folder: Path) -> Path:
-    """A file of five rows of which something is wrong, or not."""
+    """A file of five rows of which something is wrong, or not; a CSV's folder."""
     rows: list = [{"problem": f"{n}+{n}", "answer": str(2 * n), "level": n} for n in range(5)]
     for _ in range(rng.randrange(3)):
         row = rng.choice(rows)
         if isinstance(row, dict) and rng.random() < 0.8:
-            row[rng.choice(["problem", "answer", "level", "other"])] = rng.choice(SHAPES)
+            row[rng.choice(["problem", "answer", "level", "other"])] = copy.deepcopy(rng.choice(SHAPES))
         else:
-            rows[rows.index(row)] = rng.choice(SHAPES)
-    path = folder / f"d{rng.choice(['.jsonl', '.json', '.parquet'])}"
-    if path.suffix == ".parquet":
+            rows[rows.index(row)] = copy.deepcopy(rng.choice(SHAPES))
+    path = folder / rng.choice(["d.jsonl", "d.json", "d.parquet", f"{rng.getrandbits(40)}/train.csv"])
+    if path.suffix == ".csv":
+        path.parent.mkdir()
+        with path.open("w", errors="surrogatepass") as f:
+            writer = csv.writer(f)
+            writer.writerows(
+                [("problem", "answer"), *(row.values() if isinstance(row, dict) else [row] for row in rows)]
+            )
+    elif path.suffix == ".parquet" and rng.random() < 0.3:
+        columns = [pyarrow.array(["1+2", "2+2"]), pyarrow.array(["3", "4"]), rng.choice(COLUMNS)]
+        rng.shuffle(columns)
+        pyarrow.parquet.write_table(
+            pyarrow.table(dict(zip(("problem", "answer", "other"), columns, strict=True))), path
+        )
+    elif path.suffix == ".parquet":
         good = [row for row in rows if isinstance(row, dict)]
         columns = {key: [row.get(key) for row in good] for key in ("problem", "answer", "level")}
         try:
@@ -323,11 +428,15 @@ def mutated(rng: random.Random, folder: Path) -> Path:
     if rng.random() < 0.1:
         raw = bytearray(bytes(raw).decode("latin1").encode(rng.choice(["utf-16", "utf-32", "utf-8-sig", "utf-8"])))
     path.write_bytes(raw)
-    return path
+    return path.parent if path.suffix == ".csv" else path
 
 
 def read_mutated(folder: str, model: str, seeds: range) -> tuple[list[str], int]:
     """(what was raised that is no InputError, how many were read)"""
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.config.HF_DATASETS_CACHE = f"{folder}/cache"
     tokenizer, wrong, num_read = prompts.Tokenizer(model), [], 0
     for seed in seeds:
         path = mutated(random.Random(seed), Path(folder))

@@ -41,6 +41,7 @@ def test_what_is_there_is_shown_and_nothing_is_written(untaught, tmp_path, capsy
 @pytest.mark.parametrize("case", [case for case in BAD_INPUT if case not in NOT_OF_FILES])
 def test_what_would_end_a_run_before_it_begins_is_found(untaught, tmp_path, monkeypatch, capsys, case):  # noqa: F811
     (tmp_path / "rows.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n{"problem": "1+2"}\n')
+    (tmp_path / "solutions.jsonl").write_text('{"problem": "1+1", "answer": "#### 2"}\n')
     monkeypatch.chdir(tmp_path)
     overrides, words = BAD_INPUT[case]
     assert str(table(untaught, *overrides)).startswith("--check = ")

@@ -199,9 +199,21 @@ def test_a_gguf_is_what_it_holds_and_not_its_name(tmp_path, monkeypatch):
         model_folder.local_folder(str(tmp_path / "a/m.gguf"), tmp_path / "cache")
 
 
-@pytest.mark.parametrize("contents", [b"", b"GGUF", b"GGUF" + 100 * b"\xff", b"version https://git-lfs"])
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 9\n"
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "chat_template.jinja"])
+def test_a_pointer_in_the_place_of_any_of_a_models_files_is_said(tmp_path, name):
+    arithmetic.make_model(tmp_path, seed=0)
+    model_folder.local_folder(str(tmp_path))
+    (tmp_path / name).write_bytes(POINTER)
+    with pytest.raises(InputError, match=f"/{name}': is Git LFS's pointer to a file.*Remedy: run git lfs pull"):
+        model_folder.local_folder(str(tmp_path))
+
+
+@pytest.mark.parametrize("contents", [b"", b"GGUF", b"GGUF" + 100 * b"\xff", POINTER])
 def test_a_gguf_that_cannot_be_read_is_one_line(tmp_path, contents):
     (tmp_path / "m.gguf").write_bytes(contents)
-    with pytest.raises(InputError, match=r"m.gguf'?: cannot be read \("):
+    with pytest.raises(InputError, match=r"m.gguf'?: (cannot be read \(|is Git LFS's pointer)"):
         model_folder.local_folder(str(tmp_path / "m.gguf"), tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("m-*/config.json"))

@@ -3,6 +3,8 @@ r"""Which right answers of a data set can never be given, and what is said of th
 Not covered here: that a run asks (tests/test_run.py), and the verifiers (test_pairs.py).
 """
 
+import re
+
 import pytest
 
 from grpo_mcore.config import config
@@ -37,6 +39,35 @@ def test_a_share_is_said_with_examples_and_ends_nothing(verifier):
     words = said(["72", *SOLUTIONS[:2], "5", r"\frac{1}{"], verifier=verifier)
     assert words is not None and words.startswith("warning: data.train: 3 of 5 answers can never be right")
     assert "#### 4" in words and r"\\frac{1}{" in words and "or mend or remove these rows" in words
+    words = said(
+        ["72", *map(str, range(9)), SOLUTIONS[0]], verifier=verifier
+    )  # of so few nothing is wrong with the column
+    assert words is not None and "1 of 11 answers" in words and words.endswith("Remedy: mend or remove these rows")
+
+
+@pytest.mark.parametrize("verifier", VERIFIERS)
+@pytest.mark.parametrize(
+    "answers, remedy",
+    [
+        (
+            [
+                "Tom has 3 apples and buys 4, so that he has 7 apples.",
+                "He pays 2 times $5 a day, which makes $10 for all of them.",
+            ],
+            "name another",
+        ),
+        (["The answer is 5.", "Thus the answer is: 7"], r"set data.answer_regex='nswer(?: is:?|:)\s*(.+)'"),
+        (["Answer: 5", "Answer: 7"], r"set data.answer_regex='nswer(?: is:?|:)\s*(.+)'"),
+        (["<answer>5</answer>", "<answer>7</answer>"], "set data.answer_regex='<answer>(.+)</answer>'"),
+    ],
+)
+def test_sentences_and_what_announces_an_answer_are_no_answers(verifier, answers, remedy):
+    with pytest.raises(InputError) as e:
+        said(answers, verifier=verifier)
+    assert "2 of 2 answers can never be right" in str(e.value) and f"Remedy: {remedy}" in str(e.value)
+    pattern = re.search("answer_regex='(.+)'", str(e.value))
+    if pattern:  # by its own advice there is nothing more to say
+        assert said([re.search(pattern[1], answer)[1] for answer in answers], verifier=verifier) is None
 
 
 @pytest.mark.parametrize("verifier", VERIFIERS)

@@ -342,6 +342,14 @@ def test_a_request_that_no_engine_could_serve_is_refused_by_its_prompt_and_costs
             RequestError, match=rf"^evaluation: .*{re.escape(words)}.*: that of prompt 77, 'what is it\?'"
         ):
             sampled(session, 1, prompts=among)
+    for sampling in (
+        Sampling(4, -1.0, 200, 5),
+        Sampling(0, 1.0, 200, 5),
+        Sampling(4, 1.0, 0, 5),
+        Sampling(4, 1.0, 9, 5, 2.0),
+    ):
+        with pytest.raises(RequestError, match="^rollout: .*(temperature|n |max_tokens|top_p)"):
+            session.engines.submit((1, 0), PROMPTS[0].token_ids, sampling, "rollout").result(60)
     assert sampled(session, 1) == undisturbed  # by engines that are as they were
     assert session.engines.num_failures == failures and len(session.engines.ready) == 2
 

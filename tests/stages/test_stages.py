@@ -270,6 +270,25 @@ def test_a_lineage_of_other_stages_or_a_stray_export_is_refused(folder, monkeypa
         actions.check(one, lineage)
 
 
+def test_the_data_of_all_stages_is_looked_at_before_the_first_is_trained(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    own = "  - {name: b, cfg: two.yaml, prompts: own, overrides: [num_steps=4, data.train=b.jsonl], evaluate: [EVAL]}\n"
+    own = own.replace("EVAL", "eval.data=heldout.jsonl")
+    plan = load(folder, ("  - {name: b, cfg: two.yaml, overrides: [num_steps=4]}\n", own))
+    for name, answer in (("train", "3"), ("b", "Half of 6.\\n#### 3"), ("heldout", "#### 3")):
+        with pytest.raises(InputError, match=f"stage .: .* = '{name}.jsonl': there is no such file"):
+            actions.check_data(plan, Lineage(plan.dir))
+        Path(f"{name}.jsonl").write_text(f'{{"problem": "1+2", "answer": "{answer}"}}\n')
+        if name != "train":
+            with pytest.raises(InputError, match=f"stage b: .* = '{name}.jsonl': 1 of 1 answers can never be right"):
+                actions.check_data(plan, Lineage(plan.dir))
+            Path(f"{name}.jsonl").write_text('{"problem": "1+2", "answer": "3"}\n')
+    actions.check_data(plan, Lineage(plan.dir))
+    begun(plan, "train")
+    Path("train.jsonl").unlink()  # it has been used
+    actions.check_data(plan, Lineage(plan.dir))
+
+
 def test_a_run_that_began_otherwise_is_not_taken_for_the_stages_own(folder, monkeypatch):
     monkeypatch.chdir(folder)
     plan = load(folder)
