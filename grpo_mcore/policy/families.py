@@ -54,7 +54,7 @@ WITHOUT_EFFECT = """
     decoder_start_token_id attn_implementation pretraining_tp is_llama_config transformers.js_config
     unsloth_version unsloth_fixed attention_dropout hidden_dropout embd_pdrop resid_pdrop hidden_dropout_prob
     attention_probs_dropout_prob gradient_checkpointing max_sequence_length model_max_length
-    max_window_layers output_attentions output_hidden_states output_scores return_dict return_dict_in_generate
+    max_window_layers output_attentions output_hidden_states output_scores return_dict_in_generate
     torchscript chunk_size_feed_forward id2label label2id problem_type finetuning_task task_specific_params
     do_sample temperature top_k top_p typical_p min_length max_length num_beams num_beam_groups
     num_return_sequences early_stopping length_penalty repetition_penalty diversity_penalty no_repeat_ngram_size
@@ -74,6 +74,7 @@ MUST_BE: dict[str, tuple[tuple[object, ...], str]] = {
     "rope_interleaved": ((False,), "RoPE turns the halves of a head"),
     "use_mrope": ((False,), "RoPE is of one axis"),
     "partial_rotary_factor": ((1, 1.0), "RoPE turns whole heads"),
+    "return_dict": ((True,), "transformers' own model, which proves an export, does not run without"),
     # Of no meaning to transformers in these families; vLLM computes by them.
     "bias": ((False,), "Qwen2 alone has biases, on q, k and v"),
     "qk_norm": ((False,), "Qwen3 alone has norms of q and k, and always"),
