@@ -22,10 +22,10 @@ def from_hf(hf_folder: str | Path, folder: str | Path, topology: Topology, *, ti
     """A Hugging Face folder as a checkpoint at step 0, without optimizer. On one rank; holds the model once. Raises
     InputError."""
     hf_config = model.load_hf_config(str(hf_folder))
+    hf_weights.check(hf_folder, hf_config)
     rows = hf_weights.table(hf_config, transformer_engine=True)
     with hf_weights.Reader(hf_folder) as reader:
         reader.dtype()
-        reader.check_names({name for row in rows for name in row.hf}, tied=hf_config.tie_word_embeddings)
         state = {
             "model0": {
                 row.megatron: _to_store(row, [reader.read(name, shape) for name, shape in row.hf.items()], hf_config)

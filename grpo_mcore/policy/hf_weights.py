@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,9 +20,10 @@ from grpo_mcore.config.config import InputError, Parallel
 from grpo_mcore.parallel.collectives import from_stage, start_gather
 from grpo_mcore.parallel.topology import Topology
 from grpo_mcore.policy.model import Backbone, has_qk_norm, has_qkv_bias, head_dim, stage_of
-from grpo_mcore.policy.model_folder import INDEX, LFS_POINTER, SIDE_FILES, WEIGHTS, weight_files
+from grpo_mcore.policy.model_folder import INDEX, SIDE_FILES, WEIGHTS, refuse_pointer, weight_files
 
 HEAD = "output_layer.weight"
+BUFFER = "rotary_emb.inv_freq"  # old files hold it; nobody reads it, RoPE is the config's
 MAX_FILE_BYTES = 5 << 30
 # As the files name them.
 SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float16: "F16"}
@@ -233,34 +235,44 @@ def check(folder: str | Path, hf_config) -> None:
 
 def _opened(file: Path):
     try:
+        refuse_pointer(file)
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as e:
-        with file.open("rb") as f:
-            is_pointer = f.read(len(LFS_POINTER)) == LFS_POINTER
-        why, remedy = (
-            f"({' '.join(str(e).split())})",
+        raise InputError(
+            "model",
+            str(file),
+            f"is no safetensors file ({' '.join(str(e).split())})",
             "copy it again from where the model came from: it is cut, or another file",
-        )
-        if is_pointer:
-            why, remedy = "but Git LFS's pointer to one", "run git lfs pull in its folder"
-        raise InputError("model", str(file), f"is no safetensors file {why}", remedy) from None
+        ) from None
 
 
 class Reader:
     """The tensors of a folder's safetensors files, by name, without loading the files whole."""
 
     def __init__(self, folder: str | Path):
-        """Raises InputError for a file that is none."""
+        """Raises InputError for a file that is none, or not the one that the index means; and for a tensor that stands
+        in two."""
         self.folder = Path(folder)
-        self._files = [_opened(f) for f in weight_files(folder, str(folder))]
-        self.where = {name: f for f in self._files for name in f.keys()}  # noqa: SIM118  (no mapping)
+        self.where: dict[str, Any] = {}
+        for path, placed in weight_files(folder, str(folder)).items():
+            file = _opened(path)
+            names = set(file.keys())
+            if lacking := placed - names:
+                raise InputError(
+                    "model", str(path), f"lacks {min(lacking)}, which {INDEX} places there", "copy the folder again"
+                )
+            names = {name for name in names if not name.endswith(BUFFER)}
+            if twice := names & set(self.where):
+                raise InputError(
+                    "model", str(path), f"has {min(twice)}, and so has another file", "copy the folder again"
+                )
+            self.where |= dict.fromkeys(names, file)
 
     def __enter__(self) -> "Reader":
         return self
 
     def __exit__(self, *exc) -> None:
         self.where.clear()
-        self._files.clear()
 
     def read(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
         """Raises InputError if the tensor has not the shape given."""

@@ -4,10 +4,9 @@ A hub name is looked for in the hub's local cache. What is whole there is taken 
 one process of all that share the cache fetches the snapshot, and the others wait for it.
 """
 
+import hashlib
 import importlib.metadata
 import json
-import shutil
-import warnings
 from pathlib import Path
 
 import filelock
@@ -15,11 +14,16 @@ from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 
 from grpo_mcore.config.config import InputError
 from grpo_mcore.data import hub
-from grpo_mcore.report import claim
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 # Any of these sets is a tokenizer. Without one transformers makes an empty tokenizer of config.json, and says nothing.
 TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
+# What decides with them what is computed or which tokens it is computed of; the .json files are objects.
+READ = (
+    *(CONFIG, "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja"),
+)
+ADAPTER = "adapter_config.json"
 # What makes a folder a model besides its weights.
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 LFS_POINTER = b"version https://git-lfs"
@@ -52,10 +56,21 @@ def config_folder(model: str) -> str:
 
 
 def check(folder: str | Path, model: str) -> None:
-    """Raises InputError, of what `model` names, if the folder lacks its config, tokenizer or weights."""
+    """Raises InputError, of what `model` names, if the folder lacks its config, tokenizer or weights, or if they are
+    not files of their kind."""
     if not (Path(folder) / CONFIG).is_file():
         raise InputError("model", model, f"has no {CONFIG}", "name a Hugging Face model")
+    if (Path(folder) / ADAPTER).is_file():
+        raise InputError(
+            "model",
+            model,
+            f"has an {ADAPTER}: an adapter is not applied",
+            "merge it into its model, or remove the file",
+        )
     weight_files(folder, model)
+    for name in READ:
+        if (Path(folder) / name).is_file():
+            _check_file(Path(folder) / name)
     if not any(all((Path(folder) / name).is_file() for name in names) for names in TOKENIZERS):
         raise InputError(
             "model",
@@ -65,18 +80,55 @@ def check(folder: str | Path, model: str) -> None:
         )
 
 
-def weight_files(folder: str | Path, model: str) -> list[Path]:
-    """The safetensors files of a folder's weights. Raises InputError, of what `model` names, if one is not there."""
-    index, files = Path(folder) / INDEX, [Path(folder) / WEIGHTS]
+def _check_file(path: Path) -> None:
+    refuse_pointer(path)
+    contents, why = path.read_bytes(), None
+    if not contents.strip():
+        why = "is empty"
+    elif path.suffix == ".json":
+        try:
+            if not isinstance(json.loads(contents.decode()), dict):
+                why = "is no JSON object"
+        except (ValueError, RecursionError) as e:
+            why = f"is not valid JSON ({e})"
+    if why:
+        raise InputError("model", str(path), why, "copy it again from where the model came from")
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raises InputError for what Git LFS leaves where a file was not fetched."""
+    with path.open("rb") as f:
+        if f.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise InputError(
+                "model", str(path), "is Git LFS's pointer to a file, and not the file", "run git lfs pull in its folder"
+            )
+
+
+def weight_files(folder: str | Path, model: str) -> dict[Path, set[str]]:
+    """The safetensors files of a folder's weights, and the tensors that the index, if there is one, places in each.
+    Raises InputError, of what `model` names, if one is not there, and if there are others, which transformers or vLLM
+    would read instead or too."""
+    index, files = Path(folder) / INDEX, {Path(folder) / WEIGHTS: set[str]()}
     if index.is_file():
         try:
-            names = json.loads(index.read_text())["weight_map"].values()
-            files = sorted({Path(folder) / name for name in names})
+            placed = json.loads(index.read_text())["weight_map"].items()
+            files = {
+                Path(folder) / file: {n for n, f in placed if f == file} for file in sorted({f for _, f in placed})
+            }
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise InputError("model", str(index), f"is no index of weights ({e!r})", "copy it again") from None
     if missing := [f.name for f in files if not f.is_file()]:
         raise InputError(
             "model", model, f"has no {', '.join(missing)}", "name a Hugging Face model with safetensors weights"
+        )
+    others = {Path(folder) / WEIGHTS} if index.is_file() else set(Path(folder).glob("*.safetensors"))
+    if others := {f for f in others - set(files) if f.is_file()}:
+        raise InputError(
+            "model",
+            model,
+            f"has {', '.join(sorted(f.name for f in others))} beside {INDEX if index.is_file() else WEIGHTS}: which "
+            f"are its weights?",
+            "remove the others",
         )
     return files
 
@@ -101,7 +153,8 @@ def _download(model: str, *, local_files_only: bool = False) -> str:
     folder: str = snapshot_download(
         model,
         allow_patterns=[*SIDE_FILES, "*.safetensors"],
-        ignore_patterns=["*/*"],  # other forms of the same model
+        # Other forms of the same model; chat templates that are not the first one stand in a folder too.
+        ignore_patterns=[f"*/{pattern}" for pattern in (*SIDE_FILES, "*.safetensors") if pattern != "*.jinja"],
         local_files_only=local_files_only,
     )
     return folder
@@ -133,34 +186,15 @@ def _package_file(model: str) -> Path:
 def _from_gguf(gguf: Path, cache: Path, model: str) -> str:
     if not gguf.is_file():
         raise InputError("model", model, "there is no such file", "check the path")
-    folder = cache / f"{gguf.stem.lower()}-{claim.digest([gguf])[:8]}"  # of what is in it: others have its name
+    refuse_pointer(gguf)
+    # Of all that is in it: others have its name and size, and most of its weights if they were tuned in part.
+    with gguf.open("rb") as f:
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+    folder = cache / f"{gguf.stem.lower()}-{digest[:16]}"
     cache.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(cache / f".{folder.name}.lock"):  # of several ranks one makes it
         if not (folder / CONFIG).is_file():
-            _dequantise(gguf, folder)
+            from grpo_mcore.policy import gguf_file  # which imports much
+
+            gguf_file.dequantise(gguf, folder)
     return str(folder)
-
-
-def _dequantise(gguf: Path, folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
-
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            hf = AutoModelForCausalLM.from_pretrained(
-                gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-            )
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        except Exception as e:  # of many classes: gguf's, numpy's, transformers'
-            why = f"({type(e).__name__}: {' '.join(str(e).split())})"
-            raise InputError(
-                "model", str(gguf), f"cannot be read {why}", "copy the file again, or choose another"
-            ) from e
-    hf.config.dtype = torch.bfloat16
-    hf.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
-    hf.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    partial.rename(folder)

@@ -108,8 +108,8 @@ def test_a_file_that_is_no_safetensors_is_named(model_folders, tmp_path, case):
     shutil.copytree(model_folders["qwen2_tied"], tmp_path / "m")
     path = tmp_path / "m/model.safetensors"
     path.write_bytes(NO_WEIGHTS.get(case, path.read_bytes()[:-100]))
-    words = "but Git LFS's pointer to one. Remedy: run git lfs pull" if case == "a pointer" else r"\("
-    with pytest.raises(InputError, match=rf"model = '{path}': is no safetensors file {words}"):
+    words = "Git LFS's pointer to a file" if case == "a pointer" else r"no safetensors file \("
+    with pytest.raises(InputError, match=rf"model = '{path}': is {words}"):
         hf_weights.Reader(tmp_path / "m")
 
 
@@ -119,6 +119,29 @@ def test_an_index_that_is_none_is_named(model_folders, tmp_path, index):
     (tmp_path / "m" / hf_weights.INDEX).write_text(index)
     with pytest.raises(InputError, match="model.safetensors.index.json'?: is no index of weights"):
         hf_weights.Reader(tmp_path / "m")
+
+
+def test_a_tensor_in_two_files_and_one_that_its_file_lacks_are_named(model_folders, tmp_path):
+    folder = Path(shutil.copytree(model_folders["qwen2_tied"], tmp_path / "m"))
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    tensors = load_file(folder / "a.safetensors")
+    norm, hf_config = {"model.norm.weight": tensors.pop("model.norm.weight")}, model.load_hf_config(str(folder))
+    index = dict.fromkeys(tensors, "a.safetensors") | dict.fromkeys(norm, "b.safetensors")
+    (folder / hf_weights.INDEX).write_text(json.dumps({"weight_map": index}))
+    save_file(norm, folder / "b.safetensors")
+    with pytest.raises(InputError, match="b.safetensors': has model.norm.weight, and so has another file"):
+        hf_weights.check(folder, hf_config)
+    save_file(tensors, folder / "a.safetensors")
+    hf_weights.check(folder, hf_config)
+    save_file({"x": torch.ones(1)}, folder / "b.safetensors")
+    with pytest.raises(InputError, match="b.safetensors': lacks model.norm.weight, which .*index.json places there"):
+        hf_weights.check(folder, hf_config)
+
+
+def test_old_files_buffers_of_rope_are_no_weights(model_folders, tmp_path, alone):
+    folder, name = model_folders["llama_linear_rope"], "model.layers.0.self_attn.rotary_emb.inv_freq"
+    load_changed(folder, tmp_path / "m", alone, name, torch.ones(16))
+    hf_weights.check(tmp_path / "m", model.load_hf_config(folder))
 
 
 @pytest.mark.parametrize(
