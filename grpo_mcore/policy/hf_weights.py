@@ -20,7 +20,7 @@ from grpo_mcore.config.config import InputError, Parallel
 from grpo_mcore.parallel.collectives import from_stage, start_gather
 from grpo_mcore.parallel.topology import Topology
 from grpo_mcore.policy.model import Backbone, has_qk_norm, has_qkv_bias, head_dim, stage_of
-from grpo_mcore.policy.model_folder import INDEX, SIDE_FILES, WEIGHTS, refuse_pointer, weight_files
+from grpo_mcore.policy.model_folder import CHAT_TEMPLATES, INDEX, SIDE_FILES, WEIGHTS, refuse_pointer, weight_files
 
 HEAD = "output_layer.weight"
 BUFFER = "rotary_emb.inv_freq"  # old files hold it; nobody reads it, RoPE is the config's
@@ -292,15 +292,16 @@ class Reader:
 
     def dtype(self) -> torch.dtype:
         """The one dtype of all tensors. Raises InputError if they differ."""
-        kinds = {self.read(n).dtype for n in self.where}
-        if len(kinds) > 1:
+        kinds = {file.get_slice(name).get_dtype() for name, file in self.where.items()}
+        found = [dtype for dtype, kind in SAFETENSORS_DTYPES.items() if {kind} == kinds]
+        if not found:
             raise InputError(
                 "model",
                 str(self.folder),
-                f"its tensors have several dtypes, {sorted(map(str, kinds))}",
-                "save it in one dtype",
+                f"its tensors are of {', '.join(sorted(kinds))}",
+                f"save it in one of {', '.join(SAFETENSORS_DTYPES.values())}",
             )
-        return kinds.pop()
+        return found[0]
 
     def check_names(self, expected: set[str], *, tied: bool) -> None:
         have, head, embedding = set(self.where), "lm_head.weight", "model.embed_tokens.weight"
@@ -382,13 +383,14 @@ def _write_header(f, shapes: dict[str, tuple[int, ...]], size: dict[str, int], d
 
 
 def copy_side_files(source: str | Path, target: str | Path) -> None:
-    """Config, tokenizer and chat templates of a model folder, those in folders within it too."""
-    for pattern in SIDE_FILES:
-        for f in list(Path(source).rglob(pattern)):  # the target may be in it
-            place = f.relative_to(source)
-            if f.name != INDEX and not any(part.startswith(".") for part in place.parts):
-                (Path(target) / place).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(f, Path(target) / place)
+    """Config, tokenizer and chat templates of a model folder. Of its other folders nothing: no reader looks there, and
+    a run may have its own in it."""
+    for pattern in (*SIDE_FILES, CHAT_TEMPLATES):
+        for f in Path(source).glob(pattern):
+            if not f.name.endswith(".index.json") and f.is_file():
+                place = Path(target) / f.relative_to(source)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(f, place)
 
 
 def _say_dtype(path: Path, dtype: torch.dtype) -> None:

@@ -23,9 +23,14 @@ READ = (
     *(CONFIG, "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja"),
 )
-ADAPTER = "adapter_config.json"
+# What says that the weights are not all, or not what config.json says, to transformers or to vLLM.
+OTHERWISE = {
+    "adapter_config.json": ("an adapter is not applied", "merge it into its model, or remove the file"),
+    "hf_quant_config.json": ("quantised weights are not trained", "name the model that it was made of"),
+}
 # What makes a folder a model besides its weights.
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+CHAT_TEMPLATES = "additional_chat_templates/*.jinja"  # transformers reads no other folder
 LFS_POINTER = b"version https://git-lfs"
 KINDS = "a folder nor a hub name"
 
@@ -60,13 +65,9 @@ def check(folder: str | Path, model: str) -> None:
     not files of their kind."""
     if not (Path(folder) / CONFIG).is_file():
         raise InputError("model", model, f"has no {CONFIG}", "name a Hugging Face model")
-    if (Path(folder) / ADAPTER).is_file():
-        raise InputError(
-            "model",
-            model,
-            f"has an {ADAPTER}: an adapter is not applied",
-            "merge it into its model, or remove the file",
-        )
+    for name, (why, remedy) in OTHERWISE.items():
+        if (Path(folder) / name).is_file():
+            raise InputError("model", model, f"has {name}: {why}", remedy)
     weight_files(folder, model)
     for name in READ:
         if (Path(folder) / name).is_file():
@@ -153,7 +154,7 @@ def _download(model: str, *, local_files_only: bool = False) -> str:
     folder: str = snapshot_download(
         model,
         allow_patterns=[*SIDE_FILES, "*.safetensors"],
-        # Other forms of the same model; chat templates that are not the first one stand in a folder too.
+        # In folders stand other forms of the same model, and chat templates.
         ignore_patterns=[f"*/{pattern}" for pattern in (*SIDE_FILES, "*.safetensors") if pattern != "*.jinja"],
         local_files_only=local_files_only,
     )

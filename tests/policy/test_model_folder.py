@@ -222,7 +222,8 @@ def test_a_tokenizer_that_is_another_json_is_one_line_with_its_files(tmp_path, t
         (True, "model.safetensors", "has model.safetensors beside model.safetensors.index.json"),
         (True, "consolidated.safetensors", None),  # nobody reads what the index does not name
         (False, "model-00001-of-00002.safetensors", "has model-00001-of-00002.safetensors beside model.safetensors"),
-        (False, "adapter_config.json", "has an adapter_config.json: an adapter is not applied"),
+        (False, "adapter_config.json", "has adapter_config.json: an adapter is not applied"),
+        (False, "hf_quant_config.json", "has hf_quant_config.json: quantised weights are not trained"),
     ],
 )
 def test_weights_that_another_reader_would_take_instead_are_refused(tmp_path, tiny, index, other, words):
