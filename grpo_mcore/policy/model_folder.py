@@ -97,12 +97,16 @@ def _check_file(path: Path) -> None:
 
 
 def refuse_pointer(path: Path) -> None:
-    """Raises InputError for what Git LFS leaves where a file was not fetched."""
-    with path.open("rb") as f:
-        if f.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise InputError(
-                "model", str(path), "is Git LFS's pointer to a file, and not the file", "run git lfs pull in its folder"
-            )
+    """Raises InputError for a file that cannot be read, and for what Git LFS leaves where one was not fetched."""
+    try:
+        with path.open("rb") as f:
+            head = f.read(len(LFS_POINTER))
+    except OSError as e:
+        raise InputError("model", str(path), f"cannot be read ({e.strerror})", "see to its permissions") from None
+    if head == LFS_POINTER:
+        raise InputError(
+            "model", str(path), "is Git LFS's pointer to a file, and not the file", "run git lfs pull in its folder"
+        )
 
 
 def weight_files(folder: str | Path, model: str) -> dict[Path, set[str]]:

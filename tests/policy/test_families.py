@@ -85,6 +85,10 @@ PUBLISHED = {
     | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "attention_bias": False, "head_dim": 128}
     | {"rope_scaling": None, "sliding_window": None, "max_window_layers": 36, "num_hidden_layers": 36},
     "Llama-3.2-1B-Instruct": LLAMA,
+    "Llama-2-7b-chat": {k: v for k, v in LLAMA.items() if k not in ("head_dim", "attention_bias", "mlp_bias")}
+    | {"_name_or_path": "meta-llama/Llama-2-7b-chat-hf", "rope_scaling": None, "hidden_size": 4096, "max_length": 4096}
+    | {"pad_token_id": 0, "num_key_value_heads": 32, "eos_token_id": 2, "intermediate_size": 11008}
+    | {"tie_word_embeddings": False, "vocab_size": 32000, "torch_dtype": "float16"},
     "SmolLM2-135M-Instruct": {k: v for k, v in LLAMA.items() if k not in ("rope_scaling", "head_dim")}
     | {"is_llama_config": True, "rope_interleaved": False, "rope_scaling": None, "hidden_size": 576}
     | {"num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "eos_token_id": 2, "pad_token_id": 2}

@@ -208,6 +208,15 @@ def test_a_file_that_decides_on_tokens_or_the_model_and_is_broken_is_named(tmp_p
         model_folder.local_folder(str(folder))
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "m.gguf"])
+def test_a_file_that_may_not_be_read_is_named(tmp_path, tiny, name):
+    folder = shutil.copytree(tiny, tmp_path / "m")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("/proc/self/mem")  # which nobody reads from its start, root neither
+    with pytest.raises(InputError, match=f"model = '{folder / name}': cannot be read"):
+        model_folder.local_folder(str(folder / name if name == "m.gguf" else folder), tmp_path / "cache")
+
+
 @pytest.mark.parametrize("contents", ["{}", '{"version": "1.0", "added_tokens": [], "model": {"type": "X"}}'])
 def test_a_tokenizer_that_is_another_json_is_one_line_with_its_files(tmp_path, tiny, contents):
     folder = shutil.copytree(tiny, tmp_path / "m")
