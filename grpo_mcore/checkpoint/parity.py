@@ -114,7 +114,8 @@ def fixed_sequences(vocab_size: int) -> list[tuple[int, ...]]:
 @torch.no_grad()
 def hf_logprobs(folder: str | Path, sequences: list[tuple[int, ...]]) -> torch.Tensor:
     """float32 [sequences * RESPONSE_TOKENS], each sequence alone."""
-    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    # config.json may name an attention that no CPU has.
+    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     out = []
     for tokens in sequences:
         logits = hf(torch.tensor([tokens]), logits_to_keep=RESPONSE_TOKENS + 1).logits[0, :-1]

@@ -39,7 +39,7 @@ SIZES = {
     "rms_norm_eps": "layernorm_epsilon",
 }
 # rope_type -> the positive numbers that it is computed with besides rope_theta. Older files say rope_scaling and type.
-ROPE: dict[object, tuple[str, ...]] = {
+ROPE: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -98,7 +98,9 @@ def check(hf_config, folder: str | Path) -> None:
     family = FAMILIES[hf_config.model_type]
     for field in dict.fromkeys([*MUST_BE, *written]):
         value = getattr(hf_config, field, written.get(field))
-        if value is None or field in USED or field in WITHOUT_EFFECT or field.startswith("_"):
+        if field in USED or field in WITHOUT_EFFECT or field.startswith("_"):
+            continue
+        if value is None and getattr(default, field, None) is None:
             continue
         allowed, why = MUST_BE.get(field, ((), f"{hf_config.model_type} is not known to have it"))
         if field == "layer_types":
@@ -107,7 +109,7 @@ def check(hf_config, folder: str | Path) -> None:
             allowed, why = tuple([n] for n in family.architectures), f"this trains {family.architectures[0]}"
         elif field not in MUST_BE and hasattr(default, field):
             allowed, why = (getattr(default, field),), "what another value would compute is not known"
-        if value not in allowed:
+        if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed):
             raise _refused(folder, field, value, why)
     _check_sizes(hf_config, family, folder)
     _check_rope(hf_config.rope_parameters, folder)
@@ -136,8 +138,8 @@ def _check_sizes(hf_config, family: Family, folder: str | Path) -> None:
 def _check_rope(rope: dict[str, object], folder: str | Path) -> None:
     """Transformers leaves out what a rope_type does not have, and so would we: a model of another RoPE."""
     kind = rope.get("rope_type")
-    if kind not in ROPE:
-        raise _refused(folder, "rope_type", kind, f"must be {', '.join(map(str, ROPE))}")
+    if not isinstance(kind, str) or kind not in ROPE:
+        raise _refused(folder, "rope_type", kind, f"must be {', '.join(ROPE)}")
     numbers = ("rope_theta", *ROPE[kind])
     for field in dict.fromkeys([*numbers, *rope]):
         value, where = rope.get(field), f"{field} of RoPE"
@@ -145,7 +147,7 @@ def _check_rope(rope: dict[str, object], folder: str | Path) -> None:
             if not _is_positive(value):
                 raise _refused(folder, where, value, POSITIVE.constraint)
         elif field == "partial_rotary_factor":
-            if value not in (None, 1):
+            if isinstance(value, bool) or value != 1:
                 raise _refused(folder, where, value, "RoPE turns whole heads")
         elif value is not None and field not in ("rope_type", "type"):
             raise _refused(folder, where, value, f"RoPE of rope_type {kind} is not known to have it")

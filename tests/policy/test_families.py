@@ -4,6 +4,7 @@ What is used is computed as Hugging Face's model does, field by field, on a CPU.
 """
 
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import transformers as tf
 
 from grpo_mcore.config.config import InputError
 from grpo_mcore.parallel import topology
-from grpo_mcore.policy import families, model
+from grpo_mcore.policy import families, hf_weights, model
 from tests import models
 from tests.policy.test_policy import batch_of, connect, hf_logprobs, make_policy
 
@@ -197,7 +198,42 @@ def test_another_number_of_the_same_weights_is_computed_as_hugging_face_does(
         assert (ours - before).abs().max() > 1e-2, change  # else it would show nothing
 
 
+VALUES = (
+    *(None, True, False, 0, 1, 2, -1, 4, 16, 64, 10**12, 0.0, 0.5, 1e-3, 1.0, 1e300, float("nan"), float("inf")),
+    *("", "x", "gelu", "silu", "linear", "yarn", "default", [], {}, [1], {"a": 1}),
+    *([kind] * 2 for kind in ("full_attention", "sliding_attention")),
+)
+FIELDS = sorted({*families.USED, *families.WITHOUT_EFFECT, *families.MUST_BE, "layer_types", "sliding_window", "other"})
+ROPE_FIELDS = (*LLAMA3, "attention_factor", "partial_rotary_factor", "type")
+
+
+def test_whatever_a_config_says_it_is_computed_as_hugging_face_does_or_refused(model_folders, tmp_path, alone):
+    """300 configs of which one or two fields hold anything; the oracle is run on each that is not refused."""
+    rng, outcomes = random.Random(0), {"refused": 0, "computed": 0}
+    kinds = (*FAMILY_KINDS, "llama_linear_rope")
+    for kind in kinds:
+        shutil.copytree(model_folders[kind], tmp_path / kind)
+    for _ in range(300):
+        folder = tmp_path / rng.choice(kinds)
+        written = json.loads(Path(model_folders[folder.name], "config.json").read_text())
+        for _ in range(rng.choice((1, 1, 2))):
+            rope = written["rope_parameters"]
+            inner = isinstance(rope, dict) and rng.random() < 0.3
+            (rope if inner else written)[rng.choice(ROPE_FIELDS if inner else FIELDS)] = rng.choice(VALUES)
+        folder_of(written, folder)
+        try:
+            hf_weights.check(folder, model.load_hf_config(str(folder)))
+        except InputError:
+            outcomes["refused"] += 1
+            continue
+        ours, theirs = both_logprobs(folder, alone)
+        assert (ours - theirs).abs().max() < 1e-3, written  # an eps may make the norms' sums large
+        outcomes["computed"] += 1
+    assert min(outcomes.values()) > 75, outcomes
+
+
 HARMLESS = {
+    "attn_implementation": "flash_attention_2",
     "max_position_embeddings": 64,
     "initializer_range": 0.5,
     "use_cache": False,
