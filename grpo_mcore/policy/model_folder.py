@@ -63,15 +63,19 @@ def config_folder(model: str) -> str:
 def check(folder: str | Path, model: str) -> None:
     """Raises InputError, of what `model` names, if the folder lacks its config, tokenizer or weights, or if they are
     not files of their kind."""
+    _check_whole(folder, model)
+    for name in READ:
+        if (Path(folder) / name).is_file():
+            _check_file(Path(folder) / name)
+
+
+def _check_whole(folder: str | Path, model: str) -> None:
     if not (Path(folder) / CONFIG).is_file():
         raise InputError("model", model, f"has no {CONFIG}", "name a Hugging Face model")
     for name, (why, remedy) in OTHERWISE.items():
         if (Path(folder) / name).is_file():
             raise InputError("model", model, f"has {name}: {why}", remedy)
     weight_files(folder, model)
-    for name in READ:
-        if (Path(folder) / name).is_file():
-            _check_file(Path(folder) / name)
     if not any(all((Path(folder) / name).is_file() for name in names) for names in TOKENIZERS):
         raise InputError(
             "model",
@@ -168,9 +172,10 @@ def _download(model: str, *, local_files_only: bool = False) -> str:
 def _whole_in_cache(model: str) -> str | None:
     try:
         folder = _download(model, local_files_only=True)
-        check(folder, model)
+        _check_whole(folder, model)
     except (FileNotFoundError, InputError):
         return None
+    check(folder, model)  # what is there and broken, the hub's library would not fetch again
     return folder
 
 

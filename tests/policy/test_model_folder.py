@@ -114,6 +114,16 @@ def test_a_cache_that_lacks_a_file_is_completed_and_offline_it_is_refused(hub, t
     assert hub.fetched[f"{NAME}/{lost}"] == 2 and sum(hub.fetched.values()) == len(FILES) + 1
 
 
+def test_a_file_that_is_broken_in_the_cache_is_named_without_asking_the_hub(hub, tmp_path):
+    folder, _ = end(start(hub, tmp_path / "home"))
+    asked = hub.asked
+    (folder / "tokenizer.json").resolve().write_text("{")
+    for offline in ("0", "1"):
+        said = refusal(hub, tmp_path / "home", HF_HUB_OFFLINE=offline)
+        assert f"model = '{folder / 'tokenizer.json'}': is not valid JSON" in said
+    assert hub.asked == asked
+
+
 def test_a_cache_that_another_program_filled_in_part_is_completed(hub, tmp_path, tiny):
     """As `hf_hub_download(NAME, "config.json")` leaves it: without a list of what there is."""
     get = f"import huggingface_hub; huggingface_hub.hf_hub_download({NAME!r}, 'config.json')"
