@@ -55,10 +55,11 @@ KINDS = {
 }
 
 
-def make(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> str:
+def make(kind: str, folder: Path, dtype: torch.dtype = torch.float32, **changes) -> str:
+    """`changes`: of the config's fields."""
     model_class, config_class, extra = KINDS[kind]
     torch.manual_seed(7)
-    model = model_class(config_class(**{**_SIZES, **extra}))
+    model = model_class(config_class(**{**_SIZES, **extra, **changes}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Biases and norms start at 0 and 1: a mix-up among them would not show.

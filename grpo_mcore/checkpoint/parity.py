@@ -9,21 +9,17 @@ computes with it what the trainer's does.
    precision.
 """
 
-import ast
 import gc
 import json
 import random
-from collections import defaultdict
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
 
 from grpo_mcore.checkpoint import convert
-from grpo_mcore.checkpoint.checkpoint import ATTEST
 from grpo_mcore.checkpoint.stored import digest, file_digest
 from grpo_mcore.config import config
-from grpo_mcore.config.config import InputError
 from grpo_mcore.loss import batch
 from grpo_mcore.parallel import topology
 from grpo_mcore.policy import hf_weights, model
@@ -74,29 +70,30 @@ def prove(checkpoint: str | Path, hf_folder: str | Path, out: str | Path | None 
 def compare_weights(checkpoint: str | Path, hf_folder: str | Path) -> int:
     """How many parts of the weights the checkpoint attests; all are compared, and all of the folder's weights are
     compared with one. Holds one Megatron parameter. Raises InputError, ParityError."""
-    attested = Path(checkpoint) / ATTEST
-    if not attested.is_file():
-        raise InputError(
-            "--checkpoint", str(checkpoint), f"has no {ATTEST}", "name a folder like RUN/checkpoints/step_000010"
-        )
-    parts = _attested(json.loads(attested.read_text())["weights"])
+    parts = convert.attested(checkpoint)
     num_parts = sum(map(len, parts.values()))
     hf_config = model.load_hf_config(str(hf_folder))
+    hf_weights.check(hf_folder, hf_config)
     with hf_weights.Reader(hf_folder) as reader:
+        said, dtype = getattr(hf_config, "dtype", None), reader.dtype()
+        if said not in (None, dtype):
+            raise ParityError(
+                f"{hf_folder}: its config.json says {said}, and its tensors are {dtype}: a reader that follows it "
+                f"rounds them"
+            )
         rows = hf_weights.table(hf_config, transformer_engine=True)
-        reader.check_names({name for row in rows for name in row.hf}, tied=hf_config.tie_word_embeddings)
         for row in rows:
             key, layer = convert.key_of(row)
             whole = convert.merged(row, [reader.read(name, shape) for name, shape in row.hf.items()], hf_config)
             covered = 0
-            for offset, shape, expected in parts.pop((key, layer), ()):
-                part = _cut(whole, offset, shape)
-                if digest(part) != expected:
-                    raise ParityError(
-                        f"{hf_folder}: {', '.join(row.hf)} is not what the policy held when {checkpoint} was saved "
-                        f"(its part at {offset})"
-                    )
-                covered += max(min(len(whole) - offset[0], shape[0]), 0) * part[0].numel()
+            of_row = parts.pop((key, layer), ())
+            if (offset := convert.differing(whole, of_row)) is not None:
+                raise ParityError(
+                    f"{hf_folder}: {', '.join(row.hf)} is not what the policy held when {checkpoint} was saved "
+                    f"(its part at {offset})"
+                )
+            for offset, shape, _ in of_row:
+                covered += max(min(len(whole) - offset[0], shape[0]), 0) * torch.Size(shape[1:]).numel()
             if covered != whole.numel():
                 raise ParityError(
                     f"{checkpoint} attests {covered} of the {whole.numel()} elements of {', '.join(row.hf)}"
@@ -104,24 +101,6 @@ def compare_weights(checkpoint: str | Path, hf_folder: str | Path) -> int:
     if parts:
         raise ParityError(f"{hf_folder} lacks what {checkpoint} holds: {', '.join(sorted(key for key, _ in parts))}")
     return num_parts
-
-
-def _attested(weights: dict[str, str]) -> dict[tuple, list[tuple]]:
-    """(key, layer) -> [(offset, shape, digest)] within one layer's parameter, of attest.json's `key offset shape`."""
-    parts = defaultdict(list)
-    for name, value in weights.items():
-        key, _, part = name.partition(" ")
-        offset, shape = ast.literal_eval(part.replace(") (", "), ("))
-        stacked = int(key.startswith("decoder.layers."))
-        parts[key, offset[:stacked]].append((offset[stacked:], shape[stacked:], value))
-    return dict(parts)
-
-
-def _cut(whole: torch.Tensor, offset: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
-    """The part of that shape at `offset`; rows beyond the end, which pad a vocabulary, are zero."""
-    part = whole[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
-    missing = shape[0] - len(part)
-    return torch.cat([part, part.new_zeros(missing, *part.shape[1:])]) if missing else part
 
 
 def fixed_sequences(vocab_size: int) -> list[tuple[int, ...]]:
@@ -135,7 +114,8 @@ def fixed_sequences(vocab_size: int) -> list[tuple[int, ...]]:
 @torch.no_grad()
 def hf_logprobs(folder: str | Path, sequences: list[tuple[int, ...]]) -> torch.Tensor:
     """float32 [sequences * RESPONSE_TOKENS], each sequence alone."""
-    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    # config.json may name an attention that no CPU has.
+    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     out = []
     for tokens in sequences:
         logits = hf(torch.tensor([tokens]), logits_to_keep=RESPONSE_TOKENS + 1).logits[0, :-1]

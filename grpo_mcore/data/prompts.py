@@ -15,6 +15,8 @@ from grpo_mcore.config.config import InputError
 from grpo_mcore.data.sources import read_rows
 from grpo_mcore.types import Prompt
 
+TOKENIZER_FILES = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template")
+
 
 class Tokenizer:
     """The model's tokenizer, its chat template and the ids that end a response."""
@@ -30,11 +32,12 @@ class Tokenizer:
             self._tokenizer = AutoTokenizer.from_pretrained(folder)
         except Exception as e:  # tokenizers has no class for it
             why = (str(e).splitlines() or [""])[0]
+            files = sorted(f.name for f in Path(folder).iterdir() if f.name.startswith(TOKENIZER_FILES))
             raise InputError(
                 "model",
                 folder,
                 f"has a tokenizer that cannot be read ({type(e).__name__}: {why})",
-                "copy its files again from where the model came from",
+                f"copy its files again from where the model came from: {', '.join(files)}",
             ) from e
         if self._tokenizer.eos_token_id is not None:
             ids.add(self._tokenizer.eos_token_id)

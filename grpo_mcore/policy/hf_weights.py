@@ -11,18 +11,19 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from grpo_mcore.config.config import InputError, Parallel
-from grpo_mcore.data import hub
 from grpo_mcore.parallel.collectives import from_stage, start_gather
 from grpo_mcore.parallel.topology import Topology
 from grpo_mcore.policy.model import Backbone, has_qk_norm, has_qkv_bias, head_dim, stage_of
-from grpo_mcore.policy.model_folder import INDEX, SIDE_FILES, WEIGHTS, weight_files
+from grpo_mcore.policy.model_folder import CHAT_TEMPLATES, INDEX, SIDE_FILES, WEIGHTS, refuse_pointer, weight_files
 
 HEAD = "output_layer.weight"
+BUFFER = "rotary_emb.inv_freq"  # old files hold it; nobody reads it, RoPE is the config's
 MAX_FILE_BYTES = 5 << 30
 # As the files name them.
 SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float16: "F16"}
@@ -234,9 +235,9 @@ def check(folder: str | Path, hf_config) -> None:
 
 def _opened(file: Path):
     try:
+        refuse_pointer(file)
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as e:
-        hub.refuse_pointer("model", file)
         raise InputError(
             "model",
             str(file),
@@ -249,17 +250,29 @@ class Reader:
     """The tensors of a folder's safetensors files, by name, without loading the files whole."""
 
     def __init__(self, folder: str | Path):
-        """Raises InputError for a file that is none."""
+        """Raises InputError for a file that is none, or not the one that the index means; and for a tensor that stands
+        in two."""
         self.folder = Path(folder)
-        self._files = [_opened(f) for f in weight_files(folder, str(folder))]
-        self.where = {name: f for f in self._files for name in f.keys()}  # noqa: SIM118  (no mapping)
+        self.where: dict[str, Any] = {}
+        for path, placed in weight_files(folder, str(folder)).items():
+            file = _opened(path)
+            names = set(file.keys())
+            if lacking := placed - names:
+                raise InputError(
+                    "model", str(path), f"lacks {min(lacking)}, which {INDEX} places there", "copy the folder again"
+                )
+            names = {name for name in names if not name.endswith(BUFFER)}
+            if twice := names & set(self.where):
+                raise InputError(
+                    "model", str(path), f"has {min(twice)}, and so has another file", "copy the folder again"
+                )
+            self.where |= dict.fromkeys(names, file)
 
     def __enter__(self) -> "Reader":
         return self
 
     def __exit__(self, *exc) -> None:
         self.where.clear()
-        self._files.clear()
 
     def read(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
         """Raises InputError if the tensor has not the shape given."""
@@ -279,15 +292,16 @@ class Reader:
 
     def dtype(self) -> torch.dtype:
         """The one dtype of all tensors. Raises InputError if they differ."""
-        kinds = {self.read(n).dtype for n in self.where}
-        if len(kinds) > 1:
+        kinds = {file.get_slice(name).get_dtype() for name, file in self.where.items()}
+        found = [dtype for dtype, kind in SAFETENSORS_DTYPES.items() if {kind} == kinds]
+        if not found:
             raise InputError(
                 "model",
                 str(self.folder),
-                f"its tensors have several dtypes, {sorted(map(str, kinds))}",
-                "save it in one dtype",
+                f"its tensors are of {', '.join(sorted(kinds))}",
+                f"save it in one of {', '.join(SAFETENSORS_DTYPES.values())}",
             )
-        return kinds.pop()
+        return found[0]
 
     def check_names(self, expected: set[str], *, tied: bool) -> None:
         have, head, embedding = set(self.where), "lm_head.weight", "model.embed_tokens.weight"
@@ -369,13 +383,14 @@ def _write_header(f, shapes: dict[str, tuple[int, ...]], size: dict[str, int], d
 
 
 def copy_side_files(source: str | Path, target: str | Path) -> None:
-    """Config, tokenizer and chat templates of a model folder, those in folders within it too."""
-    for pattern in SIDE_FILES:
-        for f in list(Path(source).rglob(pattern)):  # the target may be in it
-            place = f.relative_to(source)
-            if f.name != INDEX and not any(part.startswith(".") for part in place.parts):
-                (Path(target) / place).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(f, Path(target) / place)
+    """Config, tokenizer and chat templates of a model folder. Of its other folders nothing: no reader looks there, and
+    a run may have its own in it."""
+    for pattern in (*SIDE_FILES, CHAT_TEMPLATES):
+        for f in Path(source).glob(pattern):
+            if not f.name.endswith(".index.json") and f.is_file():
+                place = Path(target) / f.relative_to(source)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(f, place)
 
 
 def _say_dtype(path: Path, dtype: torch.dtype) -> None:

@@ -30,6 +30,7 @@ from grpo_mcore.loss.batch import Cost, Packing
 from grpo_mcore.parallel import pipeline, vocab
 from grpo_mcore.parallel.topology import Topology
 from grpo_mcore.policy import families, plain_layers
+from grpo_mcore.policy.families import head_dim
 from grpo_mcore.types import Microbatch
 
 
@@ -103,20 +104,15 @@ def load_hf_config(folder: str) -> HFConfig:
             "choose a model of these families",
         )
     families.check(config, folder)
-    rope_settings(config)
     return config
 
 
-def head_dim(hf_config: HFConfig) -> int:
-    return getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
-
-
 def has_qkv_bias(hf_config) -> bool:
-    return hf_config.model_type == "qwen2"
+    return families.FAMILIES[hf_config.model_type].qkv_bias
 
 
 def has_qk_norm(hf_config) -> bool:
-    return hf_config.model_type == "qwen3"
+    return families.FAMILIES[hf_config.model_type].qk_norm
 
 
 def check_parallel(hf_config, parallel: Parallel, precision: Precision = Precision()) -> None:
@@ -188,23 +184,10 @@ def cost_of(hf_config: HFConfig) -> Cost:
 
 
 def rope_settings(hf_config) -> tuple[float, torch.Tensor | None]:
-    """(base, inverse frequencies or None for the plain ones). Raises InputError for a scaling that also scales
-    attention."""
+    """(base, inverse frequencies or None for the plain ones); families.ROPE's types scale nothing else."""
     rope = hf_config.rope_parameters
-    turned = rope.get("partial_rotary_factor", 1)
-    if turned != 1:
-        raise InputError(
-            "model: partial_rotary_factor", turned, "must be 1: RoPE turns whole heads", "choose another model"
-        )
     if rope["rope_type"] == "default":
         return rope["rope_theta"], None
-    if rope["rope_type"] not in ("linear", "llama3"):
-        raise InputError(
-            "model: rope_type",
-            rope["rope_type"],
-            "must be default, linear or llama3",
-            "choose a model with one of these",
-        )
     inverse_frequencies, _ = ROPE_INIT_FUNCTIONS[rope["rope_type"]](hf_config, device="cpu")
     return rope["rope_theta"], inverse_frequencies
 
@@ -214,13 +197,8 @@ def transformer_config(
 ) -> TransformerConfig:
     params_dtype = getattr(torch, precision.params)
     config = TransformerConfig(
-        num_layers=hf_config.num_hidden_layers,
-        hidden_size=hf_config.hidden_size,
-        ffn_hidden_size=hf_config.intermediate_size,
-        num_attention_heads=hf_config.num_attention_heads,
-        num_query_groups=hf_config.num_key_value_heads,
+        **{name: getattr(hf_config, field) for field, name in families.SIZES.items() if name},
         kv_channels=head_dim(hf_config),
-        layernorm_epsilon=hf_config.rms_norm_eps,
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=F.silu,

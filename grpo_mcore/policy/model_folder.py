@@ -4,10 +4,9 @@ A hub name is looked for in the hub's local cache. What is whole there is taken 
 one process of all that share the cache fetches the snapshot, and the others wait for it.
 """
 
+import hashlib
 import importlib.metadata
 import json
-import shutil
-import warnings
 from pathlib import Path
 
 import filelock
@@ -15,13 +14,23 @@ from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 
 from grpo_mcore.config.config import InputError
 from grpo_mcore.data import hub
-from grpo_mcore.report import claim
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 # Any of these sets is a tokenizer. Without one transformers makes an empty tokenizer of config.json, and says nothing.
 TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
+# What decides with them what is computed or which tokens it is computed of; the .json files are objects.
+READ = (
+    *(CONFIG, "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja"),
+)
+# What says that the weights are not all, or not what config.json says, to transformers or to vLLM.
+OTHERWISE = {
+    "adapter_config.json": ("an adapter is not applied", "merge it into its model, or remove the file"),
+    "hf_quant_config.json": ("quantised weights are not trained", "name the model that it was made of"),
+}
 # What makes a folder a model besides its weights.
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+CHAT_TEMPLATES = "additional_chat_templates/*.jinja"  # transformers reads no other folder
 KINDS = "a folder nor a hub name"
 
 
@@ -51,10 +60,20 @@ def config_folder(model: str) -> str:
 
 
 def check(folder: str | Path, model: str) -> None:
-    """Raises InputError, of what `model` names, if the folder lacks its config, tokenizer or weights, or has only
-    Git LFS's pointers to them."""
+    """Raises InputError, of what `model` names, if the folder lacks its config, tokenizer or weights, or if they are
+    not files of their kind."""
+    _check_whole(folder, model)
+    for name in READ:
+        if (Path(folder) / name).is_file():
+            _check_file(Path(folder) / name)
+
+
+def _check_whole(folder: str | Path, model: str) -> None:
     if not (Path(folder) / CONFIG).is_file():
         raise InputError("model", model, f"has no {CONFIG}", "name a Hugging Face model")
+    for name, (why, remedy) in OTHERWISE.items():
+        if (Path(folder) / name).is_file():
+            raise InputError("model", model, f"has {name}: {why}", remedy)
     weight_files(folder, model)
     if not any(all((Path(folder) / name).is_file() for name in names) for names in TOKENIZERS):
         raise InputError(
@@ -63,22 +82,56 @@ def check(folder: str | Path, model: str) -> None:
             f"has no tokenizer ({', or '.join(' and '.join(names) for names in TOKENIZERS)})",
             "copy the tokenizer's files of the model that it comes from into the folder",
         )
-    for file in sorted(f for pattern in SIDE_FILES for f in Path(folder).glob(pattern) if f.is_file()):
-        hub.refuse_pointer("model", file)
 
 
-def weight_files(folder: str | Path, model: str) -> list[Path]:
-    """The safetensors files of a folder's weights. Raises InputError, of what `model` names, if one is not there."""
-    index, files = Path(folder) / INDEX, [Path(folder) / WEIGHTS]
+def _check_file(path: Path) -> None:
+    refuse_pointer(path)
+    contents, why = path.read_bytes(), None
+    if not contents.strip():
+        why = "is empty"
+    elif path.suffix == ".json":
+        try:
+            if not isinstance(json.loads(contents.decode()), dict):
+                why = "is no JSON object"
+        except (ValueError, RecursionError) as e:
+            why = f"is not valid JSON ({e})"
+    if why:
+        raise InputError("model", str(path), why, "copy it again from where the model came from")
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raises InputError for a file that cannot be read, and for what Git LFS leaves where one was not fetched."""
+    try:
+        hub.refuse_pointer("model", path)
+    except OSError as e:
+        raise InputError("model", str(path), f"cannot be read ({e.strerror})", "see to its permissions") from None
+
+
+def weight_files(folder: str | Path, model: str) -> dict[Path, set[str]]:
+    """The safetensors files of a folder's weights, and the tensors that the index, if there is one, places in each.
+    Raises InputError, of what `model` names, if one is not there, and if there are others, which transformers or vLLM
+    would read instead or too."""
+    index, files = Path(folder) / INDEX, {Path(folder) / WEIGHTS: set[str]()}
     if index.is_file():
         try:
-            names = json.loads(index.read_text())["weight_map"].values()
-            files = sorted({Path(folder) / name for name in names})
+            placed = json.loads(index.read_text())["weight_map"].items()
+            files = {
+                Path(folder) / file: {n for n, f in placed if f == file} for file in sorted({f for _, f in placed})
+            }
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise InputError("model", str(index), f"is no index of weights ({e!r})", "copy it again") from None
     if missing := [f.name for f in files if not f.is_file()]:
         raise InputError(
             "model", model, f"has no {', '.join(missing)}", "name a Hugging Face model with safetensors weights"
+        )
+    others = {Path(folder) / WEIGHTS} if index.is_file() else set(Path(folder).glob("*.safetensors"))
+    if others := {f for f in others - set(files) if f.is_file()}:
+        raise InputError(
+            "model",
+            model,
+            f"has {', '.join(sorted(f.name for f in others))} beside {INDEX if index.is_file() else WEIGHTS}: which "
+            f"are its weights?",
+            "remove the others",
         )
     return files
 
@@ -103,7 +156,8 @@ def _download(model: str, *, local_files_only: bool = False) -> str:
     folder: str = snapshot_download(
         model,
         allow_patterns=[*SIDE_FILES, "*.safetensors"],
-        ignore_patterns=["*/*"],  # other forms of the same model
+        # In folders stand other forms of the same model, and chat templates.
+        ignore_patterns=[f"*/{pattern}" for pattern in (*SIDE_FILES, "*.safetensors") if pattern != "*.jinja"],
         local_files_only=local_files_only,
     )
     return folder
@@ -112,9 +166,10 @@ def _download(model: str, *, local_files_only: bool = False) -> str:
 def _whole_in_cache(model: str) -> str | None:
     try:
         folder = _download(model, local_files_only=True)
-        check(folder, model)
+        _check_whole(folder, model)
     except (FileNotFoundError, InputError):
         return None
+    check(folder, model)  # what is there and broken, the hub's library would not fetch again
     return folder
 
 
@@ -135,35 +190,15 @@ def _package_file(model: str) -> Path:
 def _from_gguf(gguf: Path, cache: Path, model: str) -> str:
     if not gguf.is_file():
         raise InputError("model", model, "there is no such file", "check the path")
-    hub.refuse_pointer("model", gguf)
-    folder = cache / f"{gguf.stem.lower()}-{claim.digest([gguf])[:8]}"  # of what is in it: others have its name
+    refuse_pointer(gguf)
+    # Of all that is in it: others have its name and size, and most of its weights if they were tuned in part.
+    with gguf.open("rb") as f:
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+    folder = cache / f"{gguf.stem.lower()}-{digest[:16]}"
     cache.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(cache / f".{folder.name}.lock"):  # of several ranks one makes it
         if not (folder / CONFIG).is_file():
-            _dequantise(gguf, folder)
+            from grpo_mcore.policy import gguf_file  # which imports much
+
+            gguf_file.dequantise(gguf, folder)
     return str(folder)
-
-
-def _dequantise(gguf: Path, folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
-
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            hf = AutoModelForCausalLM.from_pretrained(
-                gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-            )
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        except Exception as e:  # of many classes: gguf's, numpy's, transformers'
-            why = f"({type(e).__name__}: {' '.join(str(e).split())})"
-            raise InputError(
-                "model", str(gguf), f"cannot be read {why}", "copy the file again, or choose another"
-            ) from e
-    hf.config.dtype = torch.bfloat16
-    hf.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
-    hf.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    partial.rename(folder)

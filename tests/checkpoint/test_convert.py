@@ -4,6 +4,8 @@ it.
 Not covered here: checkpoints of other layouts (test_checkpoint.py); the program around it (test_launch.py).
 """
 
+import json
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from megatron.core import dist_checkpointing
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from grpo_mcore.checkpoint import checkpoint, convert
 from grpo_mcore.config import config
@@ -49,6 +51,57 @@ def test_the_trainers_model_reads_what_was_converted(model_folders, tmp_path, al
     policy.chunks[0].load_state_dict(state["model0"], strict=False)
     original = load_file(f"{model_folders[kind]}/model.safetensors")
     assert all(torch.equal(original[name], tensor) for name, tensor in policy.export())
+
+
+@pytest.fixture
+def written(model_folders, tmp_path, alone) -> Path:
+    convert.from_hf(model_folders["qwen2_tied"], tmp_path / "megatron", alone)
+    return tmp_path / "megatron"
+
+
+DAMAGE = {
+    "gone": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "another": lambda path: path.write_bytes(b"{}"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "__0_1.distcp", "attest.json", "hf/config.json"])
+def test_a_damaged_checkpoint_is_one_line_and_leaves_no_folder(written, tmp_path, name, damage):
+    DAMAGE[damage](written / name)
+    with pytest.raises(InputError):
+        convert.to_hf(written, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_weights_that_are_not_those_that_were_saved_are_not_exported(written, tmp_path):
+    path = written / "__0_0.distcp"
+    contents = bytearray(path.read_bytes())
+    contents[100_000] ^= 0x40
+    path.write_bytes(contents)
+    with pytest.raises(InputError, match="is damaged .* is not what was saved"):
+        convert.to_hf(written, tmp_path / "hf")
+
+
+def test_weights_that_nothing_attests_are_not_exported(written, tmp_path):
+    attested = json.loads((written / "attest.json").read_text())
+    last = [name for name in attested["weights"] if name.startswith("embedding")]
+    assert last
+    for name in last:
+        del attested["weights"][name]
+    (written / "attest.json").write_text(json.dumps(attested))
+    with pytest.raises(InputError, match="attest.json lacks embedding.word_embeddings.weight"):
+        convert.to_hf(written, tmp_path / "hf")
+
+
+def test_a_tensor_of_a_dtype_that_is_not_trained_is_refused_before_it_is_read(model_folders, tmp_path, alone):
+    folder = shutil.copytree(model_folders["qwen2_tied"], tmp_path / "m")
+    tensors = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(InputError, match="is of F8_E4M3, and weights are of BF16, F32, F16"):
+        convert.from_hf(folder, tmp_path / "megatron", alone)
 
 
 def anonymous_bytes() -> int:

@@ -79,6 +79,19 @@ def test_a_weight_that_was_not_trained_so_is_named(exported, tmp_path, name, ind
     assert parity.folder_digest(tmp_path / "hf") != parity.folder_digest(exported[1])
 
 
+@pytest.mark.parametrize(("said", "refused"), [("float32", False), (None, False), ("bfloat16", True)])
+def test_an_export_whose_config_says_another_dtype_is_refused(exported, tmp_path, said, refused):
+    shutil.copytree(exported[1], tmp_path / "hf")
+    written = json.loads((tmp_path / "hf/config.json").read_text())
+    assert written["dtype"] == "float32"
+    (tmp_path / "hf/config.json").write_text(json.dumps(written | {"dtype": said}))
+    if not refused:
+        assert parity.compare_weights(exported[0], tmp_path / "hf")
+        return
+    with pytest.raises(parity.ParityError, match=r"config.json says torch.bfloat16, and its tensors are torch.float32"):
+        parity.compare_weights(exported[0], tmp_path / "hf")
+
+
 def test_a_checkpoint_that_attests_only_a_part_proves_nothing(exported, tmp_path):
     shutil.copytree(exported[0], tmp_path / "checkpoint")
     attest = json.loads((tmp_path / "checkpoint/attest.json").read_text())

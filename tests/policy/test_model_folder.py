@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from grpo_mcore.config.config import InputError
-from grpo_mcore.data import arithmetic
+from grpo_mcore.data import arithmetic, prompts
 from grpo_mcore.policy import model_folder
 from tests.dist import environment
 from tests.hub import Hub
@@ -114,6 +114,16 @@ def test_a_cache_that_lacks_a_file_is_completed_and_offline_it_is_refused(hub, t
     assert hub.fetched[f"{NAME}/{lost}"] == 2 and sum(hub.fetched.values()) == len(FILES) + 1
 
 
+def test_a_file_that_is_broken_in_the_cache_is_named_without_asking_the_hub(hub, tmp_path):
+    folder, _ = end(start(hub, tmp_path / "home"))
+    asked = hub.asked
+    (folder / "tokenizer.json").resolve().write_text("{")
+    for offline in ("0", "1"):
+        said = refusal(hub, tmp_path / "home", HF_HUB_OFFLINE=offline)
+        assert f"model = '{folder / 'tokenizer.json'}': is not valid JSON" in said
+    assert hub.asked == asked
+
+
 def test_a_cache_that_another_program_filled_in_part_is_completed(hub, tmp_path, tiny):
     """As `hf_hub_download(NAME, "config.json")` leaves it: without a list of what there is."""
     get = f"import huggingface_hub; huggingface_hub.hf_hub_download({NAME!r}, 'config.json')"
@@ -182,38 +192,77 @@ def test_planning_needs_the_config_alone(hub, tmp_path):
     assert {name for name, n in hub.fetched.items() if n} == {f"{NAME}/config.json"}
 
 
-def test_a_gguf_is_what_it_holds_and_not_its_name(tmp_path, monkeypatch):
-    def dequantise(gguf: Path, folder: Path) -> None:  # as much of it as its place depends on
-        folder.mkdir()
-        (folder / "config.json").write_text(gguf.read_text())
-
-    monkeypatch.setattr(model_folder, "_dequantise", dequantise)
-    monkeypatch.setattr(model_folder, "check", lambda folder, model: None)
-    for place, contents in (("a", "one"), ("b", "another")):
-        (tmp_path / place).mkdir()
-        (tmp_path / place / "m.gguf").write_text(contents)
-    folders = [model_folder.local_folder(str(tmp_path / p / "m.gguf"), tmp_path / "cache") for p in ("a", "b", "a")]
-    assert [(Path(f) / "config.json").read_text() for f in folders] == ["one", "another", "one"]
-    (tmp_path / "a/m.gguf").unlink()
-    with pytest.raises(InputError, match="there is no such file"):
-        model_folder.local_folder(str(tmp_path / "a/m.gguf"), tmp_path / "cache")
+BROKEN = {
+    "pointer": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:01\nsize 9\n",
+        "is Git LFS's pointer to a file",
+    ),
+    "nothing": (b"", "is empty"),
+    "cut": (b'{"a": ', "is not valid JSON"),
+    "UTF-16": ('{"a": 1}'.encode("utf-16"), "is not valid JSON"),
+    "list": (b"[]", "is no JSON object"),
+    "deep": (b"[" * 100_000, "is not valid JSON"),
+}
 
 
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 9\n"
+@pytest.mark.parametrize("case", BROKEN)
+@pytest.mark.parametrize("name", model_folder.READ)
+def test_a_file_that_decides_on_tokens_or_the_model_and_is_broken_is_named(tmp_path, tiny, name, case):
+    contents, words = BROKEN[case]
+    folder = shutil.copytree(tiny, tmp_path / "m")
+    (folder / name).write_bytes(contents)
+    if case in ("pointer", "nothing") or name.endswith(".json"):
+        with pytest.raises(InputError, match=f"model = '{folder / name}': {words}"):
+            model_folder.local_folder(str(folder))
+    else:
+        model_folder.local_folder(str(folder))
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "chat_template.jinja"])
-def test_a_pointer_in_the_place_of_any_of_a_models_files_is_said(tmp_path, name):
-    arithmetic.make_model(tmp_path, seed=0)
-    model_folder.local_folder(str(tmp_path))
-    (tmp_path / name).write_bytes(POINTER)
-    with pytest.raises(InputError, match=f"/{name}': is Git LFS's pointer to a file.*Remedy: run git lfs pull"):
-        model_folder.local_folder(str(tmp_path))
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "m.gguf"])
+def test_a_file_that_may_not_be_read_is_named(tmp_path, tiny, name):
+    folder = shutil.copytree(tiny, tmp_path / "m")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("/proc/self/mem")  # which nobody reads from its start, root neither
+    with pytest.raises(InputError, match=f"model = '{folder / name}': cannot be read"):
+        model_folder.local_folder(str(folder / name if name == "m.gguf" else folder), tmp_path / "cache")
 
 
-@pytest.mark.parametrize("contents", [b"", b"GGUF", b"GGUF" + 100 * b"\xff", POINTER])
-def test_a_gguf_that_cannot_be_read_is_one_line(tmp_path, contents):
-    (tmp_path / "m.gguf").write_bytes(contents)
-    with pytest.raises(InputError, match=r"m.gguf'?: (cannot be read \(|is Git LFS's pointer)"):
-        model_folder.local_folder(str(tmp_path / "m.gguf"), tmp_path / "cache")
-    assert not list((tmp_path / "cache").glob("m-*/config.json"))
+@pytest.mark.parametrize("contents", ["{}", '{"version": "1.0", "added_tokens": [], "model": {"type": "X"}}'])
+def test_a_tokenizer_that_is_another_json_is_one_line_with_its_files(tmp_path, tiny, contents):
+    folder = shutil.copytree(tiny, tmp_path / "m")
+    (folder / "tokenizer.json").write_text(contents)
+    with pytest.raises(InputError, match=r"cannot be read.*Remedy: copy .*: tokenizer.json, tokenizer_config.json"):
+        prompts.Tokenizer(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("index", "other", "words"),
+    [
+        (True, "model.safetensors", "has model.safetensors beside model.safetensors.index.json"),
+        (True, "consolidated.safetensors", None),  # nobody reads what the index does not name
+        (False, "model-00001-of-00002.safetensors", "has model-00001-of-00002.safetensors beside model.safetensors"),
+        (False, "adapter_config.json", "has adapter_config.json: an adapter is not applied"),
+        (False, "hf_quant_config.json", "has hf_quant_config.json: quantised weights are not trained"),
+    ],
+)
+def test_weights_that_another_reader_would_take_instead_are_refused(tmp_path, tiny, index, other, words):
+    folder = shutil.copytree(tiny, tmp_path / "m")
+    if index:
+        (folder / "model.safetensors").rename(folder / "a.safetensors")
+        (folder / model_folder.INDEX).write_text('{"weight_map": {"x": "a.safetensors"}}')
+    model_folder.local_folder(str(folder))
+    (folder / other).write_text("{}")
+    if words is None:
+        model_folder.local_folder(str(folder))
+        return
+    with pytest.raises(InputError, match=words):
+        model_folder.local_folder(str(folder))
+
+
+def test_chat_templates_in_their_folder_are_fetched_with_the_model(hub, tmp_path):
+    template = tmp_path / "hub/models" / NAME / "additional_chat_templates/tool.jinja"
+    template.parent.mkdir()
+    template.write_text("{{ messages }}")
+    folder, _ = end(start(hub, tmp_path / "home"))
+    assert (folder / "additional_chat_templates/tool.jinja").read_text() == "{{ messages }}"
+    assert not (folder / "onnx").exists()

@@ -91,7 +91,7 @@ def on_policy_update(policy: Policy, b: GlobalBatch, *, lr: float = 1e-3, **loss
 
 def hf_logprobs(folder: str, b: GlobalBatch) -> list[torch.Tensor]:
     """The oracle: Hugging Face's model on each sequence alone."""
-    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     out = []
     for m in b.microbatches:
         num_tokens, logprobs = m.sequence_R.bincount(), []
