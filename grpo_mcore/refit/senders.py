@@ -12,6 +12,7 @@ import base64
 import functools
 import pickle
 import socket
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from concurrent.futures import Future
@@ -104,6 +105,7 @@ class Stream:
         self.at = self.infos[0].name  # what is being sent, for errors
         self.torn = False  # whether the export itself failed: what is left of it cannot be drained
         self._views: dict[str, torch.Tensor] = {}
+        self._turn = threading.Lock()  # what a thread is sending may have to be drained
         self._tensors = export(into=lambda name: self._views.get(name))
 
     @property
@@ -132,7 +134,8 @@ class Stream:
 
     def _next(self, info: TensorInfo) -> torch.Tensor:
         try:
-            name, tensor = next(self._tensors)
+            with self._turn:
+                name, tensor = next(self._tensors)
         except BaseException:
             self.torn = True
             raise
@@ -143,8 +146,9 @@ class Stream:
     def drain(self) -> None:
         """What is left: other ranks take part in its collectives."""
         self._views = {}
-        for _ in self._tensors:
-            pass
+        with self._turn:
+            for _ in self._tensors:
+                pass
 
 
 class Sender(Protocol):
