@@ -277,11 +277,11 @@ def check_rows(cfg: config.Config) -> None:
     """Before there is a tokenizer. Raises InputError for a row that cannot be used, and for answers of which none can
     be right."""
     for name, rows in read_rows(cfg).items():
-        check_answers(cfg, name, [answer for _, answer in rows])
+        check_answers(cfg, name, [row.answer for row in rows])
 
 
-def read_rows(cfg: config.Config) -> dict[str, list[tuple[str, str]]]:
-    """(problem, answer) of each data set, by its key. Raises InputError for a row that cannot be used."""
+def read_rows(cfg: config.Config) -> dict[str, list[sources.Row]]:
+    """Of each data set, by its key. Raises InputError for a row that cannot be used."""
     given = {"data.train": cfg.data.train, "eval.data": cfg.eval.data}
     return {name: sources.read_rows(source, cfg.data, name) for name, source in given.items() if source}
 

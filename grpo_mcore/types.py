@@ -27,7 +27,9 @@ A worked example, P = 1 and G = 2:
         rank 1       5 = 1 2 5 = 1 3                    index_R 0 1 2 3 4   position_R 1 2 3 5 6
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -39,6 +41,7 @@ class Prompt:
     answer: str
     token_ids: tuple[int, ...]
     masked: bool = False  # over-long and cut: takes its place in a batch, where nothing is learnt from its responses
+    row: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)  # all columns, for rewards
 
 
 @dataclass(frozen=True)

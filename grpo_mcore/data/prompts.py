@@ -144,12 +144,12 @@ def load(
     """(prompts in the data set's order, number of over-long ones: left out, or with overlong="mask" cut and masked).
     Raises InputError."""
     prompts, too_long = [], 0
-    for i, (problem, answer) in enumerate(read_rows(source, data, name)):
-        token_ids = tokenizer.encode(problem, data, f"{name}: {source}, prompt {i}")
+    for i, row in enumerate(read_rows(source, data, name)):
+        token_ids = tokenizer.encode(row.problem, data, f"{name}: {source}, prompt {i}")
         masked = len(token_ids) > data.max_prompt_tokens
         too_long += masked
         if not masked or overlong == "mask":
-            prompts.append(Prompt(i, problem, answer, token_ids[: data.max_prompt_tokens], masked))
+            prompts.append(Prompt(i, row.problem, row.answer, token_ids[: data.max_prompt_tokens], masked, row.columns))
     if len({p.token_ids for p in prompts}) == 1 < len({p.problem for p in prompts}):
         field = "data.chat_template" if data.chat_template else "data.max_prompt_tokens"
         raise InputError(

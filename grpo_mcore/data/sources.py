@@ -5,8 +5,10 @@ import decimal
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from grpo_mcore.config import config
 from grpo_mcore.config.config import InputError
@@ -33,11 +35,19 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 NUMBERS = (int, float, decimal.Decimal)
 
 
-def read_rows(source: str, data: config.Data, name: str) -> list[tuple[str, str]]:
-    """(problem, answer) of every row of `source`, a file, a hub data set or a short name of PUBLISHED. `name` is the
-    configuration's field, for errors. Raises InputError."""
+@dataclass(frozen=True)
+class Row:
+    problem: str
+    answer: str
+    columns: Mapping[str, Any]  # all that the data set has of it
+
+
+def read_rows(source: str, data: config.Data, name: str) -> list[Row]:
+    """Every row of `source`, a file, a hub data set or a short name of PUBLISHED. `name` is the configuration's field,
+    for errors. Raises InputError."""
     if source.startswith("arithmetic:"):
-        return arithmetic.rows(source.removeprefix("arithmetic:"))
+        made = arithmetic.rows(source.removeprefix("arithmetic:"))
+        return [Row(problem, answer, {"problem": problem, "answer": answer}) for problem, answer in made]
     rows = [_row(row, data, f"{name}: {source}, {place}") for place, row in _rows(source, name)]
     if not rows:
         raise InputError(name, source, "holds no row", "check the file")
@@ -146,7 +156,7 @@ def _unreadable(e: Exception, source: str, name: str, split: str) -> InputError:
     return InputError(name, source, f"cannot be read as rows ({type(e).__name__}: {why})", AS_FILE)
 
 
-def _row(row: object, data: config.Data, place: str) -> tuple[str, str]:
+def _row(row: object, data: config.Data, place: str) -> Row:
     problem = _cell(row, data.problem_key, "data.problem_key", place)
     answer = _cell(row, data.answer_key, "data.answer_key", place)
     if data.answer_regex is not None:
@@ -166,7 +176,8 @@ def _row(row: object, data: config.Data, place: str) -> tuple[str, str]:
             f"its {data.answer_key!r} has more than {MAX_GOLD_CHARS} characters",
             "check data.answer_key, or remove the row",
         )
-    return problem, answer
+    assert isinstance(row, dict)
+    return Row(problem, answer, row)
 
 
 def _cell(row: object, key: str, field: str, place: str) -> str:

@@ -75,7 +75,7 @@ class Checks:
 
     def _rows(self) -> str:
         rows = run.read_rows(self.cfg)
-        self.answers = {name: [answer for _, answer in each] for name, each in rows.items()}
+        self.answers = {name: [row.answer for row in each] for name, each in rows.items()}
         return ", ".join(f"{len(each)} of {name}" for name, each in rows.items())
 
     def _train(self) -> str:

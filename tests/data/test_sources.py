@@ -20,11 +20,15 @@ import pytest
 
 from grpo_mcore.config import config
 from grpo_mcore.config.config import InputError
-from grpo_mcore.data import arithmetic, prompts
-from grpo_mcore.data.sources import read_rows
+from grpo_mcore.data import arithmetic, prompts, sources
 from grpo_mcore.reward import golds
 from tests.dist import environment, spawn
 from tests.hub import Hub
+
+
+def read_rows(source: str, data: config.Data, name: str) -> list[tuple[str, str]]:
+    return [(row.problem, row.answer) for row in sources.read_rows(source, data, name)]
+
 
 PLAIN = config.Data(train="", chat_template=False)
 
@@ -283,7 +287,8 @@ from grpo_mcore.config import config
 from grpo_mcore.data.sources import read_rows
 for name in sys.argv[1:]:
     try:
-        print(json.dumps(read_rows(name, config.Data(train=""), "data.train")))
+        rows = read_rows(name, config.Data(train=""), "data.train")
+        print(json.dumps([(row.problem, row.answer) for row in rows]))
     except config.InputError as e:
         print(e)
 """
