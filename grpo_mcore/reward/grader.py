@@ -1,26 +1,24 @@
 r"""Responses -> rewards: 1 if the last box holds the gold answer, else 0, by one of verifiers.py.
 
-What text cannot decide is compared in processes that the clock can kill (grading_process.py), started when first needed
-and then kept. What runs out of processor time, clock or memory is a wrong answer with a status of its own, because the
+What text cannot decide is compared in processes that the clock can kill (killable.py), started when first needed and
+then kept. What runs out of processor time, clock or memory is a wrong answer with a status of its own, because the
 number of those is a metric: a grader that is too tight makes wrong zeros.
 """
 
 import enum
 import math
-import select
-import threading
-import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from grpo_mcore.config import config
-from grpo_mcore.reward.grading_process import GradingProcess, Question, Reply
+from grpo_mcore.reward import grading_process
+from grpo_mcore.reward.grading_process import Question
+from grpo_mcore.reward.killable import Limits, Stopped
 from grpo_mcore.reward.math_answer import MAX_BOX_CHARS
 from grpo_mcore.reward.verifiers import VERIFIERS
 
 MAX_GOLD_CHARS = 4096
-"""So that a question always fits into an empty pipe (64 KiB, at most 12 bytes a character): writing one never waits."""
 
 
 class Status(enum.StrEnum):
@@ -55,7 +53,7 @@ class Verdict:
 
 
 class Grader:
-    """Grades responses; a context manager. Threads that need its processes take turns.
+    """Grades responses; a context manager. Any thread may ask.
 
     Of its section, cpu_s and wall_s are of one comparison; start-up does not count. memory_bytes is each process's
     address space, of which importing sympy takes about 64 MiB. With compare_verifiers the other verifier's verdict
@@ -76,18 +74,16 @@ class Grader:
             raise ValueError(f"memory_bytes = {cfg.memory_bytes}: must be positive")
         self._cfg = cfg
         self._verifiers = [cfg.verifier, *(n for n in VERIFIERS if n != cfg.verifier and cfg.compare_verifiers)]
-        self._processes: list[GradingProcess] = []
-        self._asking = threading.Lock()  # evaluation comes between steps that are being sampled
-        self._is_closed = False
+        self._pool = grading_process.pool(Limits(cfg.cpu_s, cfg.wall_s, cfg.memory_bytes), cfg.num_processes)
 
     def grade(self, items: Sequence[tuple[str, str, bool]]) -> list[Verdict]:
         """One verdict for each (response text, gold answer, truncated), in order.
 
         A truncated response is graded like any other: it may hold its box already. Equal questions are asked once.
         ValueError if a gold answer is not a string of 1 to MAX_GOLD_CHARS characters, or the grader is closed.
-        RuntimeError if a process cannot start.
+        StartError, a RuntimeError, if a process cannot start.
         """
-        if self._is_closed:
+        if self._pool.is_closed:
             raise ValueError("this Grader is closed")
         for index, (_, gold, _) in enumerate(items):
             if not isinstance(gold, str) or not gold.strip() or len(gold) > MAX_GOLD_CHARS:
@@ -97,12 +93,16 @@ class Grader:
                 )
         graded = [[self._read(name, *item) for name in self._verifiers] for item in items]
         questions = dict.fromkeys(entry for row in graded for entry in row if isinstance(entry, Question))
-        with self._asking:
-            reply_to = self._ask_all(list(questions))
-        verdicts = [
-            [_verdict(entry, reply_to[entry]) if isinstance(entry, Question) else entry for entry in row]
-            for row in graded
-        ]
+        replies = {question: self._pool.ask(question) for question in questions}
+        try:
+            verdicts = [
+                [_verdict(entry, replies[entry].result()) if isinstance(entry, Question) else entry for entry in row]
+                for row in graded
+            ]
+        except BaseException:  # Ctrl-C among them
+            for reply in replies.values():
+                reply.cancel()
+            raise
         return [replace(mine, other=others[0]) if others else mine for mine, *others in verdicts]
 
     def _read(self, name: str, text: str, gold: str, truncated: bool) -> Verdict | Question:
@@ -115,57 +115,17 @@ class Grader:
             detail = rf"no \boxed{{}} of 1 to {MAX_BOX_CHARS} characters after the first </think>"
             return Verdict(0.0, none, None, detail)
         question, (equal, rule) = Question(name, answer, gold), VERIFIERS[name].compare_text(answer, gold)
-        return question if equal is None else _verdict(question, Reply(equal, rule))
+        return question if equal is None else _verdict(question, (equal, rule))
 
     def close(self) -> None:
         """Ends the processes; a second call does nothing."""
-        self._is_closed = True
-        self._end_all()
+        self._pool.close()
 
     def __enter__(self) -> "Grader":
         return self
 
     def __exit__(self, *_exception: object) -> None:
         self.close()
-
-    def _ask_all(self, questions: list[Question]) -> dict[Question, Reply]:
-        waiting = deque(questions)
-        reply_to: dict[Question, Reply] = {}
-        try:
-            while len(reply_to) < len(questions):
-                unanswered = len(questions) - len(reply_to)
-                while len(self._processes) < min(self._cfg.num_processes, unanswered):
-                    self._processes.append(GradingProcess(self._cfg.cpu_s, self._cfg.memory_bytes))
-                for process in self._processes:
-                    if process.is_idle and waiting and process.ask(waiting[0], self._cfg.wall_s):
-                        waiting.popleft()
-                for process in self._next_events():
-                    question, reply = process.question, process.read_reply()
-                    if question is not None and reply is not None:
-                        reply_to[question] = reply
-                self._processes = [process for process in self._processes if not process.has_ended]
-        except BaseException:  # Ctrl-C among them: a reply that is still to come must not meet the next call's question
-            self._end_all()
-            raise
-        return reply_to
-
-    def _next_events(self) -> list[GradingProcess]:
-        """Waits for a process that has something to read or is past its deadline."""
-        poll, by_fd = select.poll(), {}
-        for process in self._processes:
-            if not process.is_idle and not process.has_ended:
-                by_fd[process.fileno()] = process
-                poll.register(process.fileno(), select.POLLIN)
-        if not by_fd:
-            return []
-        seconds = min(process.deadline for process in by_fd.values()) - time.monotonic()
-        readable = {fd for fd, _ in poll.poll(max(0, math.ceil(seconds * 1000)))}
-        now = time.monotonic()
-        return [process for fd, process in by_fd.items() if fd in readable or now >= process.deadline]
-
-    def _end_all(self) -> None:
-        while self._processes:
-            self._processes.pop().end()
 
 
 def counts(verdicts: Sequence[Verdict]) -> dict[str, int]:
@@ -174,9 +134,10 @@ def counts(verdicts: Sequence[Verdict]) -> dict[str, int]:
     return {status.value: number[status] for status in Status}
 
 
-def _verdict(question: Question, reply: Reply) -> Verdict:
-    if reply.equal is None:
-        return Verdict(0.0, Status.TIMED_OUT, question.answer, reply.rule)
-    if reply.equal:
-        return Verdict(1.0, Status.CORRECT, question.answer, f"equal by {reply.rule}")
-    return Verdict(0.0, Status.WRONG, question.answer, f"not equal by {reply.rule}")
+def _verdict(question: Question, reply: tuple[bool, str] | Stopped) -> Verdict:
+    if isinstance(reply, Stopped):
+        return Verdict(0.0, Status.TIMED_OUT, question.answer, reply.cause)
+    equal, rule = reply
+    if equal:
+        return Verdict(1.0, Status.CORRECT, question.answer, f"equal by {rule}")
+    return Verdict(0.0, Status.WRONG, question.answer, f"not equal by {rule}")
