@@ -108,13 +108,13 @@ def disturb(seed: int, deaths: int, seen: Path) -> None:
     with open_run(cfg) as run:
         assert run.driver is not None
         graded: collections.Counter = collections.Counter()
-        honest = run.driver.grader.grade
+        honest = run.driver.rewards.grade
 
-        def grade(items):
-            graded["responses"] += len(items)
-            return honest(items)
+        def grade(cases):
+            graded["responses"] += sum(len(case.texts) for case in cases)
+            return honest(cases)
 
-        run.driver.grader.grade = grade  # type: ignore[method-assign]
+        run.driver.rewards.grade = grade  # type: ignore[method-assign]
         disturbed = run.refit = Disturbed(run, deaths, seed)  # type: ignore[assignment]
         trainer.train(run)
         summarize(run)

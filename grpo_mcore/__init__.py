@@ -31,6 +31,12 @@ Pure modules, and all that they import beside the standard library and their own
 
     rollout.dispatch
     rollout.admission
+    reward.channel
+    reward.killable
+    reward.function_process psutil
+    reward.functions        config
+    reward.rewards          config
+    reward.line_answer
     reward.graded           types
     reward.shaping          torch config types
     reward.math_answer

@@ -24,9 +24,9 @@ from grpo_mcore.refit.refit import Refit
 from grpo_mcore.report import claim, curves, run_folder, sinks
 from grpo_mcore.report.provenance import provenance
 from grpo_mcore.reward import golds
-from grpo_mcore.reward.grader import Grader
+from grpo_mcore.reward.rewards import Rewards
 from grpo_mcore.rollout.engines import Engines
-from grpo_mcore.rollout.rollout import Rollout
+from grpo_mcore.rollout.rollout import Rollout, try_functions
 from grpo_mcore.types import Prompt
 
 NUM_CANARIES, CANARY_TOKENS = 4, 64
@@ -38,7 +38,7 @@ class Driver:
 
     engines: Engines
     rollout: Rollout
-    grader: Grader
+    rewards: Rewards
     writer: sinks.Writer
     eval_prompts: list[Prompt]
     num_left_out: int  # problems of eval.data that are over-long
@@ -111,6 +111,7 @@ def read_inputs(cfg: config.Config) -> Inputs:
         for name, each in (("data.train", train_prompts), ("eval.data", eval_prompts)):
             if warning := check_answers(cfg, name, [p.answer for p in each]):
                 print(warning, flush=True)
+        try_functions(cfg.reward, train_prompts)
     device = topology.pick_device(cfg.device)
     rules.check_device(cfg, device.type)
     model.check_attention(cfg, device)
@@ -221,15 +222,15 @@ def open_driver(
     """Waits for the engines."""
     if progress.step:
         print(f"going on from step {progress.step}", flush=True)
-    grader = stack.enter_context(Grader(cfg.reward))
+    rewards = stack.enter_context(Rewards(cfg.reward))
     writer = sinks.Writer(cfg.run_dir, start=progress.step, num_steps=cfg.num_steps)
     stack.callback(writer.close)
     engines.wait_until_ready()
     shuffle_seed = cfg.seed if cfg.data.shuffle_seed is None else cfg.data.shuffle_seed
     stream = prompts.Stream(given.train_prompts, shuffle_seed, skip=cfg.data.skip_prompts)
-    rollout = Rollout(engines, stream, given.tokenizer, grader, cfg, cursor=progress.cursor)
+    rollout = Rollout(engines, stream, given.tokenizer, rewards, cfg, cursor=progress.cursor)
     stack.callback(rollout.close)
-    return Driver(engines, rollout, grader, writer, given.eval_prompts, given.num_left_out)
+    return Driver(engines, rollout, rewards, writer, given.eval_prompts, given.num_left_out)
 
 
 def check_lengths(cfg: config.Config, hf_config) -> None:

@@ -49,7 +49,7 @@ def train(run: Run) -> None:
             continue
         if sampled is Without.FINISHED:
             break
-        rewards_PG = shaping.shaped(sampled.graded, cfg.shaping, cfg.rollout.max_response_tokens)
+        rewards_PG = shaping.shaped(sampled.graded, cfg.reward, cfg.shaping, cfg.rollout.max_response_tokens)
         advantages_PG = advantage.group_advantages(rewards_PG, **dataclasses.asdict(cfg.advantage))
         batches = assemble(run, [g.group for g in sampled.graded], advantages_PG)
         with time_of("logprob"):
@@ -98,7 +98,7 @@ def evaluate_and_write(run: Run, driver: Driver, step: int) -> None:
         driver.engines,
         driver.eval_prompts,
         run.tokenizer,
-        driver.grader,
+        driver.rewards,
         run.cfg,
         version=step,
         num_left_out=driver.num_left_out,

@@ -4,6 +4,7 @@ text that file.py expands as it reads it."""
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass
@@ -55,6 +56,21 @@ class Contains:
         return self.remedy
 
 
+@dataclass(frozen=True)
+class Matches:
+    """Texts that `pattern` matches as a whole."""
+
+    pattern: str
+    constraint: str
+    remedy: str
+
+    def allows(self, value: str) -> bool:
+        return re.fullmatch(self.pattern, value) is not None
+
+    def remedy_of(self, value: str) -> str:
+        return self.remedy
+
+
 class IsPath:
     """Marks texts that name a file or folder, or may: `~` and environment variables in them are expanded."""
 
@@ -83,9 +99,9 @@ def is_path(hint: Hint) -> bool:
     return IS_PATH in getattr(hint, "__metadata__", ())
 
 
-def bounds_of(hint: Hint) -> tuple[Bound | Contains, ...]:
+def bounds_of(hint: Hint) -> tuple[Bound | Contains | Matches, ...]:
     """Those of a type: of `X | None` those of X, of a tuple those of each item."""
-    if isinstance(hint, (Bound, Contains)):
+    if isinstance(hint, (Bound, Contains, Matches)):
         return (hint,)
     return tuple(bound for part in typing.get_args(hint) for bound in bounds_of(part))
 
@@ -145,5 +161,7 @@ ExpertParallel = Annotated[
     POSITIVE,
     Bound("expert parallelism is not built: the model families here are dense", at_most=1, remedy="leave it at 1"),
 ]
+METRIC_NAME = Matches(r"[\w.@-]+", "must be of letters, digits, '_', '.', '@' and '-'", remedy="write such a name")
+MetricName = Annotated[str, METRIC_NAME]
 WithGroup = Annotated[str, Contains("(", remedy="put the part that is the answer in parentheses, as '#### (.+)'")]
 Template = Annotated[str, Contains("{problem}", remedy="add it where the problem goes")]

@@ -5,6 +5,7 @@ docs/configuration.md of both. file.py reads it from YAML, rules.py says what mu
 to a Config.
 """
 
+import typing
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,6 +19,7 @@ from grpo_mcore.config.bounds import (
     GroupSize,
     ImportanceCap,
     LearningRate,
+    MetricName,
     Multiple,
     NonNegativeFloat,
     NonNegativeFraction,
@@ -41,6 +43,8 @@ FP8_ALIGN = 16  # cuBLAS: every dimension of an FP8 matrix product is a multiple
 # Attention without a fused kernel keeps a score for each pair of tokens, of every sequence as for the longest: on a GPU
 # it is for sequences of at most so many tokens.
 PLAIN_ATTENTION_TOKENS = 1024
+Verifier = Literal["math_verify", "boxed", "dapo", "gsm8k"]
+VERIFIERS: tuple[str, ...] = typing.get_args(Verifier)
 EXPONENT_LIMIT = 20.0  # log-ratios are clamped to +- this before exp: of the loss, and a term of every recipe
 
 
@@ -221,20 +225,58 @@ class Engine:
 
 
 @dataclass(frozen=True)
+class RewardFunction:
+    """One of the functions that make the reward together (docs/tasks.md says how each style is called)."""
+
+    path: PathText  # FILE.py:NAME, package.module:NAME, or a verifier: math_verify, boxed, dapo, gsm8k
+    # how it is called; auto: as the names of its parameters say; group: with all responses of a prompt at once
+    style: Literal["auto", "verl", "trl", "plain", "group"] = "auto"
+    weight: float = 1.0  # what its value is multiplied by
+    name: MetricName | None = (
+        None  # in metrics: reward/NAME/mean and others; null: what stands behind the colon of path
+    )
+    cpu_s: Seconds | None = None  # CPU time of one call; null: reward.cpu_s
+    wall_s: Seconds | None = None  # wall clock of one call; null: reward.wall_s
+
+    @property
+    def label(self) -> str:
+        return self.name or self.path.rpartition(":")[2]
+
+    @property
+    def is_verifier(self) -> bool:
+        return ":" not in self.path
+
+
+@dataclass(frozen=True)
 class Reward:
-    """The last \\boxed{} after the thinking against the answer, in processes that can be killed."""
+    """The last \\boxed{} after the thinking against the answer, or functions of the user's own; in processes that can
+    be killed."""
+
+    functions: tuple[RewardFunction, ...] = ()  # given, they alone make the reward, and not the verifier below
+    # sum: of weight times value; normalized_sum: each value is first normalised within its group, to mean 0 and
+    # standard deviation 1 (GDPO)
+    combine: Literal["sum", "normalized_sum"] = "sum"
 
     # math_verify: formulas as that library reads them, compared exactly (math_answer.py); boxed: the rules of the
-    # original DeepScaleR run (boxed_answer.py)
-    verifier: Literal["math_verify", "boxed"] = "math_verify"
+    # original DeepScaleR run (boxed_answer.py); dapo: what follows the last "Answer:", as DAPO's run compared it
+    # (dapo_answer.py); gsm8k: the number after the last ####
+    verifier: Verifier = "math_verify"
     require_think: bool = False  # a response without </think> has no answer
-    # ask the other verifier too: the metric reward/disagree counts what they judge differently, and RUN/rollouts has
-    # both verdicts
+    # ask boxed too (for boxed: math_verify): the metric reward/disagree counts what they judge differently, and
+    # RUN/rollouts has both verdicts
     compare_verifiers: bool = False
-    num_processes: Threads = 2  # grading processes of the run
+    num_processes: Threads = 2  # grading processes of the run, and of each function
     cpu_s: Seconds = 2.0  # CPU time of one comparison
     wall_s: Seconds = 20.0  # wall clock of one comparison
-    memory_bytes: PositiveInt = 2 << 30  # address space of one grading process
+    # address space of one grading process; of one of a function, memory beyond what it has taken when it is loaded
+    memory_bytes: PositiveInt = 2 << 30
+
+    @property
+    def verifiers(self) -> tuple[Verifier, ...]:
+        """Those that the reward is made of."""
+        if not self.functions:
+            return (self.verifier,)
+        return tuple(dict.fromkeys(typing.cast(Verifier, f.path) for f in self.functions if f.is_verifier))
 
 
 @dataclass(frozen=True)
@@ -325,6 +367,9 @@ class Eval:
     top_p: PositiveFraction = 1.0  # sample from the likeliest tokens that have this share of the probability
     # longest response; null: as in training, rollout.max_total_tokens included
     max_response_tokens: PositiveInt | None = None
+    # the name of the one of reward.functions whose value is the score; null: of a single one that one's, else the
+    # whole reward
+    reward: str | None = None
 
 
 @dataclass(frozen=True)
@@ -397,6 +442,20 @@ class Config:
             return self.eval.max_response_tokens
         total, response = self.rollout.max_total_tokens, self.rollout.max_response_tokens
         return response if total is None else max(min(response, total - prompt_tokens), 1)
+
+    @property
+    def eval_function(self) -> RewardFunction | None:
+        """The one of reward.functions whose value scores an evaluation; None: the whole reward does."""
+        functions = {f.label: f for f in self.reward.functions}
+        return functions.get(self.eval.reward or (next(iter(functions)) if len(functions) == 1 else ""))
+
+    @property
+    def eval_verifier(self) -> Verifier | None:
+        """The verifier that scores an evaluation; None: something else does."""
+        f = self.eval_function
+        if f is None:
+            return None if self.reward.functions else self.reward.verifier
+        return typing.cast(Verifier, f.path) if f.is_verifier else None
 
     @property
     def longest_train_tokens(self) -> int:

@@ -1,14 +1,17 @@
 """The names of what a run of a configuration writes to metrics.jsonl: those that are in every row of their kind.
 
 Rows of steps have more where there is more to say: time/eval_s and time/checkpoint_s of what was done since the row
-before, mismatch/logprob_abs_mean_from_N of the lengths that were sampled. Nothing can be chosen or stopped by those.
+before, mismatch/logprob_abs_mean_from_N of the lengths that were sampled, reward/NAME/extra/KEY of what a reward
+function says besides its value. Nothing can be chosen or stopped by those.
 """
 
 from grpo_mcore.config.config import Config
 
 SOMETIMES = ("time/eval_s", "time/checkpoint_s", "mismatch/logprob_abs_mean_from_")  # beginnings of further names
 
-REWARD = "mean mixed_groups_frac correct wrong no_answer truncated timed_out seconds"
+REWARD = "mean mixed_groups_frac timed_out seconds"
+OF_VERIFIER, OF_FUNCTIONS = " correct wrong no_answer truncated", " scored failed not_applicable"
+OF_FUNCTION = "mean failed timed_out not_applicable"  # each: reward/NAME/mean, ...
 ROLLOUT = (
     "response_tokens_mean response_tokens_max truncated_frac masked_prompts_frac staleness_mean staleness_max "
     "groups_passed_over groups_without_variance groups_dropped engine_failures"
@@ -25,8 +28,10 @@ def of_steps(config: Config) -> list[str]:
     """Of each step's row."""
     loss = config.loss
     update = UPDATE + " kl_to_ref" * (loss.kl_coef > 0) + " clip_dual_frac" * (loss.clip_dual is not None)
+    functions = config.reward.functions
     names = {
-        "reward": REWARD + " disagree" * config.reward.compare_verifiers,
+        "reward": REWARD + (OF_FUNCTIONS if functions else OF_VERIFIER) + " disagree" * config.reward.compare_verifiers,
+        **{f"reward/{f.label}": OF_FUNCTION for f in functions},
         "rollout": ROLLOUT,
         "update": update,
         "mismatch": MISMATCH,
@@ -42,4 +47,5 @@ def of_evaluations(config: Config) -> list[str]:
     if config.eval.data is None:
         return []
     k = config.eval.samples_per_prompt
-    return [f"eval/{name}" for name in (f"mean@{k}", f"pass@{k}", f"maj@{k}", *EVAL.split())]
+    majority = [f"maj@{k}"] if config.eval_verifier else []
+    return [f"eval/{name}" for name in (f"mean@{k}", f"pass@{k}", *majority, *EVAL.split())]

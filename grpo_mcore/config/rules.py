@@ -8,8 +8,8 @@ import re
 import typing
 
 from grpo_mcore.config import metric_names
-from grpo_mcore.config.bounds import Bound, Contains, Section, bounds_of
-from grpo_mcore.config.config import PLAIN_ATTENTION_TOKENS, Config, InputError, packed_alignment
+from grpo_mcore.config.bounds import METRIC_NAME, Bound, Contains, Matches, Section, bounds_of
+from grpo_mcore.config.config import PLAIN_ATTENTION_TOKENS, VERIFIERS, Config, InputError, packed_alignment
 
 
 def check(config: Config) -> None:
@@ -17,6 +17,7 @@ def check(config: Config) -> None:
     _check_bounds(config, "")
     _check_sizes(config)
     _check_rollout(config)
+    _check_reward(config)
     _check_training(config)
     check_device(config, config.device)
 
@@ -33,14 +34,16 @@ def _check_bounds(section: Section, prefix: str) -> None:
         if isinstance(value, Section):
             _check_bounds(value, f"{prefix}{name}.")
             continue
-        for item in value if isinstance(value, tuple) else (value,):
+        for i, item in enumerate(value if isinstance(value, tuple) else (value,)):
+            if isinstance(item, Section):
+                _check_bounds(item, f"{prefix}{name}[{i}].")
             for bound in bounds:
                 if item is not None and not bound.allows(item):
                     raise InputError(prefix + name, item, bound.constraint, bound.remedy_of(item))
 
 
 @functools.cache
-def _bounds_of_fields(cls: type[Section]) -> dict[str, tuple[Bound | Contains, ...]]:
+def _bounds_of_fields(cls: type[Section]) -> dict[str, tuple[Bound | Contains | Matches, ...]]:
     return {name: bounds_of(hint) for name, hint in typing.get_type_hints(cls, include_extras=True).items()}
 
 
@@ -83,6 +86,46 @@ def _check_sizes(config: Config) -> None:
         "reward.wall_s",
         f"must be reward.cpu_s = {config.reward.cpu_s} or more: a process has no more CPU time than clock time",
         "raise it",
+    )
+
+
+def _check_reward(config: Config) -> None:
+    """Of reward.functions and what refers to them."""
+    need, reward = functools.partial(_need, config), config.reward
+    need(
+        reward.combine == "sum" or reward.functions,
+        "reward.combine",
+        "is about reward.functions, and there are none",
+        "leave it at sum, or name functions",
+    )
+    need(
+        not (reward.compare_verifiers and reward.functions),
+        "reward.compare_verifiers",
+        "is of reward.verifier alone, and reward.functions take its place",
+        "set it to false, and add the other verifier to the functions with weight 0",
+    )
+    names = [f.label for f in reward.functions]
+    for i, f in enumerate(reward.functions):
+        field = f"reward.functions[{i}]"
+        if f.is_verifier and f.path not in VERIFIERS:
+            there_are = f"FILE.py:NAME, package.module:NAME nor one of {', '.join(VERIFIERS)}"
+            raise InputError(f"{field}.path", f.path, f"is neither {there_are}", "write FILE.py:NAME")
+        if not all(f.path.rpartition(":")[::2]):
+            raise InputError(f"{field}.path", f.path, "must name a function behind the colon", "write FILE.py:NAME")
+        if f.is_verifier and (f.style, f.cpu_s, f.wall_s) != ("auto", None, None):
+            what = "is a verifier, which has neither a style nor limits of its own"
+            raise InputError(f"{field}.path", f.path, what, "leave style, cpu_s and wall_s out")
+        cpu_s, wall_s = f.cpu_s or reward.cpu_s, f.wall_s or reward.wall_s
+        if cpu_s > wall_s:
+            what = f"must be at most wall_s, {wall_s:g}: a process has no more CPU time than clock time"
+            raise InputError(f"{field}.cpu_s", cpu_s, what, f"raise {field}.wall_s")
+        if names.index(f.label) < i or not METRIC_NAME.allows(f.label):
+            raise InputError(f"{field}.name", f.label, "is no name, or another function's", f"set {field}.name")
+    need(
+        config.eval.reward is None or config.eval.reward in names,
+        "eval.reward",
+        f"is none of reward.functions{' (' + ', '.join(names) + ')' if names else ''}",
+        "name one of them, or set it to null",
     )
 
 

@@ -22,7 +22,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from grpo_mcore.config.bounds import Bound, Contains, Hint, Section, bounds_of, is_path, is_section, plain, without_null
+from grpo_mcore.config.bounds import (
+    Bound,
+    Contains,
+    Hint,
+    Matches,
+    Section,
+    bounds_of,
+    is_path,
+    is_section,
+    plain,
+    without_null,
+)
 from grpo_mcore.config.config import Config
 
 ROOT = Path(__file__).parents[2]
@@ -152,7 +163,10 @@ def _required(cls: type[Section]) -> dict[str, Any]:
 def _value(hint: Hint) -> dict[str, Any]:
     """Of a type that is neither a section nor null."""
     if typing.get_origin(hint) is tuple:
-        return {"type": "array", "items": _value(typing.get_args(hint)[0])}
+        (item,) = typing.get_args(hint)[:1]
+        if is_section(item):
+            return {"type": "array", "items": {**_object(item), **_required(item)}}
+        return {"type": "array", "items": _value(item)}
     if typing.get_origin(hint) is Literal:
         return {"enum": list(typing.get_args(hint))}
     kind, (above, at_least, at_most, below) = plain(hint), _limits(hint)
@@ -172,6 +186,8 @@ def _value(hint: Hint) -> dict[str, Any]:
     for bound in bounds_of(hint):
         if isinstance(bound, Contains):
             schema["pattern"] = re.escape(bound.part)
+        if isinstance(bound, Matches):
+            schema["pattern"] = f"^(?:{bound.pattern})$"
     return schema
 
 
@@ -182,7 +198,16 @@ def page(cls: type[Section] = Config) -> str:
     for key in keys(cls):
         if key.section:
             parts += [f"## {key.name}\n\n{_text(key.what)}\n", _table(key.section)]
+            for inner in keys(key.section):
+                if item := _section_of_items(inner.hint):
+                    parts += [f"### {key.name}.{inner.name}[]\n\n{_text(inspect.getdoc(item) or '')}\n", _table(item)]
     return "\n".join(parts)
+
+
+def _section_of_items(hint: Hint) -> type[Section] | None:
+    """That of a list of sections."""
+    item = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else None
+    return item if is_section(item) else None
 
 
 def _table(cls: type[Section], first: str = "") -> str:
@@ -202,6 +227,8 @@ def _kind(key: Key) -> str:
 
 def _words(hint: Hint, plural: str = "") -> str:
     """A type and its bounds."""
+    if _section_of_items(hint):
+        return "list of sections"
     if typing.get_origin(hint) is tuple:
         return f"list of {_words(typing.get_args(hint)[0], plural='s')}"
     if typing.get_origin(hint) is Literal:

@@ -19,37 +19,53 @@ from grpo_mcore.policy.model_folder import local_folder
 from grpo_mcore.report.provenance import versions
 from grpo_mcore.reward import golds
 from grpo_mcore.reward.graded import Graded
-from grpo_mcore.reward.grader import Grader
+from grpo_mcore.reward.grader import Verdict
+from grpo_mcore.reward.rewards import Rewards
 from grpo_mcore.reward.verifiers import VERIFIERS
 from grpo_mcore.rollout.engine import LOADED
 from grpo_mcore.rollout.engines import Engines
-from grpo_mcore.rollout.rollout import grade, sample
+from grpo_mcore.rollout.rollout import grade, sample, try_functions
 from grpo_mcore.types import Prompt
 
 
-def result_of(graded: Sequence[Graded], verifier: str, num_left_out: int = 0) -> scores.Result:
-    spelling = VERIFIERS[verifier].normalise
+def result_of(graded: Sequence[Graded], cfg: config.Config, num_left_out: int = 0) -> scores.Result:
+    """By what decides: eval.reward."""
     return scores.Result(
         tuple(
             scores.Problem(
                 g.group.prompt.id,
                 g.group.prompt.answer,
-                tuple(g.rewards),
-                tuple(v.answer and spelling(v.answer) for v in g.verdicts),
+                tuple(_score(v, cfg) for v in g.verdicts),
+                tuple(_answer(v, cfg) for v in g.verdicts),
                 tuple(len(r.token_ids) for r in g.group.responses),
                 tuple(r.truncated for r in g.group.responses),
             )
             for g in graded
         ),
         num_left_out,
+        is_verified=cfg.eval_verifier is not None,
     )
+
+
+def _score(v: Verdict, cfg: config.Config) -> float:
+    f = cfg.eval_function
+    return v.reward if f is None else next(p.value or 0.0 for p in v.parts if p.name == f.label)
+
+
+def _answer(v: Verdict, cfg: config.Config) -> str | None:
+    """What the response states, in the deciding verifier's spelling."""
+    if cfg.eval_verifier is None:
+        return None
+    f = cfg.eval_function
+    answer = v.answer if f is None else next(p.extra["answer"] for p in v.parts if p.name == f.label)
+    return answer and VERIFIERS[cfg.eval_verifier].normalise(answer)
 
 
 def evaluate(
     engines: Engines,
     eval_prompts: Sequence[Prompt],
     tokenizer: prompts.Tokenizer,
-    grader: Grader,
+    rewards: Rewards,
     cfg: config.Config,
     *,
     version: int,
@@ -69,7 +85,7 @@ def evaluate(
         version=version,
         timeout_s=cfg.rollout.timeout_s,
     )
-    return result_of(grade(groups, range(len(groups)), tokenizer, grader), cfg.reward.verifier, num_left_out)
+    return result_of(grade(groups, range(len(groups)), tokenizer, rewards), cfg, num_left_out)
 
 
 def protocol(
@@ -90,7 +106,7 @@ def protocol(
         "prompt_template": cfg.data.prompt_template,
         "chat_template": cfg.data.chat_template,
         "first_prompt": tokenizer.decode(eval_prompts[0].token_ids),
-        "grader": dataclasses.asdict(cfg.reward),
+        "grader": json.loads(json.dumps(dataclasses.asdict(cfg.reward))),  # lists, as it is read back
         "versions": versions(),
     }
 
@@ -153,6 +169,7 @@ def evaluate_model(cfg: config.Config, source: str | None, *, compare_with: str 
         eval_prompts, num_left_out = prompts.load_evaluation(cfg, tokenizer)
         if warning := golds.check([p.answer for p in eval_prompts], cfg.reward, "eval.data", cfg.eval.data):
             print(warning, flush=True)
+        try_functions(cfg.reward, eval_prompts)
         card = protocol(cfg, eval_prompts, num_left_out, tokenizer)
         if earlier:
             check_paired(eval_prompts, earlier[0])
@@ -160,9 +177,9 @@ def evaluate_model(cfg: config.Config, source: str | None, *, compare_with: str 
         engines = Engines(cfg, folder, cuda=cuda, stop_token_ids=tokenizer.stop_token_ids, alone=True)
         try:
             engines.wait_until_ready()
-            with Grader(cfg.reward) as grader:
+            with Rewards(cfg.reward) as rewards:
                 result = evaluate(
-                    engines, eval_prompts, tokenizer, grader, cfg, version=LOADED, num_left_out=num_left_out
+                    engines, eval_prompts, tokenizer, rewards, cfg, version=LOADED, num_left_out=num_left_out
                 )
         finally:
             engines.stop()

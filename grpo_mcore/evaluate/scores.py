@@ -83,6 +83,8 @@ class Result:
 
     problems: tuple[Problem, ...]
     num_left_out: int = 0  # problems that were over-long, of which the scores say nothing
+    # a verifier decided: rewards are 0 or 1, and answers are known. Otherwise any number, without a majority
+    is_verified: bool = True
 
     @property
     def k(self) -> int:
@@ -95,25 +97,35 @@ class Result:
     @functools.cached_property
     def estimates(self) -> dict[str, Estimate]:
         """mean@k, maj@k and pass@1 to pass@k."""
+        bounds = (0.0, 1.0) if self.is_verified else (-math.inf, math.inf)
+        majority = {f"maj@{self.k}": Estimate.of([p.majority for p in self.problems])} if self.is_verified else {}
         return {
-            f"mean@{self.k}": Estimate.of([p.mean for p in self.problems]),
-            f"maj@{self.k}": Estimate.of([p.majority for p in self.problems]),
+            f"mean@{self.k}": Estimate.of([p.mean for p in self.problems], *bounds),
+            **majority,
             **{f"pass@{j}": Estimate.of([p.pass_at(j) for p in self.problems]) for j in range(1, self.k + 1)},
         }
 
     def metrics(self) -> dict[str, float]:
         return {
-            **{f"eval/{name}@{self.k}": self.estimates[f"{name}@{self.k}"].value for name in ("mean", "pass", "maj")},
+            **{
+                f"eval/{name}": self.estimates[name].value
+                for name in (f"mean@{self.k}", f"pass@{self.k}", f"maj@{self.k}")
+                if name in self.estimates
+            },
             "eval/standard_error": self.estimates[f"mean@{self.k}"].standard_error,
             "eval/truncated_frac": self.truncated_frac,
             "eval/overlong_left_out": float(self.num_left_out),
         }
 
     def __str__(self) -> str:
-        mean, passed, majority = (self.estimates[f"{name}@{self.k}"] for name in ("mean", "pass", "maj"))
+        mean, *others = (
+            (name, self.estimates[name])
+            for name in (f"mean@{self.k}", f"pass@{self.k}", f"maj@{self.k}")
+            if name in self.estimates
+        )
         left_out = f", {self.num_left_out} more left out as over-long" if self.num_left_out else ""
         return (
-            f"mean@{self.k} {mean}, pass@{self.k} {passed.value:.3f}, maj@{self.k} {majority.value:.3f} "
+            f"mean@{self.k} {mean[1]}, {', '.join(f'{name} {e.value:.3f}' for name, e in others)} "
             f"({len(self.problems)} problems{left_out}, {self.truncated_frac:.1%} truncated)"
         )
 
@@ -136,12 +148,13 @@ class Comparison:
 def compare(mine: Sequence[Problem], other: Sequence[Problem]) -> Comparison:
     """Problems in any order; their numbers of samples may differ. Raises ValueError if they are not the same
     problems."""
+    most = 1.0 if all(r in (0, 1) for p in (*mine, *other) for r in p.rewards) else math.inf
     theirs = {(p.id, p.answer): p for p in other}
     if {(p.id, p.answer) for p in mine} != theirs.keys():
         raise ValueError(f"{len(mine)} problems and {len(other)}, not the same ones")
     differences = [p.mean - theirs[p.id, p.answer].mean for p in mine]
     return Comparison(
-        Estimate.of(differences, least=-1.0),
+        Estimate.of(differences, least=-most, most=most),
         sum(d > 0 for d in differences),
         sum(d < 0 for d in differences),
         len(mine),

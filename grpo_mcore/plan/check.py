@@ -15,6 +15,7 @@ from grpo_mcore.plan import memory
 from grpo_mcore.policy import warm_start
 from grpo_mcore.report import claim
 from grpo_mcore.rollout import placement
+from grpo_mcore.rollout.rollout import try_functions
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Checks:
             Look("data.train", self._train, "tokenizer rows"),
             Look("eval.data", self._evaluation, "tokenizer rows"),
             Look("answers", self._answers, "rows"),
+            Look("reward", self._reward, "data.train"),
             Look("as before", self._as_before, "run_dir data.train"),
         )
 
@@ -93,7 +95,14 @@ class Checks:
     def _answers(self) -> str:
         """Of the prompts, or of all rows where a tokenizer does not yet tell which are prompts."""
         warnings = [run.check_answers(self.cfg, name, answers) for name, answers in self.answers.items()]
-        return "; ".join(filter(None, warnings)) or f"each can be right, by {self.cfg.reward.verifier}"
+        return "; ".join(filter(None, warnings)) or (
+            f"each can be right, by {', '.join(self.cfg.reward.verifiers)}"
+            if self.cfg.reward.verifiers
+            else "(not asked for)"
+        )
+
+    def _reward(self) -> str:
+        return try_functions(self.cfg.reward, self.train_prompts)
 
     def _as_before(self) -> str:
         step = checkpoint.newest_step(self.cfg.run_dir)

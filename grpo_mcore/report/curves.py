@@ -31,7 +31,7 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
-STATUSES = ("correct", "wrong", "no_answer", "truncated", "timed_out")  # reward's Status
+STATUSES = ("correct", "wrong", "no_answer", "truncated", "timed_out")  # of verifiers (reward's Status)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Plot:
     note: str = ""
     stacked: bool = False
     log: bool = False
-    ylim: tuple[float, float | None] | None = None
+    ylim: tuple[float, float | None] | None = None  # where all values lie within
 
     def shows(self, name: str) -> bool:
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.metrics)
@@ -79,11 +79,15 @@ class Plot:
 
 SHARE = (-0.02, 1.08)
 REWARD = Plot(
-    "Training reward", "share of right answers", ("reward/mean",), "Mean reward of a step's responses.", ylim=SHARE
+    "Training reward",
+    "mean reward",
+    ("reward/mean",),
+    "Of a step's responses; of a verifier the share that is right.",
+    ylim=SHARE,
 )
 EVALUATION = Plot(
     "Evaluation",
-    "share of right answers",
+    "mean score",
     ("eval/mean@*",),
     "Mean over the problems; the bars are one standard error from problem to problem.",
     ylim=SHARE,
@@ -168,6 +172,13 @@ SECTIONS = {  # of the report's page
             "Why each response got its reward.",
             stacked=True,
         ),
+        Plot("Reward functions", "mean value", ("reward/*/mean",), "Of the responses that each has a value for."),
+        Plot(
+            "Responses without a value",
+            "responses",
+            ("reward/failed", "reward/timed_out", "reward/not_applicable"),
+            "Of some reward function, or, where it does not apply, of all.",
+        ),
         Plot("Verifiers disagree", "responses", ("reward/disagree",)),
         Plot("Grading time", "seconds", ("reward/seconds",)),
     ),
@@ -235,14 +246,10 @@ def _figure(chart: Chart, size: tuple[float, float]):
         axes = figure.subplots()
         draw_series = _draw_layers if chart.stacked else _draw_lines
         draw_series(axes, chart.series)
-        if chart.ylim:
+        finite = [v for s in chart.series for v in s.finite]
+        if chart.ylim and all(chart.ylim[0] <= v <= (chart.ylim[1] or math.inf) for v in finite):
             axes.set_ylim(*chart.ylim)
-        if (
-            chart.log
-            and (finite := [v for s in chart.series for v in s.finite])
-            and min(finite) > 0
-            and max(finite) > 10 * min(finite)
-        ):
+        if chart.log and finite and min(finite) > 0 and max(finite) > 10 * min(finite):
             axes.set_yscale("log")
             axes.yaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))

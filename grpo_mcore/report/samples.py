@@ -1,9 +1,10 @@
 """What a step sampled: its metrics, and a row of RUN/rollouts for each response."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 from grpo_mcore.reward.graded import Graded
-from grpo_mcore.reward.grader import Verdict, counts
+from grpo_mcore.reward.grader import NO_VALUE, OF_FUNCTIONS, OF_VERIFIERS, Part, Verdict, counts
 
 
 def sample_metrics(graded: Sequence[Graded]) -> dict[str, float]:
@@ -15,16 +16,34 @@ def sample_metrics(graded: Sequence[Graded]) -> dict[str, float]:
     counted = [g for g in graded if not g.group.prompt.masked]
     verdicts = [v for g in counted for v in g.verdicts]
     responses = [r for g in counted for r in g.group.responses]
+    statuses = OF_FUNCTIONS if any(v.parts for g in graded for v in g.verdicts) else OF_VERIFIERS
     return {
         "reward/mean": mean([v.reward for v in verdicts]),
         "reward/mixed_groups_frac": mean([len(set(g.rewards)) > 1 for g in counted]),
-        **{f"reward/{status}": float(count) for status, count in counts(verdicts).items()},
+        **{f"reward/{status}": float(n) for status, n in counts([v.status for v in verdicts], statuses).items()},
+        **_of_functions([v.parts for v in verdicts]),
         **({"reward/disagree": float(sum(v.is_disputed for v in verdicts))} if any(v.other for v in verdicts) else {}),
         "rollout/masked_prompts_frac": 1 - len(counted) / len(graded),
         "rollout/response_tokens_mean": mean([len(r.token_ids) for r in responses]),
         "rollout/response_tokens_max": float(max((len(r.token_ids) for r in responses), default=0)),
         "rollout/truncated_frac": mean([r.truncated for r in responses]),
     }
+
+
+def _of_functions(parts: Sequence[Sequence[Part]]) -> dict[str, float]:
+    """Of each of reward.functions: the mean of its values, how many responses have none, and why, and the means of the
+    numbers that it says besides."""
+    found: dict[str, float] = {}
+    for of_function in zip(*parts, strict=True):
+        said: dict[str, list[float]] = {"mean": [p.value for p in of_function if p.value is not None]}
+        for part in of_function:
+            for key, value in part.extra.items():
+                if isinstance(value, (int, float)):
+                    said.setdefault(f"extra/{key}", []).append(float(value))
+        number = {f"{status}": float(n) for status, n in counts([p.status for p in of_function], NO_VALUE).items()}
+        means = {key: sum(values) / len(values) if values else 0.0 for key, values in said.items()}
+        found |= {f"reward/{of_function[0].name}/{key}": value for key, value in {**means, **number}.items()}
+    return found
 
 
 def rollout_rows(
@@ -46,6 +65,8 @@ def rollout_rows(
             }
             if verdict.other is not None:
                 row["other_verifier"] = _verdict(verdict.other)
+            if verdict.parts:
+                row["rewards"] = [dataclasses.asdict(part) for part in verdict.parts]
             if index < keep_texts:
                 row |= {"problem": prompt.problem, "gold": prompt.answer, "response": decode(response.token_ids)}
             yield row

@@ -1,6 +1,6 @@
-"""Whether a response is right: the last box against the answer, in processes that can be killed; and what is added to
-that.
+"""What a response is worth: by a verifier or by the user's own functions, in processes that can be killed; and what is
+added to that.
 
-Doors: golds grader graded verifiers shaping
+Doors: functions golds graded grader rewards shaping verifiers
 Uses: config types
 """

@@ -1,5 +1,5 @@
-r"""Whether a data set's right answers can be given: each is put into a box, as a response would, and graded against
-itself.
+r"""Whether a data set's right answers can be given: each is stated (in a box, for most verifiers), as a response would,
+and graded against itself.
 
 What no response can be right about trains nothing, and looks like a model that is always wrong: a whole solution in
 the place of its answer ("... #### 72", or sentences), or an answer that the verifier does not take for equal to itself.
@@ -8,6 +8,7 @@ the place of its answer ("... #### 72", or sentences), or an answer that the ver
 import re
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from grpo_mcore.config import config
 from grpo_mcore.config.config import InputError
@@ -25,8 +26,13 @@ WORD, NUM_WORDS = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}"), 8
 
 
 def check(answers: Sequence[str], cfg: config.Reward, name: str, source: str) -> str | None:
-    """What to say of the answers of the data set that `name` = `source` names, if some can never be right. Raises
-    InputError if none can."""
+    """What to say of the answers of the data set that `name` = `source` names, if some can never be right by the
+    verifiers of `cfg`. Raises InputError if none can."""
+    said = [_check(answers, replace(cfg, verifier=verifier, functions=()), name, source) for verifier in cfg.verifiers]
+    return "; ".join(filter(None, said)) or None
+
+
+def _check(answers: Sequence[str], cfg: config.Reward, name: str, source: str) -> str | None:
     each = list(dict.fromkeys(answers))
     parts, looked, never = -(-len(each) // AT_ONCE), [], []
     end = time.monotonic() + SECONDS
@@ -54,10 +60,10 @@ def check(answers: Sequence[str], cfg: config.Reward, name: str, source: str) ->
 
 
 def _never_right(answers: Sequence[str], cfg: config.Reward, grader: Grader) -> list[str]:
-    thought, extract = "</think>" if cfg.require_think else "", VERIFIERS[cfg.verifier].extract
-    boxes = [extract(a) for a in answers]
+    thought, verifier = "</think>" if cfg.require_think else "", VERIFIERS[cfg.verifier]
+    boxes = [verifier.extract(a) for a in answers]
     verdicts = grader.grade(
-        [(rf"{thought}\boxed{{{box or a}}}", a, False) for a, box in zip(answers, boxes, strict=True)]
+        [(thought + verifier.stated % (box or a), a, False) for a, box in zip(answers, boxes, strict=True)]
     )
     return [
         a

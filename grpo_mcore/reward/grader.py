@@ -1,4 +1,4 @@
-r"""Responses -> rewards: 1 if the last box holds the gold answer, else 0, by one of verifiers.py.
+"""Responses -> rewards: 1 if the answer that it states is the gold one, else 0, by one of verifiers.py.
 
 What text cannot decide is compared in processes that the clock can kill (killable.py), started when first needed and
 then kept. What runs out of processor time, clock or memory is a wrong answer with a status of its own, because the
@@ -8,27 +8,42 @@ number of those is a metric: a grader that is too tight makes wrong zeros.
 import enum
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from grpo_mcore.config import config
 from grpo_mcore.reward import grading_process
 from grpo_mcore.reward.grading_process import Question
 from grpo_mcore.reward.killable import Limits, Stopped
-from grpo_mcore.reward.math_answer import MAX_BOX_CHARS
 from grpo_mcore.reward.verifiers import VERIFIERS
 
 MAX_GOLD_CHARS = 4096
 
 
 class Status(enum.StrEnum):
-    """Why a response got its reward: 1 for CORRECT, 0 for the others."""
+    """Why a response got its reward. A verifier gives 1 for CORRECT and 0 for the others; a function of the user's own
+    has the last four, of which only SCORED comes with a value."""
 
     CORRECT = "correct"
     WRONG = "wrong"
     NO_ANSWER = "no_answer"  # no balanced, non-blank box of at most MAX_BOX_CHARS characters
     TRUNCATED = "truncated"  # the same, of a response that hit its length limit
     TIMED_OUT = "timed_out"  # the comparison was stopped or crashed; the verdict's detail names the limit
+    FAILED = "failed"  # the function raised, crashed, returned what is no number, or is not asked for a while
+    NOT_APPLICABLE = "not_applicable"  # the function returned None
+    SCORED = "scored"
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one of reward.functions says of one response."""
+
+    name: str
+    value: float | None  # None: it does not apply, or there is none
+    status: Status
+    detail: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)  # what else it says: numbers and short texts
 
 
 @dataclass(frozen=True)
@@ -46,6 +61,7 @@ class Verdict:
     answer: str | None  # what the box holds, as written
     detail: str  # the rule that decided
     other: "Verdict | None" = None  # the other verifier's, where both are asked
+    parts: tuple[Part, ...] = ()  # of reward.functions, in their order
 
     @property
     def is_disputed(self) -> bool:
@@ -73,7 +89,8 @@ class Grader:
         if cfg.memory_bytes < 1:
             raise ValueError(f"memory_bytes = {cfg.memory_bytes}: must be positive")
         self._cfg = cfg
-        self._verifiers = [cfg.verifier, *(n for n in VERIFIERS if n != cfg.verifier and cfg.compare_verifiers)]
+        other = "math_verify" if cfg.verifier == "boxed" else "boxed"
+        self._verifiers = [cfg.verifier, *([other] if cfg.compare_verifiers else [])]
         self._pool = grading_process.pool(Limits(cfg.cpu_s, cfg.wall_s, cfg.memory_bytes), cfg.num_processes)
 
     def grade(self, items: Sequence[tuple[str, str, bool]]) -> list[Verdict]:
@@ -112,8 +129,7 @@ class Grader:
             return Verdict(0.0, none, None, "no </think>")
         answer = VERIFIERS[name].extract(text)
         if answer is None:
-            detail = rf"no \boxed{{}} of 1 to {MAX_BOX_CHARS} characters after the first </think>"
-            return Verdict(0.0, none, None, detail)
+            return Verdict(0.0, none, None, VERIFIERS[name].missing)
         question, (equal, rule) = Question(name, answer, gold), VERIFIERS[name].compare_text(answer, gold)
         return question if equal is None else _verdict(question, (equal, rule))
 
@@ -128,10 +144,15 @@ class Grader:
         self.close()
 
 
-def counts(verdicts: Sequence[Verdict]) -> dict[str, int]:
-    """How many verdicts have each status; every status is a key: {"correct": 3, "wrong": 1, "no_answer": 0, ...}."""
-    number = Counter(verdict.status for verdict in verdicts)
-    return {status.value: number[status] for status in Status}
+OF_VERIFIERS = (Status.CORRECT, Status.WRONG, Status.NO_ANSWER, Status.TRUNCATED, Status.TIMED_OUT)
+NO_VALUE = (Status.FAILED, Status.TIMED_OUT, Status.NOT_APPLICABLE)  # the worst first
+OF_FUNCTIONS = (Status.SCORED, *NO_VALUE)
+
+
+def counts(statuses: Sequence[Status], of: Sequence[Status] = OF_VERIFIERS) -> dict[str, int]:
+    """How many there are of each: {"correct": 3, "wrong": 1, "no_answer": 0, ...}."""
+    number = Counter(statuses)
+    return {status.value: number[status] for status in of}
 
 
 def _verdict(question: Question, reply: tuple[bool, str] | Stopped) -> Verdict:

@@ -8,7 +8,9 @@ that must not be imported again.
 The process's own side is channel.py.
 """
 
+import array
 import contextlib
+import fcntl
 import itertools
 import json
 import math
@@ -18,6 +20,7 @@ import selectors
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -49,6 +52,7 @@ class Stopped:
     """Instead of a reply."""
 
     cause: str  # the limit that was reached, or how the process ended
+    is_limit: bool
     printed: str = ""  # by it, at the end
 
 
@@ -81,6 +85,7 @@ class _Process:
         self.asked: dict[int, float] = {}  # number of a question -> its deadline
         self.says: dict[str, Any] | None = None  # of itself, once it is ready
         self.has_answered = False
+        self._sent = 0  # bytes since the last reply
         self._start_by = time.monotonic() + START_UP_S
 
     @property
@@ -114,11 +119,13 @@ class _Process:
         with contextlib.suppress(BrokenPipeError):
             while self._to_send and (sent := self.questions.write(self._to_send[:_CHUNK_BYTES])):
                 del self._to_send[:sent]
+                self._sent += sent
 
     def receive(self) -> list[tuple[int, Any]] | None:
         """(number, what is said) of all that has arrived whole; None if no more will."""
         chunk = self.replies.read(_CHUNK_BYTES)  # None: nothing yet; b"": the other end is closed
         self._received += chunk or b""
+        self._sent = 0 if chunk else self._sent
         found = []
         while len(self._received) >= HEADER.size:
             number, size = HEADER.unpack_from(self._received)
@@ -136,6 +143,12 @@ class _Process:
         self._printed = (self._printed + (chunk or b""))[-_PRINTED_BYTES:]
         return bool(chunk)
 
+    def has_read_nothing(self) -> bool:
+        """Of what was sent since its last reply: it was gone before."""
+        unread = array.array("i", [0])
+        fcntl.ioctl(self.questions.fileno(), termios.FIONREAD, unread)
+        return unread[0] == self._sent
+
     def end(self, over: str | None = None) -> Stopped:
         """Kills and reaps it and what it started, since it is `over` a limit, or gone."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -145,22 +158,25 @@ class _Process:
             self.listen()
         for pipe in (self.questions, self.replies, self.prints):
             pipe.close()
-        return Stopped(f"killed after {over}" if over else self._cause(status), self._printed.decode(errors="replace"))
+        if over is None and status == -signal.SIGPROF:
+            over = f"cpu_s = {self._limits.cpu_s:g} s of processor time"
+        ended = f"ended by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
+        cause = f"killed after {over}" if over else ended
+        return Stopped(cause, over is not None, self._printed.decode(errors="replace"))
 
     @property
     def pid(self) -> int:
         return self._popen.pid
-
-    def _cause(self, status: int) -> str:
-        if status == -signal.SIGPROF:
-            return f"killed after cpu_s = {self._limits.cpu_s:g} s of processor time"
-        return f"ended by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
 
 
 @dataclass
 class _Asked:
     question: bytes
     answer: "Future[Any]"
+
+    def begin(self) -> bool:
+        """False if it was withdrawn."""
+        return self.answer.running() or self.answer.set_running_or_notify_cancel()
 
 
 class Pool:
@@ -250,12 +266,12 @@ class Pool:
     def _fail(self, e: Exception) -> None:
         """What waits for a process."""
         with self._changed:
-            answers = [*self._starting, *(asked.answer for asked in self._waiting.values())]
+            failed = [*(_Asked(b"", answer) for answer in self._starting), *self._waiting.values()]
             self._starting.clear()
             self._waiting.clear()
-        for answer in answers:
-            if answer.set_running_or_notify_cancel():
-                answer.set_exception(e)
+        for asked in failed:
+            if asked.begin():
+                asked.answer.set_exception(e)
 
     def _start_and_ask(self) -> None:
         with self._changed:
@@ -273,7 +289,7 @@ class Pool:
                     self._starting.clear()
                 for number in list(itertools.islice(self._waiting, process.room)):
                     asked = self._waiting.pop(number)
-                    if asked.answer.set_running_or_notify_cancel():
+                    if asked.begin():
                         self._asked[number] = asked
                         process.ask(number, asked.question)
 
@@ -319,14 +335,20 @@ class Pool:
             reply, stopped = each
             del process.asked[number]
             process.has_answered = True
-            self._asked.pop(number).answer.set_result(reply if stopped is None else Stopped(stopped))
+            self._asked.pop(number).answer.set_result(reply if stopped is None else Stopped(stopped, is_limit=True))
 
     def _end(self, process: _Process, over: str | None = None) -> None:
+        was_asked = process.asked and not (over is None and process.has_read_nothing())
         stopped = process.end(over)
         self._processes.remove(process)
         for number in process.asked:
-            self._asked.pop(number).answer.set_result(stopped)
-        if process.says is None or not (process.has_answered or process.asked):  # the next one might end so, too
+            asked = self._asked.pop(number)
+            if was_asked:
+                asked.answer.set_result(stopped)
+                continue
+            with self._changed:
+                self._waiting[number] = asked
+        if process.says is None or not (process.has_answered or was_asked):  # the next one might end so, too
             what = "did not start" if process.says is None else "died before its first question"
             print(stopped.printed, end="", file=sys.stderr, flush=True)
             said = "".join(f": {line}" for line in stopped.printed.strip().splitlines()[-1:])

@@ -6,27 +6,30 @@ step's groups once they are complete. A response is a function of (seed, positio
 engine draws it.
 """
 
+import dataclasses
 import functools
-import itertools
 import queue
 import random
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, TimeoutError as FutureTimeoutError
+from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 
 from grpo_mcore.config import config
 from grpo_mcore.data import prompts
 from grpo_mcore.report import metrics
+from grpo_mcore.reward import shaping
+from grpo_mcore.reward.functions import Case
 from grpo_mcore.reward.graded import Graded
-from grpo_mcore.reward.grader import Grader
+from grpo_mcore.reward.rewards import Rewards
 from grpo_mcore.rollout.admission import Admission
 from grpo_mcore.rollout.engine import Completion, Sampling
 from grpo_mcore.rollout.engines import Engines, RequestError
 from grpo_mcore.types import Group, Prompt, Response
 
 CHECK_EVERY_S = 0.5  # how soon a wait notices that the engines are gone
+GRADING_THREADS = 8  # groups whose grading takes long do not hold up those that arrive later
 EVALUATION, TRAINING = 0, 1  # first parts of a request's key: evaluation goes first
 
 
@@ -118,18 +121,36 @@ def group_of(prompt: Prompt, completions: Sequence[Completion], *, oldest: int, 
 
 
 def grade(
-    groups: Sequence[Group], positions: Sequence[int], tokenizer: prompts.Tokenizer, grader: Grader
+    groups: Sequence[Group], positions: Sequence[int], tokenizer: prompts.Tokenizer, rewards: Rewards
 ) -> list[Graded]:
-    """The groups with their verdicts; the grader sees all responses at once."""
-    verdicts = iter(
-        grader.grade(
-            [(tokenizer.decode(r.token_ids), g.prompt.answer, r.truncated) for g in groups for r in g.responses]
-        )
+    """The groups with their verdicts; all responses are asked about at once."""
+    verdicts = rewards.grade([case_of(g, tokenizer) for g in groups])
+    return [Graded(position, g, of_group) for position, g, of_group in zip(positions, groups, verdicts, strict=True)]
+
+
+def case_of(g: Group, tokenizer: prompts.Tokenizer) -> Case:
+    """What reward functions see of a group."""
+    return dataclasses.replace(
+        _unanswered(g.prompt),
+        texts=tuple(tokenizer.decode(r.token_ids) for r in g.responses),
+        token_ids=tuple(r.token_ids for r in g.responses),
+        truncated=tuple(r.truncated for r in g.responses),
     )
-    return [
-        Graded(position, g, tuple(itertools.islice(verdicts, len(g.responses))))
-        for position, g in zip(positions, groups, strict=True)
-    ]
+
+
+def _unanswered(p: Prompt) -> Case:
+    return Case(p.problem, p.answer, p.row, "", (), (), ())
+
+
+def try_functions(cfg: config.Reward, prompts: Sequence[Prompt]) -> str:
+    """Tries reward.functions on the first rows; returns what is said of them, and prints what fails on some. Raises
+    InputError."""
+    if not cfg.functions:
+        return cfg.verifier
+    with Rewards(cfg) as rewards:
+        for warning in rewards.check([_unanswered(p) for p in prompts]):
+            print(warning, flush=True)
+        return rewards.describe()
 
 
 class Rollout:
@@ -144,13 +165,19 @@ class Rollout:
         engines: Engines,
         stream: prompts.Stream,
         tokenizer: prompts.Tokenizer,
-        grader: Grader,
+        rewards: Rewards,
         cfg: config.Config,
         *,
         cursor: int,
     ):
         """`cursor`: positions of the stream before it have been trained on."""
-        self._engines, self._stream, self._tokenizer, self._grader, self._cfg = engines, stream, tokenizer, grader, cfg
+        self._engines, self._stream, self._tokenizer, self._rewards, self._cfg = (
+            engines,
+            stream,
+            tokenizer,
+            rewards,
+            cfg,
+        )
         r = cfg.rollout
         self._admission = Admission(
             prompts_per_step=r.prompts_per_step,
@@ -168,6 +195,7 @@ class Rollout:
         self._problem: Exception | None = None
         self._grading_s = 0.0
         self._arrived: queue.SimpleQueue = queue.SimpleQueue()
+        self._graders = ThreadPoolExecutor(GRADING_THREADS, thread_name_prefix="grading")
         self._thread = threading.Thread(target=self._serve, name="rollout", daemon=True)
         self._thread.start()
 
@@ -221,6 +249,7 @@ class Rollout:
     def close(self) -> None:
         self._arrived.put(None)
         self._thread.join(10)
+        self._graders.shutdown(wait=False, cancel_futures=True)
 
     def _submit(self, positions: Sequence[int]) -> None:
         r = self._cfg.rollout
@@ -248,13 +277,22 @@ class Rollout:
                     items.append(self._arrived.get())
                 if None in items:
                     return
-                self._grade(items)
+                self._graders.submit(self._grade, items)
         except Exception as e:
-            with self._changed:
-                self._problem = e
-                self._changed.notify()
+            self._fail(e)
+
+    def _fail(self, e: Exception) -> None:
+        with self._changed:
+            self._problem = self._problem or e
+            self._changed.notify()
 
     def _grade(self, items: list[tuple[int, Future]]) -> None:
+        try:
+            self._grade_those(items)
+        except Exception as e:
+            self._fail(e)
+
+    def _grade_those(self, items: list[tuple[int, Future]]) -> None:
         start = time.perf_counter()
         with self._changed:
             # Not dropped since.
@@ -266,14 +304,14 @@ class Rollout:
             group_of(prompt, completions_of(prompt, answer), oldest=oldest, newest=newest)
             for prompt, answer in ((self._stream.at(position), answer) for position, answer in items)
         ]
-        graded = grade(groups, positions, self._tokenizer, self._grader)
+        graded = grade(groups, positions, self._tokenizer, self._rewards)
         with self._changed:
             for (position, answer), g in zip(items, graded, strict=True):
                 if self._answers.get(position) is not answer:  # dropped since
                     continue
                 del self._answers[position]
                 self._graded[position] = g
-                has_variance = len(set(g.rewards)) > 1 and not g.group.prompt.masked
+                has_variance = len(set(shaping.combined(g, self._cfg.reward))) > 1 and not g.group.prompt.masked
                 self._submit(self._admission.arrived(position, has_variance=has_variance))
             self._grading_s += time.perf_counter() - start
             self._changed.notify()

@@ -188,12 +188,12 @@ ANY_NUMBER = ["data.shuffle_seed"]  # a part of a text that seeds the order
 
 
 def numbers(cls: type, prefix: str = "") -> dict[str, type]:
-    """int or float of every dotted key that holds one, or several."""
+    """int or float of every dotted key that holds one, or several; not of those in lists of sections."""
     found = {}
     for name, hint in typing.get_type_hints(cls).items():
         for part in (hint, *typing.get_args(hint)):
             if dataclasses.is_dataclass(part):
-                found |= numbers(part, f"{prefix}{name}.")
+                found |= numbers(part, f"{prefix}{name}.") if typing.get_origin(hint) is not tuple else {}
             elif part in (int, float):
                 found[prefix + name] = part
     return found

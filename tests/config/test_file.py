@@ -103,12 +103,12 @@ PATHS = ["model", "run_dir", "data.train", "eval.data", "checkpoint.start_from"]
 
 
 def test_all_paths_are_known_as_such():
-    rows = re.findall(r"^(?:## (\w+)|\| `(\w+)` \| path)", schema.page(), re.MULTILINE)
+    rows = re.findall(r"^(?:##+ ([\w.\[\]]+)|\| `(\w+)` \| path)", schema.page(), re.MULTILINE)
     found, section = [], ""
     for heading, name in rows:
         section = f"{heading}." * (heading != "Top") if heading else section
         found += [section + name] * bool(name)
-    assert sorted(found) == sorted(PATHS)
+    assert sorted(found) == sorted([*PATHS, "reward.functions[].path"])
 
 
 @pytest.mark.parametrize("name", PATHS)

@@ -16,7 +16,7 @@ import yaml
 
 from grpo_mcore.config import schema, strict_yaml
 from grpo_mcore.config.bounds import PositiveFloat, PositiveInt
-from grpo_mcore.config.config import Config, InputError
+from grpo_mcore.config.config import Config, InputError, RewardFunction
 from grpo_mcore.config.file import load
 from tests.dist import ROOT
 
@@ -70,12 +70,13 @@ def test_every_section_and_key_says_what_it_is(cls):
 
 def test_the_schema_is_one_and_a_page_has_every_key():
     jsonschema.Draft202012Validator.check_schema(VALIDATOR.schema)
-    rows = re.findall(r"^(?:## (\w+)|\| `(\w+)`)", schema.page(), re.MULTILINE)
+    rows = re.findall(r"^(?:##+ ([\w.\[\]]+)|\| `(\w+)`)", schema.page(), re.MULTILINE)
     found, section = [], ""
     for heading, name in rows:
         section = f"{heading}." * (heading != "Top") if heading else section
         found += [section + name] * bool(name)
-    assert sorted(found) == sorted(["inherit", *all_keys()])
+    of_items = [f"reward.functions[].{f.name}" for f in dataclasses.fields(RewardFunction)]
+    assert sorted(found) == sorted(["inherit", *all_keys(), *of_items])
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: str(path.relative_to(ROOT / "configs")))

@@ -28,7 +28,7 @@ def group(id: int, *lengths: int) -> Group:
 def result(*verdicts: Verdict) -> scores.Result:
     """Of two problems with two responses each."""
     graded = [Graded(0, group(3, 1, 2), verdicts[:2]), Graded(1, group(8, 9, 4), verdicts[2:])]
-    return evaluate.result_of(graded, "math_verify")
+    return evaluate.result_of(graded, config.Config("m", "r", 1, config.Data("t")))
 
 
 RESULT = result(RIGHT, WRONG, NONE, RIGHT)

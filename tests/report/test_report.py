@@ -17,7 +17,7 @@ import pytest
 
 from grpo_mcore.config.config import InputError
 from grpo_mcore.report import curves, report
-from grpo_mcore.reward.grader import Status
+from grpo_mcore.reward.grader import OF_VERIFIERS
 from tests.dist import program
 
 HOSTILE = (
@@ -488,7 +488,7 @@ def test_the_program_writes_the_page_or_says_in_one_line_what_is_wrong(tmp_path)
 
 
 def test_the_statuses_are_the_graders():
-    assert tuple(status.value for status in Status) == curves.STATUSES
+    assert tuple(status.value for status in OF_VERIFIERS) == curves.STATUSES
 
 
 CHROMIUM = shutil.which("chromium")

@@ -80,7 +80,13 @@ def test_each_kind_of_response_gets_its_reward_and_status():
         verdicts = grader.grade([(text, gold, truncated) for text, gold, truncated, *_ in cases])
     assert [(v.reward, v.status, v.answer) for v in verdicts] == [tuple(case[3:]) for case in cases]
     assert verdicts[-1].detail == "killed after cpu_s = 0.5 s of processor time"
-    assert counts(verdicts) == {"correct": 3, "wrong": 3, "no_answer": 3, "truncated": 1, "timed_out": 1}
+    assert counts([v.status for v in verdicts]) == {
+        "correct": 3,
+        "wrong": 3,
+        "no_answer": 3,
+        "truncated": 1,
+        "timed_out": 1,
+    }
     assert counts([]) == {"correct": 0, "wrong": 0, "no_answer": 0, "truncated": 0, "timed_out": 0}
 
 

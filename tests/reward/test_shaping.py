@@ -25,14 +25,14 @@ GRADED = [
 def test_the_soft_overlong_penalty_grows_linearly_over_the_buffer():
     # 100 - 20 = 80 tokens are free; then 1/20 a token, to 1 at the limit; times 0.5
     cfg = config.Shaping(overlong_buffer_tokens=20, overlong_penalty=0.5)
-    penalties = shaped(GRADED, cfg, 100) - torch.tensor(REWARDS_PG)
+    penalties = shaped(GRADED, config.Reward(), cfg, 100) - torch.tensor(REWARDS_PG)
     torch.testing.assert_close(penalties, torch.tensor([[0.0, 0.0, -0.025], [-0.25, -0.475, -0.5]]), atol=1e-7, rtol=0)
 
 
 def test_without_a_buffer_rewards_stay_what_they_are():
-    assert torch.equal(shaped(GRADED, config.Shaping(), 100), torch.tensor(REWARDS_PG))
+    assert torch.equal(shaped(GRADED, config.Reward(), config.Shaping(), 100), torch.tensor(REWARDS_PG))
 
 
 def test_a_response_beyond_the_limit_is_punished_no_more_than_one_at_it():
     cfg = config.Shaping(overlong_buffer_tokens=10)
-    assert shaped(GRADED, cfg, 90).tolist()[1] == [0.0, -1.0, -1.0]
+    assert shaped(GRADED, config.Reward(), cfg, 90).tolist()[1] == [0.0, -1.0, -1.0]

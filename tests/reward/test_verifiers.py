@@ -38,7 +38,10 @@ def test_the_corpus_is_judged_as_expected_by_both_verifiers():
     assert sum(v.is_disputed for v in verdicts) == sum(mine != other for *_, mine, other in PAIRS) > 0
 
 
-@pytest.mark.parametrize("name", VERIFIERS)
+OF_BOXES = ["math_verify", "boxed"]
+
+
+@pytest.mark.parametrize("name", OF_BOXES)
 def test_hostile_answers_end_within_their_limits_and_never_crash_the_grader(name):
     items = [(boxed(answer), "5.5", False) for answer in HOSTILE] + [(text, "5.5", False) for text in HOSTILE_RESPONSES]
     # honest ones between killed processes
@@ -136,7 +139,7 @@ def test_without_comparison_there_is_no_other_verdict():
         assert [v.other for v in grader.grade([(boxed("5"), "5", False), ("", "5", False)])] == [None, None]
 
 
-@pytest.mark.parametrize("name", VERIFIERS)
+@pytest.mark.parametrize("name", OF_BOXES)
 def test_thinking_may_be_required_to_end(name):
     items = [(r"\boxed{5}", "5", False), (r"so</think> \boxed{5}", "5", False), (r"\boxed{5}", "5", True)]
     with Grader(replace(CFG, verifier=name, require_think=True)) as grader:

@@ -79,7 +79,7 @@ def sampled_plainly(run, step: int) -> tuple[list, list]:
                 newest=step,
             )
         )
-    graded = grade(groups, range(len(groups)), run.tokenizer, run.driver.grader)
+    graded = grade(groups, range(len(groups)), run.tokenizer, run.driver.rewards)
     return groups, [g.rewards for g in graded]
 
 
