@@ -110,7 +110,7 @@ def _check_reward(config: Config) -> None:
         if f.is_verifier and f.path not in VERIFIERS:
             there_are = f"FILE.py:NAME, package.module:NAME nor one of {', '.join(VERIFIERS)}"
             raise InputError(f"{field}.path", f.path, f"is neither {there_are}", "write FILE.py:NAME")
-        if not all(f.path.rpartition(":")[::2]):
+        if not f.is_verifier and not all(f.path.rpartition(":")[::2]):
             raise InputError(f"{field}.path", f.path, "must name a function behind the colon", "write FILE.py:NAME")
         if f.is_verifier and (f.style, f.cpu_s, f.wall_s) != ("auto", None, None):
             what = "is a verifier, which has neither a style nor limits of its own"

@@ -287,7 +287,8 @@ class Pool:
                         if answer.set_running_or_notify_cancel():
                             answer.set_result(process.says)
                     self._starting.clear()
-                for number in list(itertools.islice(self._waiting, process.room)):
+                while self._waiting and process.room:
+                    number = next(iter(self._waiting))
                     asked = self._waiting.pop(number)
                     if asked.begin():
                         self._asked[number] = asked
