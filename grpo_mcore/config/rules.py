@@ -7,7 +7,7 @@ import operator
 import re
 import typing
 
-from grpo_mcore.config import metric_names
+from grpo_mcore.config import data_sources, metric_names
 from grpo_mcore.config.bounds import Bound, Contains, Section, bounds_of
 from grpo_mcore.config.config import PLAIN_ATTENTION_TOKENS, Config, InputError, packed_alignment
 
@@ -15,6 +15,7 @@ from grpo_mcore.config.config import PLAIN_ATTENTION_TOKENS, Config, InputError,
 def check(config: Config) -> None:
     """The bounds of the fields, and the rules between them, that need neither model nor data nor ranks."""
     _check_bounds(config, "")
+    data_sources.check(config)
     _check_sizes(config)
     _check_rollout(config)
     _check_training(config)
@@ -27,13 +28,16 @@ def _need(config: Config, holds: object, name: str, constraint: str, remedy: str
 
 
 def _check_bounds(section: Section, prefix: str) -> None:
-    """Of a dataclass, of those in it and of the items of tuples."""
+    """Of a dataclass, of those in it and of the items of tuples, which may be such again."""
     for name, bounds in _bounds_of_fields(type(section)).items():
         value = getattr(section, name)
         if isinstance(value, Section):
             _check_bounds(value, f"{prefix}{name}.")
             continue
-        for item in value if isinstance(value, tuple) else (value,):
+        for i, item in enumerate(value if isinstance(value, tuple) else (value,)):
+            if isinstance(item, Section):
+                _check_bounds(item, f"{prefix}{name}[{i}].")
+                continue
             for bound in bounds:
                 if item is not None and not bound.allows(item):
                     raise InputError(prefix + name, item, bound.constraint, bound.remedy_of(item))
@@ -60,6 +64,15 @@ def _check_sizes(config: Config) -> None:
         "must be a regular expression with a group, which is the answer",
         "mend it, as '#### (.+)'",
     )
+    for field, given in (("data.train", d.train), ("eval.data", config.eval.data)):
+        for i, source in enumerate(given if isinstance(given, tuple) else ()):
+            if source.answer_regex is not None and not _has_group(source.answer_regex):
+                raise InputError(
+                    f"{field}[{i}].answer_regex",
+                    source.answer_regex,
+                    "must be a regular expression with a group, which is the answer",
+                    "mend it, as '#### (.+)'",
+                )
     total = r.max_total_tokens
     need(
         total is None or d.max_prompt_tokens < total,

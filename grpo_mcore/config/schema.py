@@ -22,7 +22,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from grpo_mcore.config.bounds import Bound, Contains, Hint, Section, bounds_of, is_path, is_section, plain, without_null
+from grpo_mcore.config.bounds import (
+    Bound,
+    Contains,
+    Hint,
+    Section,
+    alternatives,
+    bounds_of,
+    is_path,
+    is_section,
+    item_section,
+    plain,
+    without_null,
+)
 from grpo_mcore.config.config import Config
 
 ROOT = Path(__file__).parents[2]
@@ -42,9 +54,10 @@ with a remedy. What is not given has its default; `--dry-run` prints the result.
 `_s` (seconds), `_bytes`, `_frac` (of 1).
 
 The key's type says how an override is read. A text is taken as it stands behind the first `=`, blanks, braces, quotes
-and `#` included; a list is `key=[a, b]`, a section `key={sub: value}`, and `key=null` is null where a key may be. In a
-path `~` and environment variables (`$NAME`, `${NAME}`) stand for what they name. Files are read as YAML 1.2, as editors
-read them: `1e-6` is a number, `yes` a text. Aliases and tags are refused: `inherit` is there for that.
+and `#` included; a list is `key=[a, b]`, a section `key={sub: value}`, and `key=null` is null where a key may be. Where
+a path or a list may stand, `[` begins a list. In a path `~` and environment variables (`$NAME`, `${NAME}`) stand for
+what they name. Files are read as YAML 1.2, as editors read them: `1e-6` is a number, `yes` a text. Aliases and tags are
+refused: `inherit` is there for that.
 
 `configs/schema.json` says the same to editors: a first line `# yaml-language-server: $schema=PATH/schema.json`, as in
 the files of `configs/`, brings completion and checks while typing.
@@ -62,6 +75,7 @@ class Key:
     hint: Hint  # its type with bounds, without null
     optional: bool  # it may be null
     section: type[Section] | None  # the dataclass that it holds
+    item: type[Section] | None  # that of the items of its list
     default: object  # dataclasses.MISSING: none, or a section, whose keys have theirs
     required: bool
     what: str  # its comment, or the section's docstring
@@ -75,7 +89,10 @@ def keys(cls: type[Section]) -> list[Key]:
         section = hint if is_section(hint) else None
         what = " ".join((inspect.getdoc(section) or "").split()) if section else said.get(f.name, "")
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        found.append(Key(f.name, hint, optional, section, f.default, required, what))
+        default = f.default
+        if f.default_factory is not dataclasses.MISSING and section is None:
+            default = f.default_factory()
+        found.append(Key(f.name, hint, optional, section, item_section(hint), default, required, what))
     return found
 
 
@@ -133,6 +150,8 @@ def _object(cls: type[Section]) -> dict[str, Any]:
         schema = _object(key.section) if key.section else _value(key.hint)
         if key.optional and "enum" in schema:
             schema["enum"].append(None)
+        elif key.optional and "anyOf" in schema:
+            schema["anyOf"].append({"type": "null"})
         elif key.optional:
             types = schema["type"]
             schema["type"] = [*(types if isinstance(types, list) else [types]), "null"]
@@ -151,8 +170,14 @@ def _required(cls: type[Section]) -> dict[str, Any]:
 
 def _value(hint: Hint) -> dict[str, Any]:
     """Of a type that is neither a section nor null."""
+    if len(alternatives(hint)) > 1:
+        return {"anyOf": [_value(part) for part in alternatives(hint)]}
+    if section := item_section(hint):
+        return {"type": "array", "items": {**_object(section), **_required(section)}}
     if typing.get_origin(hint) is tuple:
         return {"type": "array", "items": _value(typing.get_args(hint)[0])}
+    if typing.get_origin(hint) is dict:
+        return {"type": "object", "additionalProperties": {"type": ["boolean", "number", "string", "null"]}}
     if typing.get_origin(hint) is Literal:
         return {"enum": list(typing.get_args(hint))}
     kind, (above, at_least, at_most, below) = plain(hint), _limits(hint)
@@ -176,13 +201,27 @@ def _value(hint: Hint) -> dict[str, Any]:
 
 
 def page(cls: type[Section] = Config) -> str:
-    """Markdown: a table a section."""
+    """Markdown: a table a section, and one of what the sections' lists hold."""
     top = f"| `inherit` | text | | {INHERIT} |\n"
     parts = [INTRO, f"## Top of the file\n\n{inspect.getdoc(cls)}\n", _table(cls, top)]
     for key in keys(cls):
         if key.section:
             parts += [f"## {key.name}\n\n{_text(key.what)}\n", _table(key.section)]
+    for item, names in _items(cls).items():
+        also = "".join(f" Of `{name}[]` too." for name in names[1:])
+        what = " ".join((inspect.getdoc(item) or "").split())
+        parts += [f"## {names[0]}[]\n\n{_text(what)}{also}\n", _table(item)]
     return "\n".join(parts)
+
+
+def _items(cls: type[Section]) -> dict[type[Section], list[str]]:
+    """What the lists of sections hold, with the dotted keys of these lists."""
+    found: dict[type[Section], list[str]] = {}
+    for section in keys(cls):
+        for key in keys(section.section) if section.section else ():
+            if key.item:
+                found.setdefault(key.item, []).append(f"{section.name}.{key.name}")
+    return found
 
 
 def _table(cls: type[Section], first: str = "") -> str:
@@ -202,6 +241,12 @@ def _kind(key: Key) -> str:
 
 def _words(hint: Hint, plural: str = "") -> str:
     """A type and its bounds."""
+    if len(alternatives(hint)) > 1:
+        return ", or ".join(_words(part, plural) for part in alternatives(hint))
+    if item_section(hint):
+        return "list of sections (below)"
+    if typing.get_origin(hint) is dict:
+        return "names with values"
     if typing.get_origin(hint) is tuple:
         return f"list of {_words(typing.get_args(hint)[0], plural='s')}"
     if typing.get_origin(hint) is Literal:

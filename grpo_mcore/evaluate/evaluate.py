@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_mcore.checkpoint import checkpoint, convert
-from grpo_mcore.config import config
+from grpo_mcore.config import config, data_sources
 from grpo_mcore.data import prompts
 from grpo_mcore.evaluate import scores
 from grpo_mcore.parallel import topology
@@ -77,8 +77,10 @@ def protocol(
 ) -> dict:
     """All that the numbers depend on beside the model: two evaluations can be compared if theirs are equal."""
     content = json.dumps([(p.id, p.problem, p.answer) for p in eval_prompts])
+    sets = cfg.eval.data if isinstance(cfg.eval.data, tuple) else ()
     return {
         **{k: v for k, v in dataclasses.asdict(cfg.eval).items() if k != "every"},
+        **({"data": [dataclasses.asdict(source) for source in sets]} if sets else {}),
         "max_response_tokens": cfg.response_tokens(0, evaluation=True),
         "max_total_tokens": None if cfg.eval.max_response_tokens else cfg.rollout.max_total_tokens,
         "seed": cfg.seed,
@@ -89,6 +91,8 @@ def protocol(
         "max_prompt_tokens": cfg.data.max_prompt_tokens,
         "prompt_template": cfg.data.prompt_template,
         "chat_template": cfg.data.chat_template,
+        "template_arguments": dict(cfg.data.template_arguments),
+        "system_prompt": cfg.data.system_prompt,
         "first_prompt": tokenizer.decode(eval_prompts[0].token_ids),
         "grader": dataclasses.asdict(cfg.reward),
         "versions": versions(),
@@ -151,8 +155,11 @@ def evaluate_model(cfg: config.Config, source: str | None, *, compare_with: str 
         hf_weights.check(folder, model.load_hf_config(folder))
         tokenizer = prompts.Tokenizer(folder)
         eval_prompts, num_left_out = prompts.load_evaluation(cfg, tokenizer)
-        if warning := golds.check([p.answer for p in eval_prompts], cfg.reward, "eval.data", cfg.eval.data):
-            print(warning, flush=True)
+        several = data_sources.several(cfg.eval.data)
+        for s in data_sources.of(cfg, "eval.data"):
+            answers = [p.answer for p in eval_prompts if not several or p.source == s.name]
+            if warning := golds.check(answers, cfg.reward, s.field, s.path):
+                print(warning, flush=True)
         card = protocol(cfg, eval_prompts, num_left_out, tokenizer)
         if earlier:
             check_paired(eval_prompts, earlier[0])

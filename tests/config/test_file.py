@@ -99,16 +99,17 @@ def test_a_name_is_taken_as_it_stands_and_comes_back_from_what_is_printed(minima
     assert yaml.safe_load(printed)["run_dir"] == text  # a reader of YAML 1.1
 
 
+OF_ITEMS = ["data.train[].path"]
 PATHS = ["model", "run_dir", "data.train", "eval.data", "checkpoint.start_from"]
 
 
 def test_all_paths_are_known_as_such():
-    rows = re.findall(r"^(?:## (\w+)|\| `(\w+)` \| path)", schema.page(), re.MULTILINE)
+    rows = re.findall(r"^(?:## ([\w.\[\]]+)|\| `(\w+)` \| path)", schema.page(), re.MULTILINE)
     found, section = [], ""
     for heading, name in rows:
         section = f"{heading}." * (heading != "Top") if heading else section
         found += [section + name] * bool(name)
-    assert sorted(found) == sorted(PATHS)
+    assert sorted(found) == sorted([*PATHS, *OF_ITEMS])
 
 
 @pytest.mark.parametrize("name", PATHS)
