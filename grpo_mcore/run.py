@@ -235,7 +235,7 @@ def open_driver(
     shuffle_seed = cfg.seed if cfg.data.shuffle_seed is None else cfg.data.shuffle_seed
     weights = data_sources.weights(cfg.data.train)
     stream = prompts.Stream(given.train_prompts, shuffle_seed, skip=cfg.data.skip_prompts, weights=weights)
-    rollout = Rollout(engines, stream, given.tokenizer, grader, cfg, cursor=progress.cursor)
+    rollout = Rollout(engines, stream, given.tokenizer, grader, cfg, cursor=progress.cursor, left_out=progress.left_out)
     stack.callback(rollout.close)
     return Driver(engines, rollout, grader, writer, given.eval_prompts, given.num_left_out)
 

@@ -111,6 +111,8 @@ class Data:
     max_prompt_tokens: PositiveInt = 1024  # longer prompts are over-long
     # filter: over-long prompts are left out; mask: they keep their place, cut to max_prompt_tokens, without a loss
     overlong_prompts: Literal["filter", "mask"] = "filter"
+    # a prompt whose group has this mean reward or more is left out from then on, as the checkpoints know; null: none is
+    max_pass_rate: PositiveFraction | None = None
     shuffle_seed: int | None = None  # of the prompts' order; null: `seed`
     skip_prompts: NonNegativeInt = 0  # prompts at the start of their order, which former stages trained on
 

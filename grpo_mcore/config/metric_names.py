@@ -1,12 +1,16 @@
 """The names of what a run of a configuration writes to metrics.jsonl: those that are in every row of their kind.
 
 Rows of steps have more where there is more to say: time/eval_s and time/checkpoint_s of what was done since the row
-before, mismatch/logprob_abs_mean_from_N of the lengths that were sampled. Nothing can be chosen or stopped by those.
+before, mismatch/logprob_abs_mean_from_N of the lengths that were sampled, and OF_SOURCE with the name of each of
+several sources that the step has prompts of. Nothing can be chosen or stopped by those.
 """
 
+from grpo_mcore.config import data_sources
 from grpo_mcore.config.config import Config
 
-SOMETIMES = ("time/eval_s", "time/checkpoint_s", "mismatch/logprob_abs_mean_from_")  # beginnings of further names
+OF_SOURCE = ("reward/mean/", "reward/mixed_groups_frac/", "rollout/truncated_frac/", "rollout/prompts/")
+# Beginnings of further names.
+SOMETIMES = ("time/eval_s", "time/checkpoint_s", "mismatch/logprob_abs_mean_from_", *OF_SOURCE)
 
 REWARD = "mean mixed_groups_frac correct wrong no_answer truncated timed_out seconds"
 ROLLOUT = (
@@ -27,7 +31,7 @@ def of_steps(config: Config) -> list[str]:
     update = UPDATE + " kl_to_ref" * (loss.kl_coef > 0) + " clip_dual_frac" * (loss.clip_dual is not None)
     names = {
         "reward": REWARD + " disagree" * config.reward.compare_verifiers,
-        "rollout": ROLLOUT,
+        "rollout": ROLLOUT + " prompts_left_out" * (config.data.max_pass_rate is not None),
         "update": update,
         "mismatch": MISMATCH,
         "importance": IMPORTANCE * (loss.importance_level != "none"),
@@ -42,4 +46,6 @@ def of_evaluations(config: Config) -> list[str]:
     if config.eval.data is None:
         return []
     k = config.eval.samples_per_prompt
-    return [f"eval/{name}" for name in (f"mean@{k}", f"pass@{k}", f"maj@{k}", *EVAL.split())]
+    at_k = (f"mean@{k}", f"pass@{k}", f"maj@{k}")
+    of_each = [f"{source}/{name}" for source in data_sources.several(config.eval.data) for name in at_k]
+    return [f"eval/{name}" for name in (*at_k, *EVAL.split(), *of_each)]

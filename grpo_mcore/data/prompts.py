@@ -6,7 +6,7 @@ import json
 import random
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +281,10 @@ class Stream:
         source, cursor = self._mixture.at(self._skip + position)
         epoch, index = divmod(cursor, len(self._sources[source]))
         return self._sources[source][self._order(source, epoch)[index]]
+
+    def has_other_than(self, ids: Mapping[str, Collection[int]]) -> bool:
+        """Whether some prompt that something can be learnt from is not among these, by source."""
+        return any(not p.masked and p.id not in ids.get(p.source, ()) for each in self._sources for p in each)
 
     def _order(self, source: int, epoch: int) -> list[int]:
         order = self._orders.get((source, epoch))

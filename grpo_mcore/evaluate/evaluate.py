@@ -38,6 +38,7 @@ def result_of(graded: Sequence[Graded], verifier: str, num_left_out: int = 0) ->
                 tuple(v.answer and spelling(v.answer) for v in g.verdicts),
                 tuple(len(r.token_ids) for r in g.group.responses),
                 tuple(r.truncated for r in g.group.responses),
+                g.group.prompt.source,
             )
             for g in graded
         ),
@@ -76,7 +77,7 @@ def protocol(
     cfg: config.Config, eval_prompts: Sequence[Prompt], num_left_out: int, tokenizer: prompts.Tokenizer
 ) -> dict:
     """All that the numbers depend on beside the model: two evaluations can be compared if theirs are equal."""
-    content = json.dumps([(p.id, p.problem, p.answer) for p in eval_prompts])
+    content = json.dumps([(*([p.source] if p.source else []), p.id, p.problem, p.answer) for p in eval_prompts])
     sets = cfg.eval.data if isinstance(cfg.eval.data, tuple) else ()
     return {
         **{k: v for k, v in dataclasses.asdict(cfg.eval).items() if k != "every"},
@@ -115,7 +116,7 @@ def read_problems(path: str) -> tuple[list[scores.Problem], dict]:
 
 def check_paired(eval_prompts: Sequence[Prompt], problems: Sequence[scores.Problem]) -> None:
     """Raises InputError if an earlier evaluation's problems are others than those to be evaluated now."""
-    if {(p.id, p.answer) for p in eval_prompts} != {(p.id, p.answer) for p in problems}:
+    if {(p.source, p.id, p.answer) for p in eval_prompts} != {p.key for p in problems}:
         raise config.InputError(
             "--compare",
             f"{len(problems)} problems",

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 Z_95 = 1.96
+OF_SOURCE = ("mean", "pass", "maj")  # metrics of each of several data sets
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,12 @@ class Problem:
     answers: tuple[str | None, ...]  # normalised; None: none was given
     response_tokens: tuple[int, ...]
     truncated: tuple[bool, ...]
+    source: str = ""  # the data set's name; of one data set alone ""
+
+    @property
+    def key(self) -> tuple[str, int, str]:
+        """What makes it the same problem in another evaluation."""
+        return self.source, self.id, self.answer
 
     @property
     def mean(self) -> float:
@@ -101,20 +108,32 @@ class Result:
             **{f"pass@{j}": Estimate.of([p.pass_at(j) for p in self.problems]) for j in range(1, self.k + 1)},
         }
 
+    def by_source(self) -> dict[str, "Result"]:
+        """Of each data set by its name; none where there is one alone. Over-long problems are told of all together."""
+        names = dict.fromkeys(p.source for p in self.problems if p.source)
+        return {name: Result(tuple(p for p in self.problems if p.source == name)) for name in names}
+
     def metrics(self) -> dict[str, float]:
+        """Over all problems, and the means of each data set."""
         return {
             **{f"eval/{name}@{self.k}": self.estimates[f"{name}@{self.k}"].value for name in ("mean", "pass", "maj")},
             "eval/standard_error": self.estimates[f"mean@{self.k}"].standard_error,
             "eval/truncated_frac": self.truncated_frac,
             "eval/overlong_left_out": float(self.num_left_out),
+            **{
+                f"eval/{source}/{name}@{self.k}": result.estimates[f"{name}@{self.k}"].value
+                for source, result in self.by_source().items()
+                for name in OF_SOURCE
+            },
         }
 
     def __str__(self) -> str:
         mean, passed, majority = (self.estimates[f"{name}@{self.k}"] for name in ("mean", "pass", "maj"))
         left_out = f", {self.num_left_out} more left out as over-long" if self.num_left_out else ""
+        of_each = "".join(f"; {name} {r.estimates[f'mean@{r.k}']}" for name, r in self.by_source().items())
         return (
             f"mean@{self.k} {mean}, pass@{self.k} {passed.value:.3f}, maj@{self.k} {majority.value:.3f} "
-            f"({len(self.problems)} problems{left_out}, {self.truncated_frac:.1%} truncated)"
+            f"({len(self.problems)} problems{left_out}, {self.truncated_frac:.1%} truncated){of_each}"
         )
 
 
@@ -136,10 +155,10 @@ class Comparison:
 def compare(mine: Sequence[Problem], other: Sequence[Problem]) -> Comparison:
     """Problems in any order; their numbers of samples may differ. Raises ValueError if they are not the same
     problems."""
-    theirs = {(p.id, p.answer): p for p in other}
-    if {(p.id, p.answer) for p in mine} != theirs.keys():
+    theirs = {p.key: p for p in other}
+    if {p.key for p in mine} != theirs.keys():
         raise ValueError(f"{len(mine)} problems and {len(other)}, not the same ones")
-    differences = [p.mean - theirs[p.id, p.answer].mean for p in mine]
+    differences = [p.mean - theirs[p.key].mean for p in mine]
     return Comparison(
         Estimate.of(differences, least=-1.0),
         sum(d > 0 for d in differences),

@@ -12,7 +12,7 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 
@@ -40,6 +40,7 @@ class Sampled:
 
     graded: list[Graded]  # in the order of the stream
     cursor: int  # positions before it are done with
+    left_out: dict[str, list[int]]  # ids of prompts that are not sampled again, by source (data.max_pass_rate)
     metrics: dict[str, metrics.Metric]
 
 
@@ -148,8 +149,9 @@ class Rollout:
         cfg: config.Config,
         *,
         cursor: int,
+        left_out: Mapping[str, Sequence[int]] | None = None,
     ):
-        """`cursor`: positions of the stream before it have been trained on."""
+        """`cursor`: positions of the stream before it have been trained on; `left_out`: as in Sampled, until then."""
         self._engines, self._stream, self._tokenizer, self._grader, self._cfg = engines, stream, tokenizer, grader, cfg
         r = cfg.rollout
         self._admission = Admission(
@@ -160,7 +162,10 @@ class Rollout:
             max_draws=r.max_draws,
             cursor=cursor,
             num_steps=cfg.num_steps,
+            is_left_out=self._is_left_out,
         )
+        known = left_out if left_out and cfg.data.max_pass_rate is not None else {}
+        self._left_out = {source: set(ids) for source, ids in known.items()}
         self._changed = threading.Condition()  # guards what follows
         self._version = 0
         self._answers: dict[int, Future] = {}  # by position, until it is graded
@@ -174,6 +179,11 @@ class Rollout:
     def begin(self, version: int) -> None:
         """Engines and policy have this version now: what has become too stale is dropped, and more may be sampled."""
         with self._changed:
+            if not self._stream.has_other_than(self._left_out):
+                raise config.RunError(
+                    f"after {version} steps every prompt has been left out by data.max_pass_rate = "
+                    f"{self._cfg.data.max_pass_rate}: raise it, bring more prompts, or end the run here by num_steps"
+                )
             self._version = version
             admitted, dropped = self._admission.begin(version)
             self._engines.cancel([(TRAINING, p) for p in dropped])
@@ -195,8 +205,9 @@ class Rollout:
                     raise self._engines.overdue("rollout", self._cfg.rollout.timeout_s)
                 self._changed.wait(CHECK_EVERY_S)
             graded = [self._graded.pop(p) for p in taken.positions]
-            for position in [p for p in self._graded if p < self._admission.cursor]:  # passed over
-                del self._graded[position]
+            passed_over = [self._graded.pop(p) for p in sorted(self._graded) if p < self._admission.cursor]
+            self._leave_out([*graded, *passed_over])
+            left_out = {source: sorted(ids) for source, ids in sorted(self._left_out.items())}
             grading_s, self._grading_s = self._grading_s, 0.0
             num_dropped = self._admission.num_dropped
             self._admission.num_dropped = 0
@@ -205,6 +216,7 @@ class Rollout:
         return Sampled(
             graded,
             self._admission.cursor,
+            left_out,
             {
                 "rollout/staleness_mean": metrics.Mean(
                     float(sum(s * n for s, n in staleness)), sum(n for _, n in staleness)
@@ -215,8 +227,27 @@ class Rollout:
                 "rollout/groups_dropped": metrics.Sum(float(num_dropped)),
                 "rollout/engine_failures": metrics.Max(float(self._engines.num_failures)),
                 "reward/seconds": metrics.Sum(grading_s),
+                **(
+                    {"rollout/prompts_left_out": metrics.Max(float(sum(map(len, left_out.values()))))}
+                    if self._cfg.data.max_pass_rate is not None
+                    else {}
+                ),
             },
         )
+
+    def _leave_out(self, done: Sequence[Graded]) -> None:
+        """The prompts of groups whose mean reward has reached data.max_pass_rate."""
+        most = self._cfg.data.max_pass_rate
+        for g in done:
+            prompt = g.group.prompt
+            if most is not None and not prompt.masked and sum(g.rewards) >= most * len(g.rewards):
+                self._left_out.setdefault(prompt.source, set()).add(prompt.id)
+
+    def _is_left_out(self, position: int) -> bool:
+        if not self._left_out:
+            return False
+        prompt = self._stream.at(position)
+        return prompt.id in self._left_out.get(prompt.source, ())
 
     def close(self) -> None:
         self._arrived.put(None)
