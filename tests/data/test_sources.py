@@ -137,13 +137,16 @@ def test_a_dot_leads_into_a_column_and_a_column_whose_name_has_the_dot_goes_firs
 @pytest.mark.parametrize(
     "row, words",
     [
-        ({"problem": "1+2", "gold": {"text": "3"}}, "has no column 'gold.answer'. Remedy: set data.train[0].answer_key "
-         "(there are 'text' in 'gold'), or mend the row"),
+        (
+            {"problem": "1+2", "gold": {"text": "3"}},
+            "has no column 'gold.answer'. Remedy: set data.train[0].answer_key "
+            "(there are 'text' in 'gold'), or mend the row",
+        ),
         ({"problem": "1+2", "gold": "3"}, "has no column 'gold.answer'. Remedy: set data.train[0].answer_key, or mend"),
         ({"problem": "1+2", "gold": {"answer": " "}}, "its 'gold.answer' is empty"),
         ({"problem": "1+2", "gold": {"answer": {}}}, "its 'gold.answer' is of type dict"),
     ],
-)  # fmt: skip
+)
 def test_a_path_of_keys_that_leads_nowhere_is_said(tmp_path, row, words):
     source = jsonl(tmp_path / "d.jsonl", row)
     with pytest.raises(InputError) as e:
