@@ -108,8 +108,9 @@ def read_inputs(cfg: config.Config) -> Inputs:
     train_prompts, num_overlong = read_train_prompts(cfg, tokenizer)
     eval_prompts, num_left_out = prompts.load_evaluation(cfg, tokenizer) if cfg.eval.data else ([], 0)
     if topology.rank() == 0:
-        answers = answers_of(cfg, "data.train", train_prompts) | answers_of(cfg, "eval.data", eval_prompts)
-        for name, each in answers.items():
+        of_training = prompts.answers_by_source(cfg, "data.train", train_prompts)
+        of_evaluation = prompts.answers_by_source(cfg, "eval.data", eval_prompts)
+        for name, each in (of_training | of_evaluation).items():
             if warning := check_answers(cfg, name, each):
                 print(warning, flush=True)
     device = topology.pick_device(cfg.device)
@@ -132,12 +133,6 @@ def read_train_prompts(cfg: config.Config, tokenizer: prompts.Tokenizer) -> tupl
     """(prompts, how many of them are over-long, or were). Raises InputError."""
     overlong = cfg.data.overlong_prompts
     return prompts.load(cfg.data.train, cfg.data, tokenizer, "data.train", overlong=overlong)
-
-
-def answers_of(cfg: config.Config, field: str, prompts: Sequence[Prompt]) -> dict[str, list[str]]:
-    """Right answers by source (data.train[1]) of the prompts of `field` (data.train)."""
-    there = data_sources.of(cfg, field)
-    return {s.field: [p.answer for p in prompts if len(there) == 1 or p.source == s.name] for s in there}
 
 
 def check_answers(cfg: config.Config, name: str, answers: Sequence[str]) -> str | None:

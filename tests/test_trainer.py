@@ -286,7 +286,7 @@ BAD_INPUT = {
         "rows.jsonl, line 1 = {'problem': '1+1', 'answer': '2'}: has no column 'q'. Remedy: set data.train[1].",
     ),
     "a chat that ends with the assistant": (
-        ["data.train=chats.jsonl"],
+        ["data.train=chats.jsonl", "data.chat_template=true"],
         "its 'problem' ends with a message of the assistant",
     ),
     "sequences longer than the model's": (

@@ -53,6 +53,7 @@ class Resolved:
     answer_regex: str | None
     answer_from: AnswerFrom
     system_prompt: str | None
+    takes_chats: bool  # data.chat_template
     keys_of: Literal["data", "source", "format"]  # where the keys of its columns stand, for errors
 
     def field_of(self, key: str) -> str:
@@ -98,6 +99,7 @@ def _resolved(source: Source, data: Data, field: str) -> Resolved:
         answer_regex=by.answer_regex,
         answer_from=by.answer_from or ("column" if by.answer_regex else columns.answer_from),
         system_prompt=data.system_prompt if source.system_prompt is None else source.system_prompt,
+        takes_chats=data.chat_template,
         keys_of="source" if own else "data" if form == "columns" else "format",
     )
 

@@ -201,13 +201,6 @@ def _load(
     prompts, too_long = [], 0
     for i, row in enumerate(read_source(source)):
         place = f"{source.field}: {source.path}, prompt {i}"
-        if row.messages and not data.chat_template:
-            raise InputError(
-                place,
-                row.messages[-1],
-                "is a chat, and data.chat_template is false",
-                "set it to true, or name a column with a text",
-            )
         chat = chat_of(row.problem, row.messages, data, source.system_prompt)
         token_ids = tokenizer.encode_chat(chat, data, place)
         masked = len(token_ids) > data.max_prompt_tokens
@@ -215,7 +208,11 @@ def _load(
         if not masked or overlong == "mask":
             token_ids = token_ids[: data.max_prompt_tokens]
             turns = chat if data.chat_template else ()
-            prompts.append(Prompt(i, row.problem, row.answer, token_ids, masked, row.columns, turns, name))
+            prompts.append(
+                Prompt(
+                    i, row.problem, row.answer, token_ids, masked=masked, row=row.columns, messages=turns, source=name
+                )
+            )
     if len({p.token_ids for p in prompts}) == 1 < len({p.problem for p in prompts}):
         field = "data.chat_template" if data.chat_template else "data.max_prompt_tokens"
         raise InputError(
@@ -248,6 +245,12 @@ def by_source(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
     for p in prompts:
         found.setdefault(p.source, []).append(p)
     return found
+
+
+def answers_by_source(cfg: config.Config, field: str, prompts: Sequence[Prompt]) -> dict[str, list[str]]:
+    """The right answers of the prompts of `field`, data.train or eval.data, by source: data.train, or data.train[1]."""
+    there = data_sources.of(cfg, field)
+    return {s.field: [p.answer for p in prompts if len(there) == 1 or p.source == s.name] for s in there}
 
 
 def load_evaluation(cfg: config.Config, tokenizer: Tokenizer) -> tuple[list[Prompt], int]:

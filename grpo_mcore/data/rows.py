@@ -100,6 +100,8 @@ def _messages(value: list[dict[str, Any]], source: Resolved, place: str) -> tupl
     def refuse(seen: object, constraint: str, remedy: str = "mend or remove the row") -> InputError:
         return InputError(place, seen, f"its {key!r} {constraint}", remedy)
 
+    if not source.takes_chats:
+        raise refuse(value[-1], "is a chat, and data.chat_template is false", "set it to true, or name another column")
     found = []
     for i, message in enumerate(value):
         role, content = message.get("role"), message.get("content")

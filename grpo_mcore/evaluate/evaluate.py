@@ -156,10 +156,9 @@ def evaluate_model(cfg: config.Config, source: str | None, *, compare_with: str 
         hf_weights.check(folder, model.load_hf_config(folder))
         tokenizer = prompts.Tokenizer(folder)
         eval_prompts, num_left_out = prompts.load_evaluation(cfg, tokenizer)
-        several = data_sources.several(cfg.eval.data)
+        answers = prompts.answers_by_source(cfg, "eval.data", eval_prompts)
         for s in data_sources.of(cfg, "eval.data"):
-            answers = [p.answer for p in eval_prompts if not several or p.source == s.name]
-            if warning := golds.check(answers, cfg.reward, s.field, s.path):
+            if warning := golds.check(answers[s.field], cfg.reward, s.field, s.path):
                 print(warning, flush=True)
         card = protocol(cfg, eval_prompts, num_left_out, tokenizer)
         if earlier:

@@ -80,14 +80,14 @@ class Checks:
 
     def _train(self) -> str:
         self.train_prompts, num_overlong = run.read_train_prompts(self.cfg, self.tokenizer)
-        self.answers |= run.answers_of(self.cfg, "data.train", self.train_prompts)
+        self.answers |= prompts.answers_by_source(self.cfg, "data.train", self.train_prompts)
         return f"{len(self.train_prompts)} prompts, {num_overlong} over-long"
 
     def _evaluation(self) -> str:
         if self.cfg.eval.data is None:
             return "none"
         eval_prompts, num_left_out = prompts.load_evaluation(self.cfg, self.tokenizer)
-        self.answers |= run.answers_of(self.cfg, "eval.data", eval_prompts)
+        self.answers |= prompts.answers_by_source(self.cfg, "eval.data", eval_prompts)
         return f"{len(eval_prompts)} prompts, {num_left_out} over-long left out"
 
     def _answers(self) -> str:

@@ -111,5 +111,5 @@ def test_a_chat_with_a_system_message_refuses_another(tmp_path, tokenizer):
 
 
 def test_a_chat_needs_a_chat_template(tmp_path, tokenizer):
-    with pytest.raises(InputError, match="prompt 0 = .*: is a chat, and data.chat_template is false. Remedy: set it"):
+    with pytest.raises(InputError, match="line 1 = .*: its 'problem' is a chat, and data.chat_template is false. Rem"):
         said(tmp_path, tokenizer, [USER], chat_template=False)
