@@ -275,7 +275,9 @@ class Stream:
 
     def __init__(self, prompts: Sequence[Prompt], seed: int, *, skip: int = 0, weights: Sequence[float] = (1.0,)):
         """`prompts`: source by source, in the order of the weights."""
-        self._sources, self._seed, self._skip = list(by_source(prompts).values()), seed, skip
+        of_each = by_source(prompts)
+        self.sources = list(of_each)  # their names
+        self._sources, self._seed, self._skip = list(of_each.values()), seed, skip
         self._mixture = Mixture(weights)
         assert len(self._sources) == len(weights)
         self._orders: dict[tuple[int, int], list[int]] = {}  # by source and epoch: those last asked for
@@ -286,8 +288,8 @@ class Stream:
         return self._sources[source][self._order(source, epoch)[index]]
 
     def has_other_than(self, ids: Mapping[str, Collection[int]]) -> bool:
-        """Whether some prompt that something can be learnt from is not among these, by source."""
-        return any(not p.masked and p.id not in ids.get(p.source, ()) for each in self._sources for p in each)
+        """Whether some prompt that something can be learnt from is not among these, by its source's name."""
+        return any(not p.masked and p.id not in ids[p.source] for each in self._sources for p in each)
 
     def _order(self, source: int, epoch: int) -> list[int]:
         order = self._orders.get((source, epoch))

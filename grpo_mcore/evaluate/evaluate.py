@@ -92,7 +92,7 @@ def protocol(
         "max_prompt_tokens": cfg.data.max_prompt_tokens,
         "prompt_template": cfg.data.prompt_template,
         "chat_template": cfg.data.chat_template,
-        "template_arguments": dict(cfg.data.template_arguments),
+        "template_arguments": dict(cfg.data.template_arguments) or None,
         "system_prompt": cfg.data.system_prompt,
         "first_prompt": tokenizer.decode(eval_prompts[0].token_ids),
         "grader": dataclasses.asdict(cfg.reward),

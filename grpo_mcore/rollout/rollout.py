@@ -12,7 +12,7 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 
@@ -40,7 +40,7 @@ class Sampled:
 
     graded: list[Graded]  # in the order of the stream
     cursor: int  # positions before it are done with
-    left_out: dict[str, list[int]]  # ids of prompts that are not sampled again, by source (data.max_pass_rate)
+    left_out: list[list[int]]  # of each source the ids of prompts that are not sampled again (data.max_pass_rate)
     metrics: dict[str, metrics.Metric]
 
 
@@ -149,7 +149,7 @@ class Rollout:
         cfg: config.Config,
         *,
         cursor: int,
-        left_out: Mapping[str, Sequence[int]] | None = None,
+        left_out: Sequence[Sequence[int]] = (),
     ):
         """`cursor`: positions of the stream before it have been trained on; `left_out`: as in Sampled, until then."""
         self._engines, self._stream, self._tokenizer, self._grader, self._cfg = engines, stream, tokenizer, grader, cfg
@@ -164,8 +164,9 @@ class Rollout:
             num_steps=cfg.num_steps,
             is_left_out=self._is_left_out,
         )
-        known = left_out if left_out and cfg.data.max_pass_rate is not None else {}
-        self._left_out = {source: set(ids) for source, ids in known.items()}
+        self._left_out: dict[str, set[int]] = {source: set() for source in stream.sources}
+        if left_out and cfg.data.max_pass_rate is not None:
+            self._left_out = {s: set(ids) for s, ids in zip(stream.sources, left_out, strict=True)}
         self._changed = threading.Condition()  # guards what follows
         self._version = 0
         self._answers: dict[int, Future] = {}  # by position, until it is graded
@@ -207,7 +208,7 @@ class Rollout:
             graded = [self._graded.pop(p) for p in taken.positions]
             passed_over = [self._graded.pop(p) for p in sorted(self._graded) if p < self._admission.cursor]
             self._leave_out([*graded, *passed_over])
-            left_out = {source: sorted(ids) for source, ids in sorted(self._left_out.items())}
+            left_out = [sorted(ids) for ids in self._left_out.values()]
             grading_s, self._grading_s = self._grading_s, 0.0
             num_dropped = self._admission.num_dropped
             self._admission.num_dropped = 0
@@ -228,7 +229,7 @@ class Rollout:
                 "rollout/engine_failures": metrics.Max(float(self._engines.num_failures)),
                 "reward/seconds": metrics.Sum(grading_s),
                 **(
-                    {"rollout/prompts_left_out": metrics.Max(float(sum(map(len, left_out.values()))))}
+                    {"rollout/prompts_left_out": metrics.Max(float(sum(map(len, left_out))))}
                     if self._cfg.data.max_pass_rate is not None
                     else {}
                 ),
@@ -241,13 +242,13 @@ class Rollout:
         for g in done:
             prompt = g.group.prompt
             if most is not None and not prompt.masked and sum(g.rewards) >= most * len(g.rewards):
-                self._left_out.setdefault(prompt.source, set()).add(prompt.id)
+                self._left_out[prompt.source].add(prompt.id)
 
     def _is_left_out(self, position: int) -> bool:
-        if not self._left_out:
+        if not any(self._left_out.values()):
             return False
         prompt = self._stream.at(position)
-        return prompt.id in self._left_out.get(prompt.source, ())
+        return prompt.id in self._left_out[prompt.source]
 
     def close(self) -> None:
         self._arrived.put(None)
