@@ -16,6 +16,7 @@ from grpo_mcore.checkpoint import checkpoint
 from grpo_mcore.data import arithmetic
 from tests.conftest import CONFIG
 from tests.data.test_sources import jsonl
+from tests.dist import program
 from tests.test_trainer import check_names, rows, start_and_stop, train
 
 pytestmark = pytest.mark.slow
@@ -80,6 +81,21 @@ def test_a_mixture_killed_and_taken_up_again_draws_what_the_undisturbed_run_draw
     assert expected[-2]["rollout/prompts_left_out"] > 0
     by_source = [source for _, source, _, _ in drawn(whole)]
     assert by_source.count("verl") > 1.5 * by_source.count("gsm8k")
+
+    # The last evaluation again, by itself: the same samples, compared problem by problem.
+    for name, more in (("before", []), ("after", ["--compare", str(tmp_path / "before.json")])):
+        out = str(tmp_path / f"{name}.json")
+        done = program("launch/evaluate.py", "--cfg", str(cfg), "--out", out, *more, sets, cwd=tmp_path, timeout_s=240)
+        assert done.returncode == 0, done.stdout[-4000:]
+    seen = json.loads((tmp_path / "after.json").read_text())
+    assert {name: seen[name] for name in seen if name.startswith("eval/")} == {
+        name: value for name, value in expected[-1].items() if name != "step"
+    }
+    assert {p["source"] for p in seen["problems"]} == {
+        "arithmetic_two_digit_sums_heldout",
+        "arithmetic_two_digit_sums_train",
+    }
+    assert seen["comparison"]["difference"]["value"] == 0 and seen["comparison"]["protocols_differ_in"] == []
 
     overrides = (sets, f"run_dir={killed}", "checkpoint.every=1")
     start_and_stop(cfg, "killed", lambda: len(checkpoint.published(killed)) >= 1, signal.SIGKILL, *overrides)
