@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from grpo_mcore.config import config
+from grpo_mcore.config import config, data_sources
 from grpo_mcore.data import prompts
 from grpo_mcore.reward.grader import Grader
 from grpo_mcore.types import Prompt
@@ -22,7 +22,8 @@ def drawn(cfg: config.Config, tokenizer: prompts.Tokenizer) -> list[Prompt]:
     """The prompts of all steps, in the order in which a run takes them. Raises InputError."""
     loaded, _ = prompts.load(cfg.data.train, cfg.data, tokenizer, "data.train")
     seed = cfg.seed if cfg.data.shuffle_seed is None else cfg.data.shuffle_seed
-    stream = prompts.Stream(loaded, seed, skip=cfg.data.skip_prompts)
+    weights = data_sources.weights(cfg.data.train)
+    stream = prompts.Stream(loaded, seed, skip=cfg.data.skip_prompts, weights=weights)
     return [stream.at(position) for position in range(cfg.num_steps * cfg.rollout.prompts_per_step)]
 
 

@@ -12,8 +12,8 @@ import torch
 
 from grpo_mcore import entry
 from grpo_mcore.checkpoint import checkpoint
-from grpo_mcore.config import config, rules
-from grpo_mcore.data import prompts, sources
+from grpo_mcore.config import config, data_sources, rules
+from grpo_mcore.data import prompts, rows, sources
 from grpo_mcore.loss.loss import OverRanks
 from grpo_mcore.parallel import collectives, topology
 from grpo_mcore.parallel.topology import Topology
@@ -108,8 +108,10 @@ def read_inputs(cfg: config.Config) -> Inputs:
     train_prompts, num_overlong = read_train_prompts(cfg, tokenizer)
     eval_prompts, num_left_out = prompts.load_evaluation(cfg, tokenizer) if cfg.eval.data else ([], 0)
     if topology.rank() == 0:
-        for name, each in (("data.train", train_prompts), ("eval.data", eval_prompts)):
-            if warning := check_answers(cfg, name, [p.answer for p in each]):
+        of_training = prompts.answers_by_source(cfg, "data.train", train_prompts)
+        of_evaluation = prompts.answers_by_source(cfg, "eval.data", eval_prompts)
+        for name, each in (of_training | of_evaluation).items():
+            if warning := check_answers(cfg, name, each):
                 print(warning, flush=True)
         try_functions(cfg.reward, train_prompts)
     device = topology.pick_device(cfg.device)
@@ -130,14 +132,14 @@ def read_model(cfg: config.Config) -> tuple[str, model.HFConfig]:
 
 def read_train_prompts(cfg: config.Config, tokenizer: prompts.Tokenizer) -> tuple[list[Prompt], int]:
     """(prompts, how many of them are over-long, or were). Raises InputError."""
-    overlong = cfg.data.overlong_prompts
-    return prompts.load(cfg.data.train, cfg.data, tokenizer, "data.train", overlong=overlong)
+    overlong, is_graded = cfg.data.overlong_prompts, bool(cfg.reward.verifiers)
+    return prompts.load(cfg.data.train, cfg.data, tokenizer, "data.train", overlong=overlong, is_graded=is_graded)
 
 
 def check_answers(cfg: config.Config, name: str, answers: Sequence[str]) -> str | None:
-    """What to say of the right answers, if some can never be given. Raises InputError if none can."""
-    source = cfg.data.train if name == "data.train" else cfg.eval.data
-    return golds.check(answers, cfg.reward, name, str(source))
+    """What to say of the right answers of a source, if some can never be given. Raises InputError if none can."""
+    (path,) = (s.path for s in data_sources.of(cfg) if s.field == name)
+    return golds.check(answers, cfg.reward, name, path)
 
 
 @contextlib.contextmanager
@@ -227,8 +229,11 @@ def open_driver(
     stack.callback(writer.close)
     engines.wait_until_ready()
     shuffle_seed = cfg.seed if cfg.data.shuffle_seed is None else cfg.data.shuffle_seed
-    stream = prompts.Stream(given.train_prompts, shuffle_seed, skip=cfg.data.skip_prompts)
-    rollout = Rollout(engines, stream, given.tokenizer, rewards, cfg, cursor=progress.cursor)
+    weights = data_sources.weights(cfg.data.train)
+    stream = prompts.Stream(given.train_prompts, shuffle_seed, skip=cfg.data.skip_prompts, weights=weights)
+    rollout = Rollout(
+        engines, stream, given.tokenizer, rewards, cfg, cursor=progress.cursor, left_out=progress.left_out
+    )
     stack.callback(rollout.close)
     return Driver(engines, rollout, rewards, writer, given.eval_prompts, given.num_left_out)
 
@@ -248,7 +253,7 @@ def prepare_run_dir(cfg: config.Config, given: Inputs) -> None:
     """Saves the resolved configuration, and for each start what it ran with; says what has changed since the last one.
     Raises InputError, with nothing written, if the run cannot go on as it is asked to."""
     step = checkpoint.newest_step(cfg.run_dir)
-    now = contents(given.folder, given.train_prompts)
+    now = contents(cfg, given.folder, given.train_prompts)
     for change in claim.changes(cfg, step, now):
         print(f"changed since the last start: {change}", flush=True)
     checkpoint.check_room(cfg, model.load_hf_config(given.folder))
@@ -257,9 +262,10 @@ def prepare_run_dir(cfg: config.Config, given: Inputs) -> None:
         f.write(json.dumps(provenance()) + "\n")
 
 
-def contents(folder: str, train_prompts: Sequence[Prompt]) -> dict[str, str]:
+def contents(cfg: config.Config, folder: str, train_prompts: Sequence[Prompt]) -> dict[str, str]:
     """Digests of what a run is made of, by key."""
-    return {"model": claim.folder_digest(folder), "data.train": prompts.digest(train_prompts)}
+    weights = data_sources.weights(cfg.data.train)
+    return {"model": claim.folder_digest(folder), "data.train": prompts.digest(train_prompts, weights)}
 
 
 def make_model(cfg: config.Config) -> None:
@@ -277,14 +283,14 @@ def make_model(cfg: config.Config) -> None:
 def check_rows(cfg: config.Config) -> None:
     """Before there is a tokenizer. Raises InputError for a row that cannot be used, and for answers of which none can
     be right."""
-    for name, rows in read_rows(cfg).items():
-        check_answers(cfg, name, [row.answer for row in rows])
+    for name, each in read_rows(cfg).items():
+        check_answers(cfg, name, [row.answer for row in each])
 
 
-def read_rows(cfg: config.Config) -> dict[str, list[sources.Row]]:
-    """Of each data set, by its key. Raises InputError for a row that cannot be used."""
-    given = {"data.train": cfg.data.train, "eval.data": cfg.eval.data}
-    return {name: sources.read_rows(source, cfg.data, name) for name, source in given.items() if source}
+def read_rows(cfg: config.Config) -> dict[str, list[rows.Row]]:
+    """Of each source, by its key (data.train, or of several data.train[1]). Raises InputError for a row that cannot be
+    used."""
+    return {source.field: sources.read_source(source) for source in data_sources.of(cfg)}
 
 
 # Where a run ends.

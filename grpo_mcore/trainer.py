@@ -57,7 +57,7 @@ def train(run: Run) -> None:
         with time_of("update"):
             lr = learning_rate(cfg.optimizer, step, cfg.num_steps)
             updates = [update(run, b, lr) for b in batches]
-        run.progress = checkpoint.Progress(step + 1, sampled.cursor, run.seconds())
+        run.progress = checkpoint.Progress(step + 1, sampled.cursor, run.seconds(), sampled.left_out)
         write_step(run, sampled, refit_metrics, [mismatch, *updates], batches, lr)
         run.last_step = last_step(cfg, step + 1, run.topology)
         with time_of("checkpoint"):

@@ -36,12 +36,16 @@ import torch
 
 @dataclass(frozen=True)
 class Prompt:
-    id: int  # position in its data set: stable over epochs and resumes
-    problem: str
+    id: int  # position in its source: stable over epochs and resumes
+    problem: str  # of a chat its last turn's text
     answer: str
     token_ids: tuple[int, ...]
     masked: bool = False  # over-long and cut: takes its place in a batch, where nothing is learnt from its responses
     row: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)  # all columns, for rewards
+    # the turns of the chat that the template made tokens of; none without a chat template
+    messages: tuple[Mapping[str, Any], ...] = field(default=(), compare=False, repr=False)
+    gold: Any = field(default=None, compare=False, repr=False)  # the answer's column, where it is no text; None: it is
+    source: str = ""  # the name of the source whose id it is; of one source alone ""
 
 
 @dataclass(frozen=True)

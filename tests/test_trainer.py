@@ -76,9 +76,9 @@ def rows(run_dir: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if not k.startswith(CLOCKS)} for row in run_folder.read_metrics(run_dir)]
 
 
-def check_names(cfg: Path, run_dir: Path) -> None:
+def check_names(cfg: Path, run_dir: Path, *overrides: str) -> None:
     """The rows have the metrics that metric_names.py tells beforehand."""
-    told = config_file.load(cfg)
+    told = config_file.load(cfg, overrides)
     for row in run_folder.read_metrics(run_dir):
         names = metric_names.of_evaluations(told) if run_folder.is_evaluation(row) else metric_names.of_steps(told)
         seen = [name for name in row if name in names or not name.startswith(metric_names.SOMETIMES)]
@@ -264,6 +264,7 @@ def test_sigterm_saves_the_last_completed_step_and_another_layout_goes_on_from_i
     )
 
 
+ENDED_CHAT = '{"problem": [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}], "answer": "2"}\n'
 BAD_INPUT = {
     "an unknown key": (["rollout.group_sise=4"], "did you mean rollout.group_size"),
     "a wrong type": (["num_steps=many"], "must be of type int"),
@@ -280,6 +281,14 @@ BAD_INPUT = {
     ),
     "a model that another warm start made": (["warm_start.task=two_digit_sums"], "was not made by this warm_start"),
     "a row without an answer": (["data.train=rows.jsonl"], "line 2"),
+    "a source that lacks a column": (
+        ["data.train=[{path: solutions.jsonl, answer_from: hash}, {path: rows.jsonl, limit: 1, problem_key: q}]"],
+        "rows.jsonl, line 1 = {'problem': '1+1', 'answer': '2'}: has no column 'q'. Remedy: set data.train[1].",
+    ),
+    "a chat that ends with the assistant": (
+        ["data.train=chats.jsonl", "data.chat_template=true"],
+        "its 'problem' ends with a message of the assistant",
+    ),
     "sequences longer than the model's": (
         ["rollout.max_response_tokens=600", "batch.max_tokens_per_microbatch=2048"],
         "the model was made for",
@@ -292,6 +301,7 @@ BAD_INPUT = {
 def test_bad_input_is_one_line_with_a_remedy(untaught, case):
     (untaught.parent / "rows.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n{"problem": "1+2"}\n')
     (untaught.parent / "solutions.jsonl").write_text('{"problem": "1+1", "answer": "#### 2"}\n')
+    (untaught.parent / "chats.jsonl").write_text(ENDED_CHAT)
     overrides, words = BAD_INPUT[case]
     out = train(untaught, *overrides, code=2, timeout_s=60)
     lines = [line for line in out.splitlines() if "arn" not in line]

@@ -59,6 +59,8 @@ class Progress:
     step: int = 0  # completed; the policy's version
     cursor: int = 0  # prompts trained on
     seconds: float = 0.0  # wall clock so far
+    # of each source the ids of prompts that are not sampled again (data.max_pass_rate)
+    left_out: list[list[int]] = dataclasses.field(default_factory=list)
 
 
 def folder_of(run_dir: str | Path, step: int) -> Path:
@@ -75,6 +77,7 @@ def published(run_dir: str | Path) -> list[Path]:
 
 def progress_of(folder: Path) -> Progress:
     run = json.loads((folder / RUN).read_text())
+    run.setdefault("left_out", [])  # an older version's has none
     return Progress(**{f.name: run[f.name] for f in dataclasses.fields(Progress)})
 
 

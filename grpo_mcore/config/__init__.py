@@ -1,4 +1,4 @@
 """What a run is told: the configuration's dataclasses, its YAML file and schema, the rules, the recipes.
 
-Doors: config bounds file rules recipe
+Doors: config data_sources bounds file rules recipe
 """

@@ -84,10 +84,20 @@ def is_section(hint: Hint) -> TypeGuard[type[Section]]:
 
 def without_null(hint: Hint) -> tuple[Hint, bool]:
     """(X, True) of `X | None`, (X, False) of X."""
-    if typing.get_origin(hint) not in (types.UnionType, typing.Union):
-        return hint, False
-    (inner,) = (part for part in typing.get_args(hint) if part is not types.NoneType)
-    return inner, True
+    parts = alternatives(hint)
+    inner = tuple(part for part in parts if part is not types.NoneType)
+    return (hint, False) if inner == parts else (typing.Union[inner], True)  # noqa: UP007
+
+
+def alternatives(hint: Hint) -> tuple[Hint, ...]:
+    """(X, Y) of `X | Y`, (X,) of X."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+
+
+def item_section(hint: Hint) -> type[Section] | None:
+    """The dataclass S of `tuple[S, ...]`, also as one of several alternatives; None of what is no such list."""
+    lists = (typing.get_args(part)[0] for part in alternatives(hint) if typing.get_origin(part) is tuple)
+    return next(filter(is_section, lists), None)
 
 
 def plain(hint: Hint) -> Hint:
@@ -96,7 +106,8 @@ def plain(hint: Hint) -> Hint:
 
 
 def is_path(hint: Hint) -> bool:
-    return IS_PATH in getattr(hint, "__metadata__", ())
+    """Of `X | Y` whether one of them is."""
+    return any(IS_PATH in getattr(part, "__metadata__", ()) for part in alternatives(hint))
 
 
 def bounds_of(hint: Hint) -> tuple[Bound | Contains | Matches, ...]:
@@ -138,6 +149,7 @@ TemperatureOrGreedy = Annotated[
     float, Bound("must be 0, which is greedy, or between 0.01 and 2: vLLM samples at no other", at_least=0, at_most=2)
 ]
 PathText = Annotated[str, IS_PATH]
+Scalars = dict[str, bool | int | float | str | None]  # a mapping of names that the configuration does not know
 
 Seed = Annotated[int, Bound("must be between 0 and 4294967295, as NumPy's seeds are", at_least=0, at_most=2**32 - 1)]
 GroupSize = Annotated[

@@ -29,6 +29,7 @@ from grpo_mcore.config.bounds import (
     PositiveFraction,
     PositiveInt,
     Samples,
+    Scalars,
     Seconds,
     Seed,
     Steps,
@@ -38,6 +39,9 @@ from grpo_mcore.config.bounds import (
     Threads,
     WithGroup,
 )
+
+DataFormat = Literal["columns", "verl", "gsm8k"]
+AnswerFrom = Literal["column", "boxed", "last_number", "hash"]
 
 FP8_ALIGN = 16  # cuBLAS: every dimension of an FP8 matrix product is a multiple of it
 # Attention without a fused kernel keeps a score for each pair of tokens, of every sequence as for the longest: on a GPU
@@ -66,19 +70,54 @@ class RunError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Source:
+    """One of several sources of prompts. What is null here is as in `data`; of the columns' keys only where `format` is
+    the same."""
+
+    path: PathText  # as data.train says
+    name: str | None = None  # of its metrics: letters, digits, ., _ and -; null: made of the path
+    weight: PositiveFloat = 1.0  # its share of the prompts that are trained on is weight / the sum of all weights
+    limit: PositiveInt | None = None  # the first so many rows; null: all
+    subset: str | None = None  # configuration of a data set; null: its only one
+    split: str | None = None  # of a data set; null: train, or what a short name stands for
+    revision: str | None = None  # of a data set of the hub: a branch, a tag or a commit; null: its main branch
+    format: DataFormat | None = None  # how its rows are laid out
+    problem_key: str | None = None  # the column that holds the problem
+    answer_key: str | None = None  # the column that holds the right answer
+    answer_regex: WithGroup | None = None  # the answer is its first group; takes the place of data.answer_from too
+    answer_from: AnswerFrom | None = None  # where in its column the answer is; takes the place of data.answer_regex too
+    system_prompt: str | None = None  # the system's turn before the problem
+
+
+@dataclass(frozen=True)
 class Data:
     """Where prompts come from."""
 
-    train: PathText  # a .jsonl or .parquet file, a hub data set, or arithmetic:TASK/SPLIT (made, see arithmetic.py)
-    problem_key: str = "problem"  # the column that holds the problem
-    answer_key: str = "answer"  # the column that holds the right answer
+    # a .jsonl or .parquet file, a hub data set, or arithmetic:TASK/SPLIT (made, see arithmetic.py); or several of them
+    train: PathText | tuple[Source, ...]
+    # columns: those that the keys below name; verl: that project's, prompt and reward_model.ground_truth; gsm8k: that
+    # data set's, question and the answer behind ####
+    format: DataFormat = "columns"
+    # the column that holds the problem, a text or a list of chat messages; a dot leads into a column that is a mapping
+    problem_key: str = "problem"
+    # the column that holds the right answer, likewise; null: there is none, and reward.functions do without
+    answer_key: str | None = "answer"
     # a regular expression whose first group is the answer, where the column holds more, as '#### (.+)'; null: all of it
     answer_regex: WithGroup | None = None
+    # where in its column the answer is; column: all of it; boxed: in the last \boxed{}; last_number; hash: behind the
+    # last ####; null: as answer_regex or the format says
+    answer_from: AnswerFrom | None = None
+    system_prompt: str | None = None  # the system's turn before the problem's; null: none
+    template_arguments: Scalars = field(
+        default_factory=dict, hash=False
+    )  # of the chat template: enable_thinking: false
     prompt_template: Template = "{problem}"  # the prompt: `{problem}` is replaced, every other brace is literal
     chat_template: bool = True  # wrap the prompt as the user's turn in the tokenizer's chat template
     max_prompt_tokens: PositiveInt = 1024  # longer prompts are over-long
     # filter: over-long prompts are left out; mask: they keep their place, cut to max_prompt_tokens, without a loss
     overlong_prompts: Literal["filter", "mask"] = "filter"
+    # a prompt whose group has this mean reward or more is left out from then on, as the checkpoints know; null: none is
+    max_pass_rate: PositiveFraction | None = None
     shuffle_seed: int | None = None  # of the prompts' order; null: `seed`
     skip_prompts: NonNegativeInt = 0  # prompts at the start of their order, which former stages trained on
 
@@ -358,10 +397,11 @@ class Mismatch:
 class Eval:
     """Evaluation on problems that are not trained on. The prompts' keys are those of `data`."""
 
-    data: PathText | None = None  # problems, as data.train says, or aime24, math500; null: no evaluation
+    # problems, as data.train says, or aime24, math500; of several, each is scored by itself too; null: no evaluation
+    data: PathText | tuple[Source, ...] | None = None
     every: PositiveInt = 10  # steps between two evaluations; also before the first and after the last
     samples_per_prompt: Samples = 8  # k of mean@k and pass@k
-    max_prompts: PositiveInt | None = None  # the first so many problems; null: all
+    max_prompts: PositiveInt | None = None  # the first so many problems of each source; null: all
     # of sampling; 0: greedy, the likeliest token each time, and then samples_per_prompt is 1
     temperature: TemperatureOrGreedy = 1.0
     top_p: PositiveFraction = 1.0  # sample from the likeliest tokens that have this share of the probability

@@ -2,7 +2,8 @@
 
 Parsed once from a file plus dotted overrides; unknown keys are refused with a suggestion; the result is checked
 (rules.py). The field's type says how a value is read: an override of a text is that text, character by character, of a
-list or a section YAML's flow style; in a path `~` and environment variables are expanded.
+list or a section YAML's flow style; where either may stand, `[` begins a list. In a path `~` and environment variables
+are expanded.
 
 `inherit: other.yaml`, a path from the file's own folder, takes all keys of that file (and of what it inherits), below
 the file's own: sections merge key by key; a value, a list or null replaces what was there.
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from grpo_mcore.config import rules, strict_yaml
-from grpo_mcore.config.bounds import Hint, Section, is_path, is_section, plain, without_null
+from grpo_mcore.config.bounds import Hint, Section, alternatives, is_path, is_section, plain, without_null
 from grpo_mcore.config.config import Config, InputError
 
 Tree = dict[str, Any]  # as YAML has it: nothing is known of the values
@@ -44,6 +45,8 @@ def _value_of_text(cls: type[Section], dotted: str, text: str) -> object:
     for depth, key in enumerate(dotted.split(".")):
         section = without_null(hint)[0]
         prefix = ".".join(dotted.split(".")[:depth])
+        if typing.get_origin(section) is dict and depth == dotted.count("."):  # a name of the user's own
+            return strict_yaml.scalar(text)
         if not is_section(section):
             raise InputError("override", dotted, f"{prefix!r} is no section", "name a key of the configuration")
         _check_key(section, key, text, f"{prefix}." * bool(prefix))
@@ -51,9 +54,11 @@ def _value_of_text(cls: type[Section], dotted: str, text: str) -> object:
     kind, optional = without_null(hint)
     if optional and text == "null":
         return None
+    if len(alternatives(kind)) > 1:
+        return strict_yaml.read(text, dotted, text) if text.startswith("[") else text
     if plain(kind) is str or typing.get_origin(kind) is Literal:
         return text
-    if is_section(kind) or typing.get_origin(kind) is tuple:
+    if is_section(kind) or typing.get_origin(kind) in (tuple, dict):
         return strict_yaml.read(text, dotted, text)
     return strict_yaml.scalar(text)
 
@@ -138,9 +143,12 @@ def _build(cls: type[Kind], tree: Tree, prefix: str) -> Kind:
 def _coerce(hint: Hint, value: object, name: str) -> object:
     """`value` as the field's type, or InputError."""
     hint, optional = without_null(hint)
-    kind = plain(hint)
     if value is None and optional:
         return None
+    hint = _alternative(hint, value, name)
+    kind = plain(hint)
+    if typing.get_origin(kind) is dict:
+        return _scalars(value, name)
     if is_section(kind):
         if not isinstance(value, dict):
             raise InputError(name, value, "must be a section of keys", f"write its keys below `{name}:`")
@@ -158,6 +166,32 @@ def _coerce(hint: Hint, value: object, name: str) -> object:
         raise InputError(name, value, f"must be of type {kind.__name__}", f"write a value of type {kind.__name__}")
     _check_representable(value, name)
     return _expanded(value, name) if is_path(hint) else value  # type: ignore[arg-type]
+
+
+def _alternative(hint: Hint, value: object, name: str) -> Hint:
+    """Of a text or a list, which `value` is to be; of another type that type."""
+    if len(alternatives(hint)) == 1:
+        return hint
+    if not isinstance(value, (str, list)):
+        raise InputError(
+            name, value, "must be a text or a list of sections", "write a text, or `- key: value` below it"
+        )
+    is_list = [typing.get_origin(part) is tuple for part in alternatives(hint)]
+    return alternatives(hint)[is_list.index(isinstance(value, list))]
+
+
+def _scalars(value: object, name: str) -> dict[str, object]:
+    """`value` as a mapping of the user's own names to texts, numbers, booleans or null."""
+    if not isinstance(value, dict):
+        raise InputError(name, value, "must be a mapping of names", f"write `name: value` below `{name}:`")
+    for key, each in value.items():
+        if isinstance(each, (dict, list)):
+            raise InputError(
+                f"{name}.{key}", each, "must be a text, a number, true, false or null", "write one of these"
+            )
+        _check_representable(key, name)
+        _check_representable(each, f"{name}.{key}")
+    return dict(value)
 
 
 def _check_representable(value: object, name: str) -> None:

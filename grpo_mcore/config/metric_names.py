@@ -2,12 +2,16 @@
 
 Rows of steps have more where there is more to say: time/eval_s and time/checkpoint_s of what was done since the row
 before, mismatch/logprob_abs_mean_from_N of the lengths that were sampled, reward/NAME/extra/KEY of what a reward
-function says besides its value. Nothing can be chosen or stopped by those.
+function says besides its value, and OF_SOURCE with the name of each of several sources that the step has prompts of.
+Nothing can be chosen or stopped by those.
 """
 
+from grpo_mcore.config import data_sources
 from grpo_mcore.config.config import Config
 
-SOMETIMES = ("time/eval_s", "time/checkpoint_s", "mismatch/logprob_abs_mean_from_")  # beginnings of further names
+OF_SOURCE = ("reward/mean/", "reward/mixed_groups_frac/", "rollout/truncated_frac/", "rollout/prompts/")
+# Beginnings of further names.
+SOMETIMES = ("time/eval_s", "time/checkpoint_s", "mismatch/logprob_abs_mean_from_", *OF_SOURCE)
 
 REWARD = "mean mixed_groups_frac timed_out seconds"
 OF_VERIFIER, OF_FUNCTIONS = " correct wrong no_answer truncated", " scored failed not_applicable"
@@ -32,7 +36,7 @@ def of_steps(config: Config) -> list[str]:
     names = {
         "reward": REWARD + (OF_FUNCTIONS if functions else OF_VERIFIER) + " disagree" * config.reward.compare_verifiers,
         **{f"reward/{f.label}": OF_FUNCTION for f in functions},
-        "rollout": ROLLOUT,
+        "rollout": ROLLOUT + " prompts_left_out" * (config.data.max_pass_rate is not None),
         "update": update,
         "mismatch": MISMATCH,
         "importance": IMPORTANCE * (loss.importance_level != "none"),
@@ -47,5 +51,6 @@ def of_evaluations(config: Config) -> list[str]:
     if config.eval.data is None:
         return []
     k = config.eval.samples_per_prompt
-    majority = [f"maj@{k}"] if config.eval_verifier else []
-    return [f"eval/{name}" for name in (f"mean@{k}", f"pass@{k}", *majority, *EVAL.split())]
+    at_k = [f"mean@{k}", f"pass@{k}", *([f"maj@{k}"] if config.eval_verifier else [])]
+    of_each = [f"{source}/{name}" for source in data_sources.several(config.eval.data) for name in at_k]
+    return [f"eval/{name}" for name in (*at_k, *EVAL.split(), *of_each)]

@@ -8,9 +8,11 @@ optimizer mini-batches (64 responses, 64 prompts) and sampling differ. A quantit
 """
 
 import hashlib
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from grpo_mcore.config import data_sources
 from grpo_mcore.config.config import EXPONENT_LIMIT, Config, InputError, Stop
 
 SAMPLE_PROMPT_TOKENS = 192  # of the prompt after which the limit of a response is compared
@@ -63,6 +65,11 @@ def key(dotted: str) -> Callable[[Config], object]:
     return of
 
 
+def data_set(dotted: str) -> Callable[[Config], object]:
+    """What data.train or eval.data names, in a line."""
+    return lambda config: data_sources.shown(operator.attrgetter(dotted)(config)) or "none"
+
+
 def fixed(value: object) -> Callable[[Config], object]:
     """What no key changes."""
     return lambda config: value
@@ -83,7 +90,7 @@ def training_precision(c: Config) -> str:
 
 ROWS = (
     Row("model", key("model"), Each(MODEL, None, None), Each(MODEL, None, None)),
-    Row("training set", key("data.train"), TRAINING_SET, TRAINING_SET),
+    Row("training set", data_set("data.train"), TRAINING_SET, TRAINING_SET),
     Row("prompts per step", key("rollout.prompts_per_step"), 128, 128, "prompts"),
     Row("responses per prompt", key("rollout.group_size"), 8, Each(8, 16, 16), "responses"),
     Row(
@@ -151,11 +158,11 @@ ROWS = (
     Row("logits divided by temperature", fixed(True), None, True),
     Row("user prompt", key("data.prompt_template"), GUIDE_PROMPT, ORIGINAL_PROMPT),
     Row("chat template", key("data.chat_template"), True, True),
-    Row("system prompt", fixed("none"), "none", "none"),
+    Row("system prompt", key("data.system_prompt"), "none", "none"),
     Row("reward", fixed("1 or 0"), "1 or 0", "1 or 0"),
     Row("verifier", key("reward.verifier"), "math_verify", "boxed"),
     Row("think tags required", key("reward.require_think"), False, True),
-    Row("validation set", key("eval.data"), "HuggingFaceH4/aime_2024", "HuggingFaceH4/aime_2024"),
+    Row("validation set", data_set("eval.data"), "HuggingFaceH4/aime_2024", "HuggingFaceH4/aime_2024"),
     Row("validation samples", key("eval.samples_per_prompt"), 16, Each(8, 16, 16), "a problem"),
     Row("validation every", key("eval.every"), 10, Each(20, 10, 10), "steps"),
     Row("validation temperature", key("eval.temperature"), 1.0, 0.6),

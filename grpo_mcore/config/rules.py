@@ -7,7 +7,7 @@ import operator
 import re
 import typing
 
-from grpo_mcore.config import metric_names
+from grpo_mcore.config import data_sources, metric_names
 from grpo_mcore.config.bounds import METRIC_NAME, Bound, Contains, Matches, Section, bounds_of
 from grpo_mcore.config.config import PLAIN_ATTENTION_TOKENS, VERIFIERS, Config, InputError, packed_alignment
 
@@ -15,6 +15,7 @@ from grpo_mcore.config.config import PLAIN_ATTENTION_TOKENS, VERIFIERS, Config, 
 def check(config: Config) -> None:
     """The bounds of the fields, and the rules between them, that need neither model nor data nor ranks."""
     _check_bounds(config, "")
+    data_sources.check(config)
     _check_sizes(config)
     _check_rollout(config)
     _check_reward(config)
@@ -28,7 +29,7 @@ def _need(config: Config, holds: object, name: str, constraint: str, remedy: str
 
 
 def _check_bounds(section: Section, prefix: str) -> None:
-    """Of a dataclass, of those in it and of the items of tuples."""
+    """Of a dataclass, of those in it and of the items of tuples, which may be such again."""
     for name, bounds in _bounds_of_fields(type(section)).items():
         value = getattr(section, name)
         if isinstance(value, Section):
@@ -37,6 +38,7 @@ def _check_bounds(section: Section, prefix: str) -> None:
         for i, item in enumerate(value if isinstance(value, tuple) else (value,)):
             if isinstance(item, Section):
                 _check_bounds(item, f"{prefix}{name}[{i}].")
+                continue
             for bound in bounds:
                 if item is not None and not bound.allows(item):
                     raise InputError(prefix + name, item, bound.constraint, bound.remedy_of(item))
@@ -63,6 +65,15 @@ def _check_sizes(config: Config) -> None:
         "must be a regular expression with a group, which is the answer",
         "mend it, as '#### (.+)'",
     )
+    for field, given in (("data.train", d.train), ("eval.data", config.eval.data)):
+        for i, source in enumerate(given if isinstance(given, tuple) else ()):
+            if source.answer_regex is not None and not _has_group(source.answer_regex):
+                raise InputError(
+                    f"{field}[{i}].answer_regex",
+                    source.answer_regex,
+                    "must be a regular expression with a group, which is the answer",
+                    "mend it, as '#### (.+)'",
+                )
     total = r.max_total_tokens
     need(
         total is None or d.max_prompt_tokens < total,
@@ -119,7 +130,7 @@ def _check_reward(config: Config) -> None:
         if cpu_s > wall_s:
             what = f"must be at most wall_s, {wall_s:g}: a process has no more CPU time than clock time"
             raise InputError(f"{field}.cpu_s", cpu_s, what, f"raise {field}.wall_s")
-        if names.index(f.label) < i or not METRIC_NAME.allows(f.label):
+        if names.index(f.label) < i or not METRIC_NAME.allows(f.label) or f.label == "mean":
             raise InputError(f"{field}.name", f.label, "is no name, or another function's", f"set {field}.name")
     need(
         config.eval.reward is None or config.eval.reward in names,

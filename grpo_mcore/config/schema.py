@@ -28,9 +28,11 @@ from grpo_mcore.config.bounds import (
     Hint,
     Matches,
     Section,
+    alternatives,
     bounds_of,
     is_path,
     is_section,
+    item_section,
     plain,
     without_null,
 )
@@ -53,9 +55,10 @@ with a remedy. What is not given has its default; `--dry-run` prints the result.
 `_s` (seconds), `_bytes`, `_frac` (of 1).
 
 The key's type says how an override is read. A text is taken as it stands behind the first `=`, blanks, braces, quotes
-and `#` included; a list is `key=[a, b]`, a section `key={sub: value}`, and `key=null` is null where a key may be. In a
-path `~` and environment variables (`$NAME`, `${NAME}`) stand for what they name. Files are read as YAML 1.2, as editors
-read them: `1e-6` is a number, `yes` a text. Aliases and tags are refused: `inherit` is there for that.
+and `#` included; a list is `key=[a, b]`, a section `key={sub: value}`, and `key=null` is null where a key may be. Where
+a path or a list may stand, `[` begins a list. In a path `~` and environment variables (`$NAME`, `${NAME}`) stand for
+what they name. Files are read as YAML 1.2, as editors read them: `1e-6` is a number, `yes` a text. Aliases and tags are
+refused: `inherit` is there for that.
 
 `configs/schema.json` says the same to editors: a first line `# yaml-language-server: $schema=PATH/schema.json`, as in
 the files of `configs/`, brings completion and checks while typing.
@@ -73,6 +76,7 @@ class Key:
     hint: Hint  # its type with bounds, without null
     optional: bool  # it may be null
     section: type[Section] | None  # the dataclass that it holds
+    item: type[Section] | None  # that of the items of its list
     default: object  # dataclasses.MISSING: none, or a section, whose keys have theirs
     required: bool
     what: str  # its comment, or the section's docstring
@@ -86,7 +90,10 @@ def keys(cls: type[Section]) -> list[Key]:
         section = hint if is_section(hint) else None
         what = " ".join((inspect.getdoc(section) or "").split()) if section else said.get(f.name, "")
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        found.append(Key(f.name, hint, optional, section, f.default, required, what))
+        default = f.default
+        if f.default_factory is not dataclasses.MISSING and section is None:
+            default = f.default_factory()
+        found.append(Key(f.name, hint, optional, section, item_section(hint), default, required, what))
     return found
 
 
@@ -144,6 +151,8 @@ def _object(cls: type[Section]) -> dict[str, Any]:
         schema = _object(key.section) if key.section else _value(key.hint)
         if key.optional and "enum" in schema:
             schema["enum"].append(None)
+        elif key.optional and "anyOf" in schema:
+            schema["anyOf"].append({"type": "null"})
         elif key.optional:
             types = schema["type"]
             schema["type"] = [*(types if isinstance(types, list) else [types]), "null"]
@@ -162,11 +171,14 @@ def _required(cls: type[Section]) -> dict[str, Any]:
 
 def _value(hint: Hint) -> dict[str, Any]:
     """Of a type that is neither a section nor null."""
+    if len(alternatives(hint)) > 1:
+        return {"anyOf": [_value(part) for part in alternatives(hint)]}
+    if section := item_section(hint):
+        return {"type": "array", "items": {**_object(section), **_required(section)}}
     if typing.get_origin(hint) is tuple:
-        (item,) = typing.get_args(hint)[:1]
-        if is_section(item):
-            return {"type": "array", "items": {**_object(item), **_required(item)}}
-        return {"type": "array", "items": _value(item)}
+        return {"type": "array", "items": _value(typing.get_args(hint)[0])}
+    if typing.get_origin(hint) is dict:
+        return {"type": "object", "additionalProperties": {"type": ["boolean", "number", "string", "null"]}}
     if typing.get_origin(hint) is Literal:
         return {"enum": list(typing.get_args(hint))}
     kind, (above, at_least, at_most, below) = plain(hint), _limits(hint)
@@ -175,12 +187,14 @@ def _value(hint: Hint) -> dict[str, Any]:
         schema["minimum"] = at_least
     elif above > -math.inf:
         schema["exclusiveMinimum"] = above
+    elif kind is float:
+        schema["minimum"] = -sys.float_info.max  # which infinity is not
     if at_most < below:
         schema["maximum"] = at_most
     elif below < math.inf:
         schema["exclusiveMaximum"] = below
     elif kind is float:
-        schema["maximum"] = sys.float_info.max  # which infinity is not
+        schema["maximum"] = sys.float_info.max
     if kind is float:
         schema["not"] = {"type": "number", "minimum": 1, "maximum": 0}  # NaN alone is not out of any bounds
     for bound in bounds_of(hint):
@@ -192,22 +206,27 @@ def _value(hint: Hint) -> dict[str, Any]:
 
 
 def page(cls: type[Section] = Config) -> str:
-    """Markdown: a table a section."""
+    """Markdown: a table a section, and one of what the sections' lists hold."""
     top = f"| `inherit` | text | | {INHERIT} |\n"
     parts = [INTRO, f"## Top of the file\n\n{inspect.getdoc(cls)}\n", _table(cls, top)]
     for key in keys(cls):
         if key.section:
             parts += [f"## {key.name}\n\n{_text(key.what)}\n", _table(key.section)]
-            for inner in keys(key.section):
-                if item := _section_of_items(inner.hint):
-                    parts += [f"### {key.name}.{inner.name}[]\n\n{_text(inspect.getdoc(item) or '')}\n", _table(item)]
+    for item, names in _items(cls).items():
+        also = "".join(f" Of `{name}[]` too." for name in names[1:])
+        what = " ".join((inspect.getdoc(item) or "").split())
+        parts += [f"## {names[0]}[]\n\n{_text(what)}{also}\n", _table(item)]
     return "\n".join(parts)
 
 
-def _section_of_items(hint: Hint) -> type[Section] | None:
-    """That of a list of sections."""
-    item = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else None
-    return item if is_section(item) else None
+def _items(cls: type[Section]) -> dict[type[Section], list[str]]:
+    """What the lists of sections hold, with the dotted keys of these lists."""
+    found: dict[type[Section], list[str]] = {}
+    for section in keys(cls):
+        for key in keys(section.section) if section.section else ():
+            if key.item:
+                found.setdefault(key.item, []).append(f"{section.name}.{key.name}")
+    return found
 
 
 def _table(cls: type[Section], first: str = "") -> str:
@@ -227,8 +246,12 @@ def _kind(key: Key) -> str:
 
 def _words(hint: Hint, plural: str = "") -> str:
     """A type and its bounds."""
-    if _section_of_items(hint):
-        return "list of sections"
+    if len(alternatives(hint)) > 1:
+        return ", or ".join(_words(part, plural) for part in alternatives(hint))
+    if item_section(hint):
+        return "list of sections (below)"
+    if typing.get_origin(hint) is dict:
+        return "names with values"
     if typing.get_origin(hint) is tuple:
         return f"list of {_words(typing.get_args(hint)[0], plural='s')}"
     if typing.get_origin(hint) is Literal:

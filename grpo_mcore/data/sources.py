@@ -1,19 +1,17 @@
 """Where problems and their answers come from: files, hub data sets, the arithmetic tasks."""
 
 import codecs
-import decimal
+import itertools
 import json
-import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
-from grpo_mcore.config import config
+from grpo_mcore.config import config, data_sources
 from grpo_mcore.config.config import InputError
-from grpo_mcore.data import arithmetic, hub
-from grpo_mcore.reward.grader import MAX_GOLD_CHARS
+from grpo_mcore.config.data_sources import DATA_SET_KEYS, Resolved
+from grpo_mcore.data import arithmetic, hub, rows
+from grpo_mcore.data.rows import Row
 
 # Short name -> hub data set and its split, with columns problem and answer.
 PUBLISHED = {"aime24": ("HuggingFaceH4/aime_2024", "train"), "math500": ("HuggingFaceH4/MATH-500", "test")}
@@ -31,31 +29,35 @@ MARKS = {
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
-SURROGATE = re.compile("[\ud800-\udfff]")
-NUMBERS = (int, float, decimal.Decimal)
 
 
-@dataclass(frozen=True)
-class Row:
-    problem: str
-    answer: str
-    columns: Mapping[str, Any]  # all that the data set has of it
+def read_rows(given: data_sources.Given, data: config.Data, name: str) -> list[Row]:
+    """Every row of all that `given`, the value of the configuration's field `name`, names. Raises InputError."""
+    return [row for source in data_sources.resolved(given, data, name) for row in read_source(source)]
 
 
-def read_rows(source: str, data: config.Data, name: str) -> list[Row]:
-    """Every row of `source`, a file, a hub data set or a short name of PUBLISHED. `name` is the configuration's field,
-    for errors. Raises InputError."""
-    if source.startswith("arithmetic:"):
-        made = arithmetic.rows(source.removeprefix("arithmetic:"))
+def read_source(source: Resolved) -> list[Row]:
+    """The rows of a file, a hub data set or a short name of PUBLISHED. Raises InputError."""
+    if source.path.startswith("arithmetic:"):
+        _refuse_keys(source, DATA_SET_KEYS, "is of a data set, and this one is made")
+        made = arithmetic.rows(source.path.removeprefix("arithmetic:"))[: source.limit]
         return [Row(problem, answer, {"problem": problem, "answer": answer}) for problem, answer in made]
-    rows = [_row(row, data, f"{name}: {source}, {place}") for place, row in _rows(source, name)]
-    if not rows:
-        raise InputError(name, source, "holds no row", "check the file")
-    return rows
+    there = itertools.islice(_rows(source), source.limit)
+    found = [rows.row_of(row, source, f"{source.field}: {source.path}, {place}") for place, row in there]
+    if not found:
+        raise InputError(source.field, source.path, "holds no row", "check the file")
+    return found
 
 
-def _rows(source: str, name: str) -> Iterator[tuple[str, object]]:
+def _refuse_keys(source: Resolved, keys: Iterable[str], constraint: str) -> None:
+    for key in keys:
+        if (value := getattr(source, key)) is not None:
+            raise InputError(f"{source.field}.{key}", value, constraint, "leave it out")
+
+
+def _rows(given: Resolved) -> Iterator[tuple[str, object]]:
     """(where it stands, row)"""
+    source, name = given.path, given.field
     path = Path(source)
     try:
         if path.is_file():
@@ -64,8 +66,11 @@ def _rows(source: str, name: str) -> Iterator[tuple[str, object]]:
             what = "is a folder" if path.is_dir() else "there is no such file"
             raise InputError(name, source, what, "check the path")
         elif path.is_dir() or not path.exists():
-            yield from _of_data_set(source, name)
+            if path.is_dir():
+                _refuse_keys(given, ["revision"], "is of a data set of the hub, and this is a folder")
+            yield from _of_data_set(given)
             return
+        _refuse_keys(given, DATA_SET_KEYS, "is of a data set, and this is a file")
         if path.suffix not in SUFFIXES:
             raise InputError(name, source, f"is no {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file", AS_FILE)
         yield from _of_parquet(source, name) if path.suffix == ".parquet" else _of_json(path, name)
@@ -76,9 +81,9 @@ def _rows(source: str, name: str) -> Iterator[tuple[str, object]]:
 def _of_json(path: Path, name: str) -> Iterator[tuple[str, object]]:
     text = _text(path, name)
     if path.suffix == ".json" and text.lstrip().startswith("["):
-        rows = _parsed(text, f"{name}: {path}", "mend it")
-        assert isinstance(rows, list)
-        yield from ((f"row {i}", row) for i, row in enumerate(rows))
+        parsed = _parsed(text, f"{name}: {path}", "mend it")
+        assert isinstance(parsed, list)
+        yield from ((f"row {i}", row) for i, row in enumerate(parsed))
         return
     remedy = "write one row a line" if text.lstrip()[:2] in ("[", "[\n", "{", "{\n") else "mend the line"
     # Not splitlines: it also cuts at U+2028, which JSON leaves bare within strings.
@@ -117,31 +122,33 @@ def _of_parquet(source: str, name: str) -> Iterator[tuple[str, object]]:
     import pyarrow.parquet
 
     try:
-        rows = pa.parquet.read_table(source).to_pylist()
+        table = pa.parquet.read_table(source).to_pylist()
     except Exception as e:  # of many classes: a date may be beyond Python's, a cut file ask for all memory
         why = (str(e).splitlines() or [type(e).__name__])[0]
         raise InputError(name, source, f"cannot be read as parquet ({why})", "check the file") from None
-    for i, row in enumerate(rows):
+    for i, row in enumerate(table):
         yield f"row {i}", row
 
 
-def _of_data_set(source: str, name: str) -> Iterator[tuple[str, object]]:
+def _of_data_set(given: Resolved) -> Iterator[tuple[str, object]]:
     from datasets import load_dataset
 
+    source, name = given.path, given.field
     hub_name, split = PUBLISHED.get(source, (source, "train"))
+    split = given.split or split
 
     def load() -> Iterable[object]:
         try:
-            rows: Iterable[object] = load_dataset(hub_name, split=split)
-            return rows
+            found: Iterable[object] = load_dataset(hub_name, given.subset, split=split, revision=given.revision)
+            return found
         except Exception as e:  # a folder of other things is said by any class
             if isinstance(e, hub.NOT_THERE) and not Path(source).exists():
                 raise  # it is not there
             raise _unreadable(e, source, name, split) from None
 
-    rows = hub.ask(name, source, KINDS, load)
+    found = hub.ask(name, source, KINDS, load)
     try:
-        yield from ((f"row {i}", row) for i, row in enumerate(rows))
+        yield from ((f"row {i}", row) for i, row in enumerate(found))
     except Exception as e:  # a text that is none, a picture without its reader
         raise _unreadable(e, source, name, split) from None
 
@@ -152,52 +159,6 @@ def _unreadable(e: Exception, source: str, name: str, split: str) -> InputError:
         hub.refuse_pointer(name, file)
     why = " ".join(str(e.__cause__ or e).split())
     if any(words in why for words in NOT_ONE_SPLIT):
-        return InputError(name, source, f"has no one data set of a split {split!r} ({why})", AS_FILE)
+        remedy = f"name one of its subsets and splits ({name}: a list of {{path, subset, split}}), or {AS_FILE}"
+        return InputError(name, source, f"has no one data set of a split {split!r} ({why})", remedy)
     return InputError(name, source, f"cannot be read as rows ({type(e).__name__}: {why})", AS_FILE)
-
-
-def _row(row: object, data: config.Data, place: str) -> Row:
-    problem = _cell(row, data.problem_key, "data.problem_key", place)
-    answer = _cell(row, data.answer_key, "data.answer_key", place)
-    if data.answer_regex is not None:
-        found = re.search(data.answer_regex, answer)
-        if not found or not (found[1] or "").strip():
-            raise InputError(
-                place,
-                answer[-80:],
-                f"its {data.answer_key!r} does not match data.answer_regex = {data.answer_regex!r}",
-                "mend the pattern, or remove the row",
-            )
-        answer = found[1].strip()
-    if len(answer) > MAX_GOLD_CHARS:
-        raise InputError(
-            place,
-            answer[:80],
-            f"its {data.answer_key!r} has more than {MAX_GOLD_CHARS} characters",
-            "check data.answer_key, or remove the row",
-        )
-    assert isinstance(row, dict)
-    return Row(problem, answer, row)
-
-
-def _cell(row: object, key: str, field: str, place: str) -> str:
-    """A column's text: a text that is not blank, or a number, in digits."""
-    if not isinstance(row, dict):
-        raise InputError(place, row, f"is of type {type(row).__name__}, where a row belongs", "write each as an object")
-    if key not in row:
-        there = f" (there are {', '.join(map(repr, row))})" if row else ""
-        raise InputError(place, row, f"has no column {key!r}", f"set {field}{there}, or mend the row")
-    value = row[key]
-    if value is None or (isinstance(value, str) and not any(c.isprintable() and c != " " for c in value)):
-        raise InputError(place, row, f"its {key!r} is empty", "mend or remove the row")
-    is_number = isinstance(value, NUMBERS) and not isinstance(value, bool)
-    if is_number and (isinstance(value, int) or math.isfinite(value)):
-        return f"{decimal.Decimal(str(value)):f}"  # some verifiers know no 1e+22
-    if not isinstance(value, str):
-        what = f"is {value}" if is_number else f"is of type {type(value).__name__}"
-        raise InputError(
-            place, value, f"its {key!r} {what}, where a text or a number belongs", f"set {field}, or mend the row"
-        )
-    if SURROGATE.search(value):
-        raise InputError(place, value, f"its {key!r} has half of a character (a lone surrogate)", "mend the row")
-    return value

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_mcore.checkpoint import checkpoint, convert
-from grpo_mcore.config import config
+from grpo_mcore.config import config, data_sources
 from grpo_mcore.data import prompts
 from grpo_mcore.evaluate import scores
 from grpo_mcore.parallel import topology
@@ -39,6 +39,7 @@ def result_of(graded: Sequence[Graded], cfg: config.Config, num_left_out: int = 
                 tuple(_answer(v, cfg) for v in g.verdicts),
                 tuple(len(r.token_ids) for r in g.group.responses),
                 tuple(r.truncated for r in g.group.responses),
+                g.group.prompt.source,
             )
             for g in graded
         ),
@@ -92,9 +93,11 @@ def protocol(
     cfg: config.Config, eval_prompts: Sequence[Prompt], num_left_out: int, tokenizer: prompts.Tokenizer
 ) -> dict:
     """All that the numbers depend on beside the model: two evaluations can be compared if theirs are equal."""
-    content = json.dumps([(p.id, p.problem, p.answer) for p in eval_prompts])
+    content = json.dumps([(*([p.source] if p.source else []), p.id, p.problem, p.answer) for p in eval_prompts])
+    sets = cfg.eval.data if isinstance(cfg.eval.data, tuple) else ()
     return {
         **{k: v for k, v in dataclasses.asdict(cfg.eval).items() if k != "every"},
+        **({"data": [dataclasses.asdict(source) for source in sets]} if sets else {}),
         "max_response_tokens": cfg.response_tokens(0, evaluation=True),
         "max_total_tokens": None if cfg.eval.max_response_tokens else cfg.rollout.max_total_tokens,
         "seed": cfg.seed,
@@ -105,6 +108,8 @@ def protocol(
         "max_prompt_tokens": cfg.data.max_prompt_tokens,
         "prompt_template": cfg.data.prompt_template,
         "chat_template": cfg.data.chat_template,
+        "template_arguments": dict(cfg.data.template_arguments) or None,
+        "system_prompt": cfg.data.system_prompt,
         "first_prompt": tokenizer.decode(eval_prompts[0].token_ids),
         "grader": json.loads(json.dumps(dataclasses.asdict(cfg.reward))),  # lists, as it is read back
         "versions": versions(),
@@ -127,7 +132,7 @@ def read_problems(path: str) -> tuple[list[scores.Problem], dict]:
 
 def check_paired(eval_prompts: Sequence[Prompt], problems: Sequence[scores.Problem]) -> None:
     """Raises InputError if an earlier evaluation's problems are others than those to be evaluated now."""
-    if {(p.id, p.answer) for p in eval_prompts} != {(p.id, p.answer) for p in problems}:
+    if {(p.source, p.id, p.answer) for p in eval_prompts} != {p.key for p in problems}:
         raise config.InputError(
             "--compare",
             f"{len(problems)} problems",
@@ -167,8 +172,10 @@ def evaluate_model(cfg: config.Config, source: str | None, *, compare_with: str 
         hf_weights.check(folder, model.load_hf_config(folder))
         tokenizer = prompts.Tokenizer(folder)
         eval_prompts, num_left_out = prompts.load_evaluation(cfg, tokenizer)
-        if warning := golds.check([p.answer for p in eval_prompts], cfg.reward, "eval.data", cfg.eval.data):
-            print(warning, flush=True)
+        answers = prompts.answers_by_source(cfg, "eval.data", eval_prompts)
+        for s in data_sources.of(cfg, "eval.data"):
+            if warning := golds.check(answers[s.field], cfg.reward, s.field, s.path):
+                print(warning, flush=True)
         try_functions(cfg.reward, eval_prompts)
         card = protocol(cfg, eval_prompts, num_left_out, tokenizer)
         if earlier:

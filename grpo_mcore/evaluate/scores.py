@@ -34,6 +34,12 @@ class Problem:
     answers: tuple[str | None, ...]  # normalised; None: none was given
     response_tokens: tuple[int, ...]
     truncated: tuple[bool, ...]
+    source: str = ""  # the data set's name; of one data set alone ""
+
+    @property
+    def key(self) -> tuple[str, int, str]:
+        """What makes it the same problem in another evaluation."""
+        return self.source, self.id, self.answer
 
     @property
     def mean(self) -> float:
@@ -105,28 +111,41 @@ class Result:
             **{f"pass@{j}": Estimate.of([p.pass_at(j) for p in self.problems]) for j in range(1, self.k + 1)},
         }
 
-    def metrics(self) -> dict[str, float]:
+    @property
+    def _of_k(self) -> list[str]:
+        """The estimates that are metrics."""
+        return [f"mean@{self.k}", f"pass@{self.k}", *([f"maj@{self.k}"] if self.is_verified else [])]
+
+    def by_source(self) -> dict[str, "Result"]:
+        """Of each data set by its name; none where there is one alone. Over-long problems are told of all together."""
+        names = dict.fromkeys(p.source for p in self.problems if p.source)
         return {
-            **{
-                f"eval/{name}": self.estimates[name].value
-                for name in (f"mean@{self.k}", f"pass@{self.k}", f"maj@{self.k}")
-                if name in self.estimates
-            },
+            name: Result(tuple(p for p in self.problems if p.source == name), is_verified=self.is_verified)
+            for name in names
+        }
+
+    def metrics(self) -> dict[str, float]:
+        """Over all problems, and the means of each data set."""
+        return {
+            **{f"eval/{name}": self.estimates[name].value for name in self._of_k},
             "eval/standard_error": self.estimates[f"mean@{self.k}"].standard_error,
             "eval/truncated_frac": self.truncated_frac,
             "eval/overlong_left_out": float(self.num_left_out),
+            **{
+                f"eval/{source}/{name}": result.estimates[name].value
+                for source, result in self.by_source().items()
+                for name in self._of_k
+            },
         }
 
     def __str__(self) -> str:
-        mean, *others = (
-            (name, self.estimates[name])
-            for name in (f"mean@{self.k}", f"pass@{self.k}", f"maj@{self.k}")
-            if name in self.estimates
-        )
+        mean, *others = self._of_k
         left_out = f", {self.num_left_out} more left out as over-long" if self.num_left_out else ""
+        others_said = ", ".join(f"{name} {self.estimates[name].value:.3f}" for name in others)
+        of_each = "".join(f"; {name} {r.estimates[f'mean@{r.k}']}" for name, r in self.by_source().items())
         return (
-            f"mean@{self.k} {mean[1]}, {', '.join(f'{name} {e.value:.3f}' for name, e in others)} "
-            f"({len(self.problems)} problems{left_out}, {self.truncated_frac:.1%} truncated)"
+            f"{mean} {self.estimates[mean]}, {others_said} "
+            f"({len(self.problems)} problems{left_out}, {self.truncated_frac:.1%} truncated){of_each}"
         )
 
 
@@ -149,10 +168,10 @@ def compare(mine: Sequence[Problem], other: Sequence[Problem]) -> Comparison:
     """Problems in any order; their numbers of samples may differ. Raises ValueError if they are not the same
     problems."""
     most = 1.0 if all(r in (0, 1) for p in (*mine, *other) for r in p.rewards) else math.inf
-    theirs = {(p.id, p.answer): p for p in other}
-    if {(p.id, p.answer) for p in mine} != theirs.keys():
+    theirs = {p.key: p for p in other}
+    if {p.key for p in mine} != theirs.keys():
         raise ValueError(f"{len(mine)} problems and {len(other)}, not the same ones")
-    differences = [p.mean - theirs[p.id, p.answer].mean for p in mine]
+    differences = [p.mean - theirs[p.key].mean for p in mine]
     return Comparison(
         Estimate.of(differences, least=-most, most=most),
         sum(d > 0 for d in differences),

@@ -82,14 +82,14 @@ class Checks:
 
     def _train(self) -> str:
         self.train_prompts, num_overlong = run.read_train_prompts(self.cfg, self.tokenizer)
-        self.answers["data.train"] = [p.answer for p in self.train_prompts]
+        self.answers |= prompts.answers_by_source(self.cfg, "data.train", self.train_prompts)
         return f"{len(self.train_prompts)} prompts, {num_overlong} over-long"
 
     def _evaluation(self) -> str:
         if self.cfg.eval.data is None:
             return "none"
         eval_prompts, num_left_out = prompts.load_evaluation(self.cfg, self.tokenizer)
-        self.answers["eval.data"] = [p.answer for p in eval_prompts]
+        self.answers |= prompts.answers_by_source(self.cfg, "eval.data", eval_prompts)
         return f"{len(eval_prompts)} prompts, {num_left_out} over-long left out"
 
     def _answers(self) -> str:
@@ -106,7 +106,10 @@ class Checks:
 
     def _as_before(self) -> str:
         step = checkpoint.newest_step(self.cfg.run_dir)
-        return "; ".join(claim.changes(self.cfg, step, run.contents(self.folder, self.train_prompts))) or "the same"
+        return (
+            "; ".join(claim.changes(self.cfg, step, run.contents(self.cfg, self.folder, self.train_prompts)))
+            or "the same"
+        )
 
 
 class NothingYet(Exception):

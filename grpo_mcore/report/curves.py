@@ -81,14 +81,14 @@ SHARE = (-0.02, 1.08)
 REWARD = Plot(
     "Training reward",
     "mean reward",
-    ("reward/mean",),
-    "Of a step's responses; of a verifier the share that is right.",
+    ("reward/mean", "reward/mean/*"),
+    "Of a step's responses, and of each source's; of a verifier the share that is right.",
     ylim=SHARE,
 )
 EVALUATION = Plot(
     "Evaluation",
     "mean score",
-    ("eval/mean@*",),
+    ("eval/mean@*", "eval/*/mean@*"),
     "Mean over the problems; the bars are one standard error from problem to problem.",
     ylim=SHARE,
 )
@@ -100,7 +100,7 @@ SECTIONS = {  # of the report's page
         Plot(
             "Groups that teach",
             "share of groups",
-            ("reward/mixed_groups_frac",),
+            ("reward/mixed_groups_frac", "reward/mixed_groups_frac/*"),
             "Groups whose rewards differ: only they have advantages.",
             ylim=SHARE,
         ),
@@ -116,7 +116,7 @@ SECTIONS = {  # of the report's page
         Plot(
             "Truncated responses",
             "share of responses",
-            ("rollout/truncated_frac", "eval/truncated_frac"),
+            ("rollout/truncated_frac", "rollout/truncated_frac/*", "eval/truncated_frac"),
             "Those that hit the length limit.",
             ylim=(0, None),
         ),
@@ -316,19 +316,17 @@ def _draw_layers(axes, series: Sequence[Series]) -> None:
 
 
 def evaluations(rows: Sequence[dict]) -> list[Series]:
-    """mean@k with its standard error, one series for each k."""
-    keys = sorted({key for row in rows for key in row if key.startswith("eval/mean@")})
+    """mean@k with its standard error, one series for each k; then that of each of several data sets, without."""
+    names = {name for row in rows for name in row if EVALUATION.shows(name)}
     out = []
-    for key in keys:
+    for key in sorted(names, key=lambda name: (name.count("/"), name)):
         mine = [row for row in rows if key in row]
-        out.append(
-            Series(
-                f"held-out {key.removeprefix('eval/')} ± standard error",
-                [row["step"] for row in mine],
-                [row[key] for row in mine],
-                [e if math.isfinite(e := row.get("eval/standard_error", 0.0)) else 0.0 for row in mine],
-            )
-        )
+        steps, values, label = [row["step"] for row in mine], [row[key] for row in mine], key.removeprefix("eval/")
+        if key.count("/") > 1:
+            out.append(Series(f"held-out {label}", steps, values))
+            continue
+        error = [e if math.isfinite(e := row.get("eval/standard_error", 0.0)) else 0.0 for row in mine]
+        out.append(Series(f"held-out {label} ± standard error", steps, values, error))
     return out
 
 

@@ -109,7 +109,7 @@ def write(run_dirs: Sequence[str | Path], out: str | Path | None = None, bounds:
     out = Path(out) if out else runs[-1].folder / "report"
     rows = [{**row, "step": run.offset + row["step"]} for run in runs for row in run.rows]
     boundaries = tuple((run.offset, run.name) for run in runs) if len(runs) > 1 else ()
-    data_names = {Path(str(run.key("eval.data") or "")).stem for run in runs}
+    data_names = {_data_name(run.key("eval.data")) for run in runs}
     data_name = data_names.pop() if len(data_names) == 1 else ""
     charts = {plot: _chart(plot, rows, boundaries, data_name) for plots in curves.SECTIONS.values() for plot in plots}
     drawn: dict[str, list] = {}
@@ -278,9 +278,16 @@ def _first_and_last(run: ReportedRun, pattern: str) -> str:
     return "; ".join(dict.fromkeys((seen[0], seen[-1]))) if seen else "–"
 
 
+def _data_name(given: object) -> str:
+    """Of data.train or eval.data as a configuration has it: a path, or several with theirs."""
+    if isinstance(given, list):
+        return ", ".join(_data_name(source.get("path")) for source in given if isinstance(source, dict))
+    return Path(str(given or "")).stem
+
+
 def _fact(value: object) -> str:
     if isinstance(value, list):
-        return ", ".join(map(str, value)) or "–"
+        return ", ".join(str(item.get("path")) if isinstance(item, dict) else str(item) for item in value) or "–"
     return "–" if value is None else str(value)
 
 

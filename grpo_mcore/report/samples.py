@@ -8,12 +8,21 @@ from grpo_mcore.reward.grader import NO_VALUE, OF_FUNCTIONS, OF_VERIFIERS, Part,
 
 
 def sample_metrics(graded: Sequence[Graded]) -> dict[str, float]:
-    """Of a step's groups; masked ones only count as such."""
+    """Of a step's groups; masked ones only count as such. Of several sources also of each that is in the step."""
 
     def mean(values: list) -> float:
         return sum(values) / len(values) if values else 0.0
 
     counted = [g for g in graded if not g.group.prompt.masked]
+    of_sources: dict[str, float] = {}
+    for name in dict.fromkeys(g.group.prompt.source for g in counted if g.group.prompt.source):
+        mine = [g for g in counted if g.group.prompt.source == name]
+        of_sources |= {
+            f"reward/mean/{name}": mean([r for g in mine for r in g.rewards]),
+            f"reward/mixed_groups_frac/{name}": mean([len(set(g.rewards)) > 1 for g in mine]),
+            f"rollout/truncated_frac/{name}": mean([r.truncated for g in mine for r in g.group.responses]),
+            f"rollout/prompts/{name}": float(len(mine)),
+        }
     verdicts = [v for g in counted for v in g.verdicts]
     responses = [r for g in counted for r in g.group.responses]
     statuses = OF_FUNCTIONS if any(v.parts for g in graded for v in g.verdicts) else OF_VERIFIERS
@@ -27,6 +36,7 @@ def sample_metrics(graded: Sequence[Graded]) -> dict[str, float]:
         "rollout/response_tokens_mean": mean([len(r.token_ids) for r in responses]),
         "rollout/response_tokens_max": float(max((len(r.token_ids) for r in responses), default=0)),
         "rollout/truncated_frac": mean([r.truncated for r in responses]),
+        **of_sources,
     }
 
 
@@ -63,6 +73,8 @@ def rollout_rows(
                 "versions": response.versions,
                 **_verdict(verdict),
             }
+            if prompt.source:
+                row["source"] = prompt.source
             if verdict.other is not None:
                 row["other_verifier"] = _verdict(verdict.other)
             if verdict.parts:

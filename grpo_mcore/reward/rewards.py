@@ -9,7 +9,6 @@ from grpo_mcore.config.config import InputError
 from grpo_mcore.reward.functions import Case, Function
 from grpo_mcore.reward.grader import NO_VALUE, Grader, Part, Status, Verdict
 
-NUM_CHECKED = 2  # rows that a function is tried on
 # A response that states an answer in every way that is common, for functions that look for one of them.
 STATED = "<think>So it is {0}.</think>\n<answer>\\boxed{{{0}}}</answer>\nAnswer: {0}\n#### {0}"
 
@@ -93,9 +92,9 @@ class Rewards:
         return f"{self._cfg.combine} of {', '.join(each)}"
 
     def check(self, cases: Sequence[Case]) -> list[str]:
-        """Tries each function on the first rows: warnings of what fails on some. Raises InputError for a function that
+        """Tries each function on some rows: warnings of what fails on some. Raises InputError for a function that
         fails on all."""
-        tried = [_stated(case) for case in cases[:NUM_CHECKED]]
+        tried = [_stated(case) for case in cases]
         warnings = []
         for i, f in enumerate(self._cfg.functions):
             if f.is_verifier or not tried:

@@ -29,6 +29,7 @@ from grpo_mcore.rollout.engines import Engines, RequestError
 from grpo_mcore.types import Group, Prompt, Response
 
 CHECK_EVERY_S = 0.5  # how soon a wait notices that the engines are gone
+NUM_TRIED = 2  # rows of each source that reward functions are tried on
 GRADING_THREADS = 8  # groups whose grading takes long do not hold up those that arrive later
 EVALUATION, TRAINING = 0, 1  # first parts of a request's key: evaluation goes first
 
@@ -43,6 +44,7 @@ class Sampled:
 
     graded: list[Graded]  # in the order of the stream
     cursor: int  # positions before it are done with
+    left_out: list[list[int]]  # of each source the ids of prompts that are not sampled again (data.max_pass_rate)
     metrics: dict[str, metrics.Metric]
 
 
@@ -139,16 +141,18 @@ def case_of(g: Group, tokenizer: prompts.Tokenizer) -> Case:
 
 
 def _unanswered(p: Prompt) -> Case:
-    return Case(p.problem, p.answer, p.row, "", (), (), ())
+    answer = p.gold if p.gold is not None else p.answer or None
+    return Case([dict(m) for m in p.messages] or p.problem, answer, p.row, p.source, (), (), ())
 
 
-def try_functions(cfg: config.Reward, prompts: Sequence[Prompt]) -> str:
+def try_functions(cfg: config.Reward, known: Sequence[Prompt]) -> str:
     """Tries reward.functions on the first rows; returns what is said of them, and prints what fails on some. Raises
     InputError."""
     if not cfg.functions:
         return cfg.verifier
     with Rewards(cfg) as rewards:
-        for warning in rewards.check([_unanswered(p) for p in prompts]):
+        first = [p for of_source in prompts.by_source(known).values() for p in of_source[:NUM_TRIED]]
+        for warning in rewards.check([_unanswered(p) for p in first]):
             print(warning, flush=True)
         return rewards.describe()
 
@@ -169,15 +173,11 @@ class Rollout:
         cfg: config.Config,
         *,
         cursor: int,
+        left_out: Sequence[Sequence[int]] = (),
     ):
-        """`cursor`: positions of the stream before it have been trained on."""
-        self._engines, self._stream, self._tokenizer, self._rewards, self._cfg = (
-            engines,
-            stream,
-            tokenizer,
-            rewards,
-            cfg,
-        )
+        """`cursor`: positions of the stream before it have been trained on; `left_out`: as in Sampled, until then."""
+        self._engines, self._stream, self._tokenizer = engines, stream, tokenizer
+        self._rewards, self._cfg = rewards, cfg
         r = cfg.rollout
         self._admission = Admission(
             prompts_per_step=r.prompts_per_step,
@@ -187,7 +187,11 @@ class Rollout:
             max_draws=r.max_draws,
             cursor=cursor,
             num_steps=cfg.num_steps,
+            is_left_out=self._is_left_out,
         )
+        self._left_out: dict[str, set[int]] = {source: set() for source in stream.sources}
+        if left_out and cfg.data.max_pass_rate is not None:
+            self._left_out = {s: set(ids) for s, ids in zip(stream.sources, left_out, strict=True)}
         self._changed = threading.Condition()  # guards what follows
         self._version = 0
         self._answers: dict[int, Future] = {}  # by position, until it is graded
@@ -202,6 +206,11 @@ class Rollout:
     def begin(self, version: int) -> None:
         """Engines and policy have this version now: what has become too stale is dropped, and more may be sampled."""
         with self._changed:
+            if not self._stream.has_other_than(self._left_out):
+                raise config.RunError(
+                    f"after {version} steps every prompt has been left out by data.max_pass_rate = "
+                    f"{self._cfg.data.max_pass_rate}: raise it, bring more prompts, or end the run here by num_steps"
+                )
             self._version = version
             admitted, dropped = self._admission.begin(version)
             self._engines.cancel([(TRAINING, p) for p in dropped])
@@ -223,8 +232,9 @@ class Rollout:
                     raise self._engines.overdue("rollout", self._cfg.rollout.timeout_s)
                 self._changed.wait(CHECK_EVERY_S)
             graded = [self._graded.pop(p) for p in taken.positions]
-            for position in [p for p in self._graded if p < self._admission.cursor]:  # passed over
-                del self._graded[position]
+            passed_over = [self._graded.pop(p) for p in sorted(self._graded) if p < self._admission.cursor]
+            self._leave_out([*graded, *passed_over])
+            left_out = [sorted(ids) for ids in self._left_out.values()]
             grading_s, self._grading_s = self._grading_s, 0.0
             num_dropped = self._admission.num_dropped
             self._admission.num_dropped = 0
@@ -233,6 +243,7 @@ class Rollout:
         return Sampled(
             graded,
             self._admission.cursor,
+            left_out,
             {
                 "rollout/staleness_mean": metrics.Mean(
                     float(sum(s * n for s, n in staleness)), sum(n for _, n in staleness)
@@ -243,8 +254,27 @@ class Rollout:
                 "rollout/groups_dropped": metrics.Sum(float(num_dropped)),
                 "rollout/engine_failures": metrics.Max(float(self._engines.num_failures)),
                 "reward/seconds": metrics.Sum(grading_s),
+                **(
+                    {"rollout/prompts_left_out": metrics.Max(float(sum(map(len, left_out))))}
+                    if self._cfg.data.max_pass_rate is not None
+                    else {}
+                ),
             },
         )
+
+    def _leave_out(self, done: Sequence[Graded]) -> None:
+        """The prompts of groups whose mean reward has reached data.max_pass_rate."""
+        most = self._cfg.data.max_pass_rate
+        for g in done:
+            prompt = g.group.prompt
+            if most is not None and not prompt.masked and sum(g.rewards) >= most * len(g.rewards):
+                self._left_out[prompt.source].add(prompt.id)
+
+    def _is_left_out(self, position: int) -> bool:
+        if not any(self._left_out.values()):
+            return False
+        prompt = self._stream.at(position)
+        return prompt.id in self._left_out[prompt.source]
 
     def close(self) -> None:
         self._arrived.put(None)

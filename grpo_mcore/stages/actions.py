@@ -310,7 +310,7 @@ def evaluate_export(work: Work) -> dict:
     }
     if work.before and "file" in work.before["evaluate"]:
         mine, other = (evaluate.read_problems(path)[0] for path in (out, work.before["evaluate"]["file"]))
-        if {(p.id, p.answer) for p in mine} == {(p.id, p.answer) for p in other}:
+        if {p.key for p in mine} == {p.key for p in other}:
             result["minus_stage_before"] = str(scores.compare(mine, other))
     return result
 

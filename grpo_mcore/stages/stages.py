@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from grpo_mcore.config import file as config_file, recipe, rules
+from grpo_mcore.config import data_sources, file as config_file, recipe, rules
 from grpo_mcore.config.bounds import PathText
 from grpo_mcore.config.config import Config, InputError, Stop
 from grpo_mcore.policy import model
@@ -26,8 +26,14 @@ from grpo_mcore.policy.model_folder import local_folder
 from grpo_mcore.run import check_lengths
 
 # What the order of prompts depends on, besides the seed; and where over-long prompts are left out.
-ORDER = ("data.train", "data.problem_key", "data.answer_key", "data.overlong_prompts")
-FILTER = ("data.max_prompt_tokens", "data.prompt_template", "data.chat_template")
+ORDER = ("data.train", "data.format", "data.problem_key", "data.answer_key", "data.overlong_prompts")
+FILTER = (
+    "data.max_prompt_tokens",
+    "data.prompt_template",
+    "data.chat_template",
+    "data.system_prompt",
+    "data.template_arguments",
+)
 
 
 @dataclass(frozen=True)
@@ -235,7 +241,7 @@ def _quantities(plan: Plan, number: int) -> dict[str, object]:
         f"{c.engine.num_engines} engines",
         "goes on with": "last" if stage.choose == "last" else f"best by {c.checkpoint.best_metric}",
         "export": plan.export_of(number),
-        "evaluated on": e.data or "nothing",
+        "evaluated on": data_sources.shown(e.data) or "nothing",
         "evaluation": f"{samples} x {evaluated.response_tokens(0, evaluation=True)} tokens "
         + (f"at T={e.temperature:g}, top_p={e.top_p:g}" if e.temperature else "greedy")
         if e.data

@@ -3,6 +3,7 @@
 Not covered here: whole runs that are killed and go on (test_trainer.py, benchmarks/kill_resume.py).
 """
 
+import dataclasses
 import itertools
 import json
 import math
@@ -375,3 +376,11 @@ def test_delayed_fp8_goes_on_with_the_scales_that_were_saved(model_folders, tmp_
     assert Checkpoints(tmp_path, resumed, settings()).restore().step == 3
     assert all(map(torch.equal, policy.logprobs(b.microbatches), resumed.logprobs(b.microbatches)))
     topology.disconnect()
+
+
+def test_progress_comes_back_also_of_a_version_that_left_no_prompt_out(tmp_path):
+    progress = checkpoint.Progress(3, 24, 1.5, [[1, 7]])
+    (tmp_path / checkpoint.RUN).write_text(json.dumps(dataclasses.asdict(progress) | {"layout": {}}))
+    assert checkpoint.progress_of(tmp_path) == progress
+    (tmp_path / checkpoint.RUN).write_text('{"step": 3, "cursor": 24, "seconds": 1.5, "layout": {}}')
+    assert checkpoint.progress_of(tmp_path) == checkpoint.Progress(3, 24, 1.5, [])

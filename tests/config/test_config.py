@@ -167,7 +167,7 @@ batch.max_tokens_per_microbatch refit.bucket_bytes refit.timeout_s eval.every ev
 eval.top_p checkpoint.keep stop.plateau_window stop.truncated_steps
 rollout.max_draws engine.tp engine.gpu_memory_frac engine.max_batched_tokens engine.health_timeout_s
 engine.kv_cache_bytes mismatch.warn_above mismatch.stop_above loss.kl_limit eval.max_prompts eval.max_response_tokens
-optimizer.eps refit.canary_tolerance
+optimizer.eps refit.canary_tolerance data.max_pass_rate
 """.split()
 OF_A_WARM_START = ["warm_start.batch_size", "warm_start.lr", "warm_start.max_steps"]
 MAY_BE_ZERO = (
@@ -180,7 +180,7 @@ MAY_BE_ZERO = (
 MUST_BE_A_FRACTION = (
     "stop.truncated_above optimizer.warmup_start_frac warm_start.corrupted_frac warm_start.stop_at_pass_rate".split()
 )
-AT_MOST_1 = ["engine.gpu_memory_frac", "loss.clip_low", "eval.top_p"]
+AT_MOST_1 = ["engine.gpu_memory_frac", "loss.clip_low", "eval.top_p", "data.max_pass_rate"]
 HAVE_BOUNDS_OF_THEIR_OWN = (
     "seed loss.importance_cap loss.clip_dual engine.cores eval.temperature optimizer.beta1 optimizer.beta2".split()
 )

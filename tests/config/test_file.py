@@ -92,23 +92,24 @@ def test_any_text_comes_back_from_what_is_written():
     "text", ["runs/a #2", "7", "1e-6", "2024-02-30", "yes", "null", "true", "a: b", "[a]", "-", "="]
 )
 def test_a_name_is_taken_as_it_stands_and_comes_back_from_what_is_printed(minimal, tmp_path, text):
-    cfg = load(minimal, [f"run_dir={text}", f"data.answer_key={text}"])
-    assert (cfg.run_dir, cfg.data.answer_key) == (text, text)
+    cfg = load(minimal, [f"run_dir={text}", f"data.problem_key={text}"])
+    assert (cfg.run_dir, cfg.data.problem_key) == (text, text)
     printed = describe(cfg, 1)
     assert load(write(tmp_path, printed=printed)) == cfg
     assert yaml.safe_load(printed)["run_dir"] == text  # a reader of YAML 1.1
 
 
+OF_ITEMS = ["data.train[].path", "reward.functions[].path"]
 PATHS = ["model", "run_dir", "data.train", "eval.data", "checkpoint.start_from"]
 
 
 def test_all_paths_are_known_as_such():
-    rows = re.findall(r"^(?:##+ ([\w.\[\]]+)|\| `(\w+)` \| path)", schema.page(), re.MULTILINE)
+    rows = re.findall(r"^(?:## ([\w.\[\]]+)|\| `(\w+)` \| path)", schema.page(), re.MULTILINE)
     found, section = [], ""
     for heading, name in rows:
         section = f"{heading}." * (heading != "Top") if heading else section
         found += [section + name] * bool(name)
-    assert sorted(found) == sorted([*PATHS, "reward.functions[].path"])
+    assert sorted(found) == sorted([*PATHS, *OF_ITEMS])
 
 
 @pytest.mark.parametrize("name", PATHS)

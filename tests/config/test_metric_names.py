@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from grpo_mcore.config import metric_names
-from grpo_mcore.config.config import Config, Data, Eval, Loss, Reward
+from grpo_mcore.config.config import Config, Data, Eval, Loss, Reward, Source
 from grpo_mcore.evaluate.scores import Problem, Result
 from grpo_mcore.loss import loss
 from grpo_mcore.report import metrics
@@ -64,6 +64,22 @@ def test_what_a_grader_says_is_told(other):
     assert {n for n in names if n.startswith("reward/")} == {n for n in found if n[:7] == "reward/"} | {
         "reward/seconds"
     }
+
+
+def test_what_is_said_of_each_source_is_told():
+    groups = [Group(Prompt(0, "1 + 1", "2", (1,), source=name), (Response((7,), (0.0,), False),)) for name in "ab"]
+    found = sample_metrics([Graded(0, g, (Verdict(1.0, Status.CORRECT, "2", ""),)) for g in groups])
+    told = {prefix + name for prefix in metric_names.OF_SOURCE for name in "ab"}
+    assert {name for name in found if name.endswith(("/a", "/b"))} == told
+    assert found.keys() - told <= set(metric_names.of_steps(PLAIN))
+    problems = tuple(Problem(0, "2", (1.0,), ("2",), (3,), (False,), name) for name in "ab")
+    cfg = dataclasses.replace(PLAIN, eval=Eval(data=(Source("a"), Source("b.jsonl")), samples_per_prompt=1))
+    assert sorted(metric_names.of_evaluations(cfg)) == sorted(Result(problems).metrics())
+
+
+def test_how_many_prompts_are_left_out_is_told_where_some_may_be():
+    some = dataclasses.replace(PLAIN, data=Data("train", max_pass_rate=0.9))
+    assert set(metric_names.of_steps(some)) - set(metric_names.of_steps(PLAIN)) == {"rollout/prompts_left_out"}
 
 
 @pytest.mark.parametrize("k", [1, 4])

@@ -16,7 +16,7 @@ import yaml
 
 from grpo_mcore.config import schema, strict_yaml
 from grpo_mcore.config.bounds import PositiveFloat, PositiveInt
-from grpo_mcore.config.config import Config, InputError, RewardFunction
+from grpo_mcore.config.config import Config, InputError, RewardFunction, Source
 from grpo_mcore.config.file import load
 from tests.dist import ROOT
 
@@ -40,7 +40,11 @@ def changed(dotted: str, value: object) -> dict:
     *sections, name = dotted.split(".")
     node = tree
     for section in sections:
-        node = node.setdefault(section, {})
+        if section.endswith("[]"):  # a list of one item
+            node[section[:-2]] = [item := {"path": "rows.jsonl"}]
+            node = item
+        else:
+            node = node.setdefault(section, {})
     node[name] = value
     return tree
 
@@ -53,13 +57,17 @@ def all_keys(cls: type = Config, prefix: str = "") -> list[str]:
     ]
 
 
+# What the lists of sections hold; eval.data's is data.train's.
+OF_ITEMS = [*all_keys(Source, "data.train[]."), *all_keys(RewardFunction, "reward.functions[].")]
+
+
 def test_what_is_made_of_the_configuration_is_not_stale():
     for path, text in schema.files().items():
         assert path.read_text() == text, f"{path.name}: run python -m grpo_mcore.config.schema"
 
 
 def sections(cls: type = Config) -> list[type]:
-    return [cls, *(key.section for key in schema.keys(cls) if key.section)]
+    return [cls, *(key.section for key in schema.keys(cls) if key.section), Source]
 
 
 @pytest.mark.parametrize("cls", sections(), ids=lambda cls: cls.__name__)
@@ -70,13 +78,12 @@ def test_every_section_and_key_says_what_it_is(cls):
 
 def test_the_schema_is_one_and_a_page_has_every_key():
     jsonschema.Draft202012Validator.check_schema(VALIDATOR.schema)
-    rows = re.findall(r"^(?:##+ ([\w.\[\]]+)|\| `(\w+)`)", schema.page(), re.MULTILINE)
+    rows = re.findall(r"^(?:## ([\w.\[\]]+)|\| `(\w+)`)", schema.page(), re.MULTILINE)
     found, section = [], ""
     for heading, name in rows:
         section = f"{heading}." * (heading != "Top") if heading else section
         found += [section + name] * bool(name)
-    of_items = [f"reward.functions[].{f.name}" for f in dataclasses.fields(RewardFunction)]
-    assert sorted(found) == sorted(["inherit", *all_keys(), *of_items])
+    assert sorted(found) == sorted(["inherit", *all_keys(), *OF_ITEMS])
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
@@ -154,9 +161,9 @@ VALUES = [
 ]
 
 
-@pytest.mark.parametrize("dotted", all_keys())
+@pytest.mark.parametrize("dotted", [*all_keys(), *OF_ITEMS])
 def test_the_schema_takes_what_the_loader_takes_and_no_other_type_or_size(tmp_path, dotted):
-    path = tmp_path / "c.yaml"
+    path, named = tmp_path / "c.yaml", re.escape(dotted.replace("[]", "[0]"))
     for value in [*VALUES, *schema_of(dotted).get("enum", [])]:
         tree = changed(dotted, value)
         path.write_text(strict_yaml.write(tree))
@@ -167,14 +174,16 @@ def test_the_schema_takes_what_the_loader_takes_and_no_other_type_or_size(tmp_pa
             said = str(e)
         if not said:
             assert problems(tree) == [], value
-        elif re.match(rf"{dotted} = .*: must be (of|one of|a|greater|0 or|between) ", said):  # of this key alone
+        elif re.match(rf"{named} = .*: must be (of|one of|a|greater|0 or|between) ", said):  # of this key alone
             assert problems(tree) != [], (value, said)
 
 
 def schema_of(dotted: str) -> dict:
     node = VALIDATOR.schema
     for name in dotted.split("."):
-        node = node["properties"][name]
+        node = node["properties"][name.removesuffix("[]")]
+        if name.endswith("[]"):
+            node = node["anyOf"][1]["items"] if "anyOf" in node else node["items"]
     return node
 
 

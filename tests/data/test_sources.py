@@ -18,15 +18,15 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from grpo_mcore.config import config
+from grpo_mcore.config import config, data_sources
 from grpo_mcore.config.config import InputError
 from grpo_mcore.data import arithmetic, prompts, sources
 from grpo_mcore.reward import golds
-from tests.dist import environment, spawn
+from tests.dist import ROOT, environment, spawn
 from tests.hub import Hub
 
 
-def read_rows(source: str, data: config.Data, name: str) -> list[tuple[str, str]]:
+def read_rows(source: data_sources.Given, data: config.Data, name: str) -> list[tuple[str, str]]:
     return [(row.problem, row.answer) for row in sources.read_rows(source, data, name)]
 
 
@@ -77,8 +77,8 @@ def test_a_bad_row_is_named_by_field_file_and_line(tmp_path, row, message):
 @pytest.mark.parametrize(
     "value, words",
     [
-        ([{"role": "user", "content": "1+2"}], "is of type list, where a text or a number belongs"),
-        (["2"], "is of type list"),
+        (["2"], "is of type list, where a text or a number belongs"),
+        ([{"role": "user", "content": "1+2"}, 3], "is of type list"),
         ([], "is of type list"),
         ({"text": "2"}, "is of type dict"),
         (True, "is of type bool"),
@@ -121,6 +121,139 @@ def test_a_decimal_number_of_parquet_is_as_it_is_written(tmp_path):
     source, numbers = str(tmp_path / "d.parquet"), [decimal.Decimal("2.50"), decimal.Decimal("4.00")]
     pyarrow.parquet.write_table(pyarrow.table({"problem": ["1+2", "2+2"], "answer": numbers}), source)
     assert read_rows(source, PLAIN, "data.train") == [("1+2", "2.50"), ("2+2", "4.00")]
+
+
+def rows_of(source: str, **keys: object) -> list[tuple[str, str]]:
+    """Of a source with these keys."""
+    return read_rows((config.Source(source, **keys),), PLAIN, "data.train")
+
+
+def test_a_dot_leads_into_a_column_and_a_column_whose_name_has_the_dot_goes_first(tmp_path):
+    nested = {"in": {"text": "1+2", "deep": {"er": 3}}, "in.text": "4+5"}
+    source = jsonl(tmp_path / "d.jsonl", nested, {"in": {"text": "6+7", "deep": {"er": 13}}})
+    assert rows_of(source, problem_key="in.text", answer_key="in.deep.er") == [("4+5", "3"), ("6+7", "13")]
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        (
+            {"problem": "1+2", "gold": {"text": "3"}},
+            "has no column 'gold.answer'. Remedy: set data.train[0].answer_key "
+            "(there are 'text' in 'gold'), or mend the row",
+        ),
+        ({"problem": "1+2", "gold": "3"}, "has no column 'gold.answer'. Remedy: set data.train[0].answer_key, or mend"),
+        ({"problem": "1+2", "gold": {"answer": " "}}, "its 'gold.answer' is empty"),
+        ({"problem": "1+2", "gold": {"answer": {}}}, "its 'gold.answer' is of type dict"),
+    ],
+)
+def test_a_path_of_keys_that_leads_nowhere_is_said(tmp_path, row, words):
+    source = jsonl(tmp_path / "d.jsonl", row)
+    with pytest.raises(InputError) as e:
+        rows_of(source, answer_key="gold.answer")
+    assert f"data.train[0]: {source}, line 1 = " in str(e.value) and words in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "how, text, answer",
+    [
+        ("column", "It is #### 3", "It is #### 3"),
+        ("hash", "1+2=<<1+2=3>>3\n#### 3\n", "3"),
+        ("hash", "#### 1 #### -70,000\nand so on", "-70,000"),
+        ("boxed", r"So \boxed{1} is wrong and it is \boxed{\frac{3}{4}}.", r"\frac{3}{4}"),
+        ("last_number", "48 and 24 make 72 clips.", "72"),
+        ("last_number", "In all -1,234.50 dollars", "-1234.50"),
+        ("last_number", "10-3", "3"),
+        ("last_number", "x = -3.", "-3"),
+        ("last_number", "1,2345", "2345"),
+        ("last_number", "half is .5", ".5"),
+    ],
+)
+def test_the_answer_is_found_in_its_column(tmp_path, how, text, answer):
+    source = jsonl(tmp_path / "d.jsonl", {"problem": "1+2", "answer": text})
+    assert read_rows(source, config.Data(train="", answer_from=how), "data.train") == [("1+2", answer)]
+    assert rows_of(source, answer_from=how) == [("1+2", answer)]
+
+
+@pytest.mark.parametrize("how, text", [("hash", "3"), ("hash", "####  "), ("boxed", "3"), ("last_number", "three")])
+def test_an_answer_that_is_not_in_its_column_is_said(tmp_path, how, text):
+    source = jsonl(tmp_path / "d.jsonl", {"problem": "1+2", "answer": text})
+    with pytest.raises(InputError, match=f"line 1 = .*: its 'answer' has no answer by answer_from = {how}. Remedy: "):
+        rows_of(source, answer_from=how)
+
+
+VERL = {
+    "data_source": "openai/gsm8k",
+    "prompt": [{"role": "user", "content": "1+2"}],
+    "ability": "math",
+    "reward_model": {"style": "rule", "ground_truth": "3"},
+    "extra_info": {"split": "train", "index": 0},
+}
+
+
+def test_rows_of_verl_are_read_as_they_stand(tmp_path):
+    path = tmp_path / "d.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([VERL]), path)
+    for data in (config.Data(train="", format="verl"), config.Data(train="", problem_key="q", answer_regex="(x)")):
+        given = (config.Source(str(path), format="verl"),)  # data's keys are of another format's columns
+        (row,) = sources.read_rows(given, data, "data.train")
+        assert (row.problem, row.answer, row.columns) == ("1+2", "3", VERL)
+        assert row.messages == tuple(VERL["prompt"])
+
+
+def test_rows_of_gsm8k_are_read_as_they_stand(tmp_path):
+    source = jsonl(tmp_path / "d.jsonl", {"question": "1+2", "answer": "1+2=<<1+2=3>>3\n#### 3"})
+    assert read_rows(source, config.Data(train="", format="gsm8k"), "data.train") == [("1+2", "3")]
+    with pytest.raises(InputError, match="has no column 'prompt'. Remedy: set a format other than verl"):
+        read_rows(source, config.Data(train="", format="verl"), "data.train")
+
+
+def test_a_limit_takes_the_first_rows_and_looks_at_no_other(tmp_path):
+    source = jsonl(tmp_path / "d.jsonl", GOOD, {**GOOD, "problem": "2+1"}, {"problem": "bad"})
+    assert rows_of(source, limit=2) == [("1+2", "3"), ("2+1", "3")]
+    made = read_rows((config.Source("arithmetic:one_digit/train", limit=3),), PLAIN, "data.train")
+    assert made == arithmetic.rows("one_digit/train")[:3]
+
+
+@pytest.mark.parametrize("key", ["subset", "split", "revision"])
+def test_what_a_file_has_no_use_for_is_refused(tmp_path, key):
+    source = jsonl(tmp_path / "d.jsonl", GOOD)
+    with pytest.raises(
+        InputError, match=rf"data.train\[0\].{key} = 'x': is of a data set, and this is a file. Remedy: "
+    ):
+        rows_of(source, **{key: "x"})
+    with pytest.raises(InputError, match="is of a data set, and this one is made"):
+        rows_of("arithmetic:one_digit/train", **{key: "x"})
+
+
+def test_a_subset_and_a_split_of_a_data_set_are_chosen(tmp_path, datasets_cache):
+    for subset, problem in (("main", "1+2"), ("socratic", "2+1")):
+        for split in ("train", "test"):
+            folder = tmp_path / "several" / subset
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{split}.json").write_text(json.dumps([{"problem": problem, "answer": split}]))
+    configs = "".join(
+        f"- config_name: {c}\n  data_files:\n"
+        + "".join(f"  - split: {s}\n    path: {c}/{s}.json\n" for s in ("train", "test"))
+        for c in ("main", "socratic")
+    )
+    (tmp_path / "several/README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    source = str(tmp_path / "several")
+    assert rows_of(source, subset="socratic", split="test") == [("2+1", "test")]
+    assert rows_of(source, subset="main") == [("1+2", "train")]
+    with pytest.raises(InputError, match="has no one data set of a split 'train'.* Remedy: name one of its subsets"):
+        rows_of(source)
+    with pytest.raises(InputError, match="revision = 'x': is of a data set of the hub, and this is a folder"):
+        rows_of(source, subset="main", revision="x")
+
+
+GSM8K = ROOT.parent / "shared/data/gsm8k_train.jsonl"
+
+
+@pytest.mark.skipif(not GSM8K.is_file(), reason=f"needs {GSM8K}")
+def test_gsm8k_is_read_from_its_own_files_by_its_format_alone():
+    found = read_rows(str(GSM8K), config.Data(train="", format="gsm8k"), "data.train")
+    assert len(found) == 7473 and found[0][1] == "72"
 
 
 def test_the_answer_may_be_a_part_of_its_column(tmp_path):

@@ -4,6 +4,7 @@ for.
 Not covered here: sampling and grading (test_evaluate.py, test_grader.py).
 """
 
+import dataclasses
 import math
 import random
 from itertools import combinations
@@ -142,3 +143,16 @@ def test_a_model_against_itself_differs_by_exactly_nothing():
 def test_other_problems_are_refused(other):
     with pytest.raises(ValueError, match="not the same ones"):
         compare([problem([1], id=0), problem([1], id=1)], other)
+
+
+def test_of_several_data_sets_each_has_its_scores_and_problems_of_one_id_are_two():
+    def of(source: str, *rewards: int) -> Problem:
+        return dataclasses.replace(problem(rewards), source=source)
+
+    both = Result((of("a", 1, 1), of("b", 0, 1)), num_left_out=3)
+    seen = both.metrics()
+    assert (seen["eval/mean@2"], seen["eval/a/mean@2"], seen["eval/b/mean@2"]) == (0.75, 1.0, 0.5)
+    assert (seen["eval/b/pass@2"], seen["eval/b/maj@2"]) == (1.0, 0.5) and "; b 0.500" in str(both)
+    assert compare(both.problems, (of("b", 0, 0), of("a", 1, 1))).difference.value == 0.25
+    with pytest.raises(ValueError, match="not the same ones"):
+        compare(both.problems, (of("a", 1, 1), of("c", 0, 1)))

@@ -12,7 +12,7 @@ from grpo_mcore.config import file as config_file
 from grpo_mcore.config.config import InputError
 from grpo_mcore.plan import check
 from tests.dist import program
-from tests.test_trainer import BAD_INPUT, untaught  # noqa: F401
+from tests.test_trainer import BAD_INPUT, ENDED_CHAT, untaught  # noqa: F401
 
 NOT_OF_FILES = {"an unknown key", "a wrong type"}  # they end with the reading of the configuration
 
@@ -42,6 +42,7 @@ def test_what_is_there_is_shown_and_nothing_is_written(untaught, tmp_path, capsy
 def test_what_would_end_a_run_before_it_begins_is_found(untaught, tmp_path, monkeypatch, capsys, case):  # noqa: F811
     (tmp_path / "rows.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n{"problem": "1+2"}\n')
     (tmp_path / "solutions.jsonl").write_text('{"problem": "1+1", "answer": "#### 2"}\n')
+    (tmp_path / "chats.jsonl").write_text(ENDED_CHAT)
     monkeypatch.chdir(tmp_path)
     overrides, words = BAD_INPUT[case]
     assert str(table(untaught, *overrides)).startswith("--check = ")

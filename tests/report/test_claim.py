@@ -77,6 +77,11 @@ def test_what_may_change_is_said_with_both_values(begun):
         ("model=other", CONTENTS | {"model": "cc"}, r"model = 'other': was 'models/quickstart' when"),
         ("seed=6", CONTENTS | {"model": "cc"}, r"model = 'models/quickstart': held something else when"),
         (
+            "data.train=[{path: a.jsonl, weight: 2}, {path: b.jsonl}]",
+            CONTENTS | {"data.train": "cc"},
+            r"data.train = .*'weight': 2.0.*: was 'arithmetic:two_digit_sums/train' when",
+        ),
+        (
             "data.prompt_template=Q{problem}",
             CONTENTS | {"data.train": "cc"},
             r"prompt_template = 'Q{problem}': was '{p",

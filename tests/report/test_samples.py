@@ -66,3 +66,25 @@ def test_rows_have_texts_of_the_first_groups_and_both_verdicts_where_both_were_a
         "response": "text of 7",
     }
     assert "problem" in rows[1] and "problem" not in rows[2] and "other_verifier" not in rows[1]
+
+
+def test_of_several_sources_each_that_is_in_the_step_has_metrics_and_rows_name_theirs():
+    right, wrong = (Verdict(float(s is Status.CORRECT), s, "1", "") for s in (Status.CORRECT, Status.WRONG))
+
+    def graded(source: str, *verdicts: Verdict, masked: bool = False) -> Graded:
+        prompt = Prompt(0, "", "", (1,), masked, source=source)
+        return Graded(0, Group(prompt, (Response((2,), (-1.0,), True),) * len(verdicts)), verdicts)
+
+    step = [graded("a", right, wrong), graded("a", right, right), graded("b", wrong, wrong)]
+    seen = sample_metrics([*step, graded("c", right, right, masked=True)])
+    assert {name: value for name, value in seen.items() if name.endswith(("/a", "/b", "/c"))} == {
+        "reward/mean/a": 0.75,
+        "reward/mixed_groups_frac/a": 0.5,
+        "rollout/truncated_frac/a": 1.0,
+        "rollout/prompts/a": 2.0,
+        "reward/mean/b": 0.0,
+        "reward/mixed_groups_frac/b": 0.0,
+        "rollout/truncated_frac/b": 1.0,
+        "rollout/prompts/b": 1.0,
+    }
+    assert [row["source"] for row in rollout_rows(step, keep_texts=0, decode=str)] == ["a", "a", "a", "a", "b", "b"]

@@ -127,7 +127,7 @@ def test_without_functions_it_is_the_verifiers_verdict():
 def test_a_function_that_fails_on_all_rows_ends_the_run_before_it_begins(name):
     cfg = Reward(num_processes=1, cpu_s=1.0, wall_s=2.0, functions=(of("plain"), of(name)))
     with Rewards(cfg) as rewards, pytest.raises(InputError, match=r"reward.functions\[1\] = .*: fails on 4 of 4"):
-        rewards.check([case("")] * 3)
+        rewards.check([case("")] * 2)
 
 
 def test_what_fails_on_some_rows_is_said_and_what_is_well_is_described():

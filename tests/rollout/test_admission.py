@@ -157,3 +157,36 @@ def test_nothing_is_sampled_for_steps_that_will_not_come():
             admission.arrived(position, True)
         assert admission.take().positions == [2 * version, 2 * version + 1]
         assert admission.begin(version + 1) == ([], [])
+
+
+def test_a_prompt_that_is_left_out_is_as_if_it_did_not_stand_in_the_stream():
+    admission = Admission(prompts_per_step=2, is_left_out=lambda position: position in (0, 2, 3, 6))
+    assert admission.begin(0) == ([1, 4], [])
+    arrive(admission, [1, 4])
+    assert admission.take().positions == [1, 4] and admission.cursor == 5
+    assert admission.begin(1) == ([5, 7], [])
+
+
+def test_what_is_left_out_counts_as_no_draw():
+    admission = Admission(
+        prompts_per_step=2, dynamic_sampling=True, max_draws=1.5, is_left_out=lambda position: position % 2 == 1
+    )
+    assert admission.begin(0)[0] == [0, 2]
+    assert arrive(admission, [0, 2], has_variance=False) == [4]
+    arrive(admission, [4])
+    taken = admission.take()
+    assert (taken.positions, taken.passed_over, taken.kept) == ([0, 4], 1, 1)
+
+
+def test_a_group_that_was_begun_before_its_prompt_was_left_out_counts():
+    out = set()
+    admission = Admission(prompts_per_step=1, max_staleness=1, is_left_out=out.__contains__)
+    assert admission.begin(0)[0] == [0, 1]
+    arrive(admission, [0])
+    assert admission.take().positions == [0]
+    out |= {1, 2}
+    assert admission.begin(1)[0] == [3]
+    arrive(admission, [1])
+    assert admission.take().positions == [1]
+    arrive(admission, [3])
+    assert admission.take().positions == [3]
