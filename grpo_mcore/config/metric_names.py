@@ -28,6 +28,11 @@ TIME = "refit_s rollout_s logprob_s update_s"
 EVAL = "standard_error truncated_frac overlong_left_out"
 
 
+def is_sometimes(name: str) -> bool:
+    """Whether a row may have it, or not."""
+    return name.startswith(SOMETIMES) or "/extra/" in name
+
+
 def of_steps(config: Config) -> list[str]:
     """Of each step's row."""
     loss = config.loss

@@ -119,3 +119,10 @@ class Scale:
 
 
 twice = Scale(2)
+
+
+def sleeps_at_work(text):
+    """Well while it is tried, and never again."""
+    if text and "####" not in text:
+        time.sleep(1000)
+    return 1

@@ -12,6 +12,7 @@ from grpo_mcore.config.config import InputError, Reward, RewardFunction
 from grpo_mcore.reward import functions
 from grpo_mcore.reward.functions import Case, Function
 from grpo_mcore.reward.grader import Part, Status
+from tests.dist import ROOT
 
 FILE = Path(__file__).with_name("functions_of_each_style.py")
 # A wide clock: other processes may keep the cores busy.
@@ -190,3 +191,23 @@ def test_what_is_withdrawn_is_not_asked():
         parts.close()
         began = time.monotonic()
     assert time.monotonic() - began < 10
+
+
+EXAMPLES = ROOT / "examples"
+
+
+@pytest.mark.parametrize(
+    ("path", "style", "values"),
+    [
+        ("reward_of_verl.py:compute_score", "auto", [1.0, 0.0, 1.0]),
+        ("rewards_of_trl.py:accuracy_reward", "auto", [1.0, 0.0, 1.0]),
+        ("rewards_of_trl.py:brevity_reward", "auto", [-2.0, -2.0, -2.0]),
+        ("rewards_of_your_own.py:in_order", "auto", [None, 1.0, 0.0]),
+        ("rewards_of_your_own.py:judged", "auto", [0.05, 0.2, 0.15]),
+        ("rewards_of_your_own.py:unlike_the_others", "group", [1.0, 1.0, 1.0]),
+    ],
+)
+def test_the_examples_do_what_they_say(path, style, values):
+    with Function(RewardFunction(f"{EXAMPLES}/{path}", style), CFG, "reward.functions[0]") as function:
+        parts = list(function.ask(case("3", "1. a\n2. b", "1. a\n3.")))
+    assert [p.value for p in parts] == pytest.approx(values)
