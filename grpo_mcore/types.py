@@ -25,6 +25,12 @@ A worked example, P = 1 and G = 2:
         whole        7 + 5 = 1 2 EOS _ 7 + 5 = 1 3 _ _  cu_seqlens 0 8 16 and max_seqlen 8 on both ranks
         rank 0       7 + EOS _ 7 + _ _                  index_R -           position_R -          R = 0
         rank 1       5 = 1 2 5 = 1 3                    index_R 0 1 2 3 4   position_R 1 2 3 5 6
+
+    and of two turns, where a tool answered "9": the response "5+4" EOS "9" "9" EOS, of which the first 9 is given
+        token_ids    5 + 4 EOS 9 9 EOS                  given ((4, 5),), with 6 rollout_logprobs
+        token_ids_T  7 + 5 = 5 + 4 EOS 9 9 EOS          cu_seqlens 0 11
+        target_R     5 + 4 EOS 9 EOS                    R = 6: the given token is attended to, and has no loss
+        position_R   3 4 5 6 8 9                        the second 9 is predicted by the given one
 """
 
 from collections.abc import Mapping
@@ -52,11 +58,14 @@ class Prompt:
 class Response:
     """What one engine sampled for one prompt."""
 
-    token_ids: tuple[int, ...]  # EOS included
-    rollout_logprobs: tuple[float, ...]  # one a token, natural log, at the sampling temperature
+    token_ids: tuple[int, ...]  # all behind the prompt: EOS included, and of several turns what was given between them
+    rollout_logprobs: tuple[float, ...]  # one a sampled token, natural log, at the sampling temperature
     truncated: bool  # hit the length limit before EOS
     # (policy_version, tokens sampled with it), in order; none: not sampled by the policy
     versions: tuple[tuple[int, int], ...] = ()
+    # [start, end) of the tokens that were not sampled but given, by a tool, the environment or the chat template:
+    # ascending, apart from each other, none of them empty
+    given: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)

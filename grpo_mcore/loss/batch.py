@@ -132,7 +132,7 @@ def _global_batch(
 ) -> GlobalBatch:
     counted = [s for s in samples if not s.prompt.masked]
     with_loss = [s for s in counted if not (skip_truncated and s.response.truncated)]
-    num_loss_tokens = sum(len(s.response.token_ids) for s in with_loss)
+    num_loss_tokens = sum(len(s.response.rollout_logprobs) for s in with_loss)
 
     def weight(s: Sample) -> float:
         if s.prompt.masked or (skip_truncated and s.response.truncated):
@@ -140,7 +140,7 @@ def _global_batch(
         if aggregation == "token_mean":
             return 1.0 / num_loss_tokens
         if aggregation == "sequence_mean":
-            return 1.0 / (len(s.response.token_ids) * len(with_loss))
+            return 1.0 / (len(s.response.rollout_logprobs) * len(with_loss))
         return 1.0 / (max_response_tokens * len(counted))
 
     if packing.share_prompts:
@@ -293,19 +293,30 @@ def _num_tokens(block: Sequence[Sample]) -> int:
 
 
 def _cost(block: Sequence[Sample], cost: Cost) -> float:
-    return cost.of(_num_tokens(block), sum(len(s.response.token_ids) for s in block))
+    return cost.of(_num_tokens(block), sum(len(s.response.rollout_logprobs) for s in block))
+
+
+def sampled(response: Response) -> list[int]:
+    """Where the sampled tokens stand among response.token_ids: all but the given ones.
+
+    >>> sampled(Response((7, 8, 9), (-0.5, -0.1), False, given=((1, 2),)))
+    [0, 2]
+    """
+    bounds = [0, *(bound for span in response.given for bound in span), len(response.token_ids)]
+    return [i for start, end in zip(bounds[::2], bounds[1::2], strict=True) for i in range(start, end)]
 
 
 def microbatch(samples: Sequence[Sample], weights: Sequence[float], packing: Packing = NO_BOUND) -> Microbatch:
     """Packs whole sequences one behind the other, pads them, and takes this context rank's part.
 
-    Raises ValueError for a response without a rollout log-prob for each token.
+    Raises ValueError for a response without a rollout log-prob for each sampled token.
     """
-    for s in samples:
-        if len(s.response.rollout_logprobs) != (length := len(s.response.token_ids)):
+    where = [sampled(s.response) for s in samples]
+    for s, indices in zip(samples, where, strict=True):
+        if len(s.response.rollout_logprobs) != len(indices):
             raise ValueError(
-                f"a response to prompt {s.prompt.id} has {length} tokens, but {len(s.response.rollout_logprobs)} "
-                f"rollout log-probs"
+                f"a response to prompt {s.prompt.id} has {len(indices)} sampled tokens, but "
+                f"{len(s.response.rollout_logprobs)} rollout log-probs"
             )
     token_ids, position_ids, branches, cu_seqlens, positions = (list[int]() for _ in range(5))
 
@@ -327,14 +338,15 @@ def microbatch(samples: Sequence[Sample], weights: Sequence[float], packing: Pac
         for branch, s in enumerate(block, 1):
             response = s.response.token_ids
             if not s.prompt.masked:
-                positions += [last_of_prompt, *range(len(token_ids), len(token_ids) + len(response) - 1)]
+                start = len(token_ids)
+                positions += [start + i - 1 if i else last_of_prompt for i in sampled(s.response)]
             token_ids += response
             position_ids += range(len(prompt), len(prompt) + len(response))
             branches += [branch] * len(response)
         pad(packing.block_multiple)
     pad(packing.multiple)
     learned = [(index, s.response) for index, s in enumerate(samples) if not s.prompt.masked]
-    sequence_R = torch.tensor([index for index, response in learned for _ in response.token_ids], dtype=torch.int64)
+    sequence_R = torch.tensor([index for index, _ in learned for _ in where[index]], dtype=torch.int64)
     of_sample = torch.tensor([[s.advantage for s in samples], [*weights]], dtype=torch.float32)
     advantage_R, weight_R = of_sample[:, sequence_R]
     whole = Microbatch(
@@ -345,7 +357,9 @@ def microbatch(samples: Sequence[Sample], weights: Sequence[float], packing: Pac
         max_seqlen=max(position_ids) + 1,
         num_sequences=len(samples),
         position_R=torch.tensor(positions, dtype=torch.int64),
-        target_R=torch.tensor([t for _, response in learned for t in response.token_ids], dtype=torch.int64),
+        target_R=torch.tensor(
+            [response.token_ids[i] for index, response in learned for i in where[index]], dtype=torch.int64
+        ),
         sequence_R=sequence_R,
         advantage_R=advantage_R,
         weight_R=weight_R,

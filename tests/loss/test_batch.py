@@ -59,6 +59,32 @@ def test_the_worked_example_of_types():
     assert m.cu_seqlens.dtype == torch.int32  # what flash attention demands
 
 
+def test_the_worked_example_of_two_turns():
+    seven, plus, five, equals = 7, 10, 5, 11
+    logprobs = (-0.1, -0.2, -0.3, -0.4, -0.5, -0.6)
+    two = Response((5, plus, 4, EOS, 9, 9, EOS), logprobs, False, given=((4, 5),))
+    one = Response((1, EOS), (-0.7, -0.8), False)
+    g = Group(Prompt(0, "", "", (seven, plus, five, equals)), (two, one))
+    for aggregation, weights in (("token_mean", (1 / 8, 1 / 8)), ("sequence_mean", (1 / 12, 1 / 4))):
+        (b,) = cut([g], Packing(max_tokens=17), torch.tensor([[0.5, -0.5]]), aggregation=aggregation)
+        (m,) = b.microbatches
+        assert m.token_ids_T.tolist()[:11] == [seven, plus, five, equals, 5, plus, 4, EOS, 9, 9, EOS]
+        assert m.position_ids_T.tolist()[:11] == list(range(11))
+        assert m.target_R.tolist() == [5, plus, 4, EOS, 9, EOS, 1, EOS]
+        assert m.position_R.tolist() == [3, 4, 5, 6, 8, 9, 14, 15]
+        assert m.sequence_R.tolist() == [0] * 6 + [1] * 2
+        assert torch.equal(m.rollout_logprobs_R, torch.tensor([*logprobs, -0.7, -0.8]))
+        assert torch.equal(m.weight_R, torch.tensor([weights[0]] * 6 + [weights[1]] * 2))
+        assert (b.num_loss_tokens, b.num_tokens) == (8, 17)
+
+
+def test_a_response_that_ends_or_begins_with_what_was_given():
+    r = Response((1, 2, 3, 4), (-0.1, -0.2), False, given=((0, 1), (3, 4)))
+    (b,) = cut([Group(Prompt(0, "", "", (5, 6)), (r, r))], Packing(max_tokens=12))
+    (m,) = b.microbatches
+    assert (m.target_R.tolist(), m.position_R.tolist()) == ([2, 3, 2, 3], [2, 3, 8, 9])
+
+
 def test_the_worked_example_with_a_shared_prompt():
     prompt = (7, 10, 5, 11)
     (batch,) = cut(
@@ -562,7 +588,7 @@ def test_assemble_refuses_what_does_not_fit_together(change, message):
 
 def test_a_response_without_a_log_prob_for_each_token_is_refused():
     short = Sample(Prompt(0, "", "", (5,)), Response((1, 2, 3), (-1.0, -1.0), False), 1.0)
-    with pytest.raises(ValueError, match="has 3 tokens, but 2 rollout log-probs"):
+    with pytest.raises(ValueError, match="has 3 sampled tokens, but 2 rollout log-probs"):
         microbatch([short], [1.0])
 
 

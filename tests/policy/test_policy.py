@@ -29,7 +29,7 @@ TEMPERATURE = 0.7
 
 
 def groups(seed: int = 0, *, P: int = 4, G: int = 4) -> tuple[list[Group], torch.Tensor]:
-    """P groups of G responses of random tokens and lengths, with random advantages."""
+    """P groups of G responses of random tokens and lengths, every other one of several turns, with random advantages."""
     rng = random.Random(seed)
 
     def tokens(low: int, high: int) -> tuple[int, ...]:
@@ -37,11 +37,16 @@ def groups(seed: int = 0, *, P: int = 4, G: int = 4) -> tuple[list[Group], torch
 
     out = []
     for p in range(P):
-        responses = [tokens(1, 24) for _ in range(G)]
-        # Old log-probs are recomputed; what the engine recorded only feeds the mismatch metrics.
-        out.append(
-            Group(Prompt(p, "", "", tokens(2, 9)), tuple(Response(r, (-1.0,) * len(r), False) for r in responses))
-        )
+        prompt, responses = tokens(2, 9), []
+        for g in range(G):
+            r, given = tokens(1, 24), ()
+            if g % 2 and len(r) > 4:
+                ends = sorted(rng.sample(range(1, len(r)), 4))  # the last token is sampled
+                given = ((ends[0], ends[1]), (ends[2], ends[3]))
+            num_sampled = len(r) - sum(end - start for start, end in given)
+            # Old log-probs are recomputed; what the engine recorded only feeds the mismatch metrics.
+            responses.append(Response(r, (-1.0,) * num_sampled, False, given=given))
+        out.append(Group(Prompt(p, "", "", prompt), tuple(responses)))
     return out, torch.randn(P, G, generator=torch.Generator().manual_seed(seed))
 
 
@@ -94,15 +99,17 @@ def hf_logprobs(folder: str, b: GlobalBatch) -> list[torch.Tensor]:
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     out = []
     for m in b.microbatches:
-        num_tokens, logprobs = m.sequence_R.bincount(), []
+        logprobs: list[torch.Tensor] = []
         for i, j in pairwise(m.cu_seqlens.tolist()):
             tokens, branch = m.token_ids_T[i:j], m.branch_T[i:j]
             for k in range(1, int(branch.max()) + 1):
-                # Without padding.
-                prompt, response = tokens[branch == 0], tokens[branch == k][: num_tokens[len(logprobs)]]
+                prompt, response = tokens[branch == 0], tokens[branch == k]
+                mine = m.sequence_R == len(logprobs)
+                before = m.position_R[mine] - i  # in the block; in the sequence alone siblings are not there
+                before = torch.where(before < len(prompt), before, before - (branch == k).nonzero()[0] + len(prompt))
                 with torch.no_grad():
-                    logits = hf(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
-                logprobs.append((logits / TEMPERATURE).log_softmax(-1).gather(1, response[:, None])[:, 0])
+                    logits = hf(torch.cat([prompt, response])[None]).logits[0, before]
+                logprobs.append((logits / TEMPERATURE).log_softmax(-1).gather(1, m.target_R[mine, None])[:, 0])
         out.append(torch.cat(logprobs))
     return out
 
