@@ -50,12 +50,14 @@ class Grader:
     """Each prompt has a pass rate that rises and falls with the position, always the same way."""
 
     @staticmethod
-    def grade(questions) -> list[Verdict]:
-        right = [random.Random(text).randrange(G + 1) for text, _, _ in questions[::G]]
+    def grade(cases) -> list[tuple[Verdict, ...]]:
+        right = [random.Random(case.texts[0]).randrange(G + 1) for case in cases]
         return [
-            Verdict(1.0, Status.CORRECT, "1", "") if i < n else Verdict(0.0, Status.WRONG, "0", "")
+            tuple(
+                Verdict(1.0, Status.CORRECT, "1", "") if i < n else Verdict(0.0, Status.WRONG, "0", "")
+                for i in range(G)
+            )
             for n in right
-            for i in range(G)
         ]
 
 
