@@ -12,6 +12,7 @@ Floors, from the top down; no import runs up, and none in a circle:
     refit checkpoint
     policy
     loss rollout
+    environment
     parallel report data
     kernels config reward types
 
@@ -24,7 +25,7 @@ Libraries, and the rooms or modules where they are at home:
     vllm               rollout.engine refit.senders refit.live_weights refit.receiver
     ray                rollout.engines rollout.placement
     megatron           parallel policy checkpoint
-    transformers       data policy checkpoint.parity
+    transformers       data policy checkpoint.parity environment.environment_process
     huggingface_hub    data.hub policy.model_folder
 
 Pure modules, and all that they import beside the standard library and their own room's pure modules:
@@ -48,6 +49,7 @@ Pure modules, and all that they import beside the standard library and their own
     reward.verifiers
     reward.grading_process
     reward.grader           config
+    environment.tools
     loss.advantage          torch config types
     loss.loss               torch config types
     evaluate.scores

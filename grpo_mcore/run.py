@@ -14,6 +14,7 @@ from grpo_mcore import entry
 from grpo_mcore.checkpoint import checkpoint
 from grpo_mcore.config import config, data_sources, rules
 from grpo_mcore.data import prompts, rows, sources
+from grpo_mcore.environment.environments import tools_of
 from grpo_mcore.loss.loss import OverRanks
 from grpo_mcore.parallel import collectives, topology
 from grpo_mcore.parallel.topology import Topology
@@ -27,6 +28,7 @@ from grpo_mcore.reward import golds
 from grpo_mcore.reward.rewards import Rewards
 from grpo_mcore.rollout.engines import Engines
 from grpo_mcore.rollout.rollout import Rollout, try_functions
+from grpo_mcore.rollout.turns import Turns, open_turns
 from grpo_mcore.types import Prompt
 
 NUM_CANARIES, CANARY_TOKENS = 4, 64
@@ -39,6 +41,7 @@ class Driver:
     engines: Engines
     rollout: Rollout
     rewards: Rewards
+    turns: Turns | None  # with an environment
     writer: sinks.Writer
     eval_prompts: list[Prompt]
     num_left_out: int  # problems of eval.data that are over-long
@@ -105,6 +108,7 @@ def read_inputs(cfg: config.Config) -> Inputs:
     """Raises InputError for what is wrong with model, data or device, before anything expensive starts."""
     folder, _ = read_model(cfg)
     tokenizer = prompts.Tokenizer(folder)
+    tokenizer.tools = tools_of(cfg)
     train_prompts, num_overlong = read_train_prompts(cfg, tokenizer)
     eval_prompts, num_left_out = prompts.load_evaluation(cfg, tokenizer) if cfg.eval.data else ([], 0)
     if topology.rank() == 0:
@@ -231,11 +235,12 @@ def open_driver(
     shuffle_seed = cfg.seed if cfg.data.shuffle_seed is None else cfg.data.shuffle_seed
     weights = data_sources.weights(cfg.data.train)
     stream = prompts.Stream(given.train_prompts, shuffle_seed, skip=cfg.data.skip_prompts, weights=weights)
+    turns = open_turns(cfg, engines, given.tokenizer, stack)
     rollout = Rollout(
-        engines, stream, given.tokenizer, rewards, cfg, cursor=progress.cursor, left_out=progress.left_out
+        engines, stream, given.tokenizer, rewards, cfg, cursor=progress.cursor, left_out=progress.left_out, turns=turns
     )
     stack.callback(rollout.close)
-    return Driver(engines, rollout, rewards, writer, given.eval_prompts, given.num_left_out)
+    return Driver(engines, rollout, rewards, turns, writer, given.eval_prompts, given.num_left_out)
 
 
 def check_lengths(cfg: config.Config, hf_config) -> None:

@@ -102,6 +102,7 @@ def evaluate_and_write(run: Run, driver: Driver, step: int) -> None:
         run.cfg,
         version=step,
         num_left_out=driver.num_left_out,
+        turns=driver.turns,
     )
     driver.writer.write(step, result.metrics())
     driver.writer.say(f"evaluation after {step} steps: {result}")

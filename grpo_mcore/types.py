@@ -55,6 +55,17 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """What an environment says of a session at its end."""
+
+    reward: float | None  # None: it says nothing, or could not
+    status: str  # a reward Status
+    detail: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)  # what else it says: numbers and short texts
+    num_turns: int = 1  # sampled ones
+
+
+@dataclass(frozen=True)
 class Response:
     """What one engine sampled for one prompt."""
 
@@ -66,6 +77,7 @@ class Response:
     # [start, end) of the tokens that were not sampled but given, by a tool, the environment or the chat template:
     # ascending, apart from each other, none of them empty
     given: tuple[tuple[int, int], ...] = ()
+    outcome: Outcome | None = None  # of a session; None: there is no environment
 
 
 @dataclass(frozen=True)

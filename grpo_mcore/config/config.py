@@ -49,6 +49,7 @@ FP8_ALIGN = 16  # cuBLAS: every dimension of an FP8 matrix product is a multiple
 PLAIN_ATTENTION_TOKENS = 1024
 Verifier = Literal["math_verify", "boxed", "dapo", "gsm8k"]
 VERIFIERS: tuple[str, ...] = typing.get_args(Verifier)
+ENVIRONMENT = "environment"  # among reward.functions: what the environment says
 EXPONENT_LIMIT = 20.0  # log-ratios are clamped to +- this before exp: of the loss, and a term of every recipe
 
 
@@ -267,7 +268,8 @@ class Engine:
 class RewardFunction:
     """One of the functions that make the reward together (docs/tasks.md says how each style is called)."""
 
-    path: PathText  # FILE.py:NAME, package.module:NAME, or a verifier: math_verify, boxed, dapo, gsm8k
+    # FILE.py:NAME, package.module:NAME, a verifier (math_verify, boxed, dapo, gsm8k), or environment: what it says
+    path: PathText
     # how it is called; auto: as the names of its parameters say; group: with all responses of a prompt at once
     style: Literal["auto", "verl", "trl", "plain", "group"] = "auto"
     weight: float = 1.0  # what its value is multiplied by
@@ -283,7 +285,12 @@ class RewardFunction:
 
     @property
     def is_verifier(self) -> bool:
-        return ":" not in self.path
+        return ":" not in self.path and self.path != ENVIRONMENT
+
+    @property
+    def is_function(self) -> bool:
+        """Of the user's own."""
+        return ":" in self.path
 
 
 @dataclass(frozen=True)
@@ -316,6 +323,18 @@ class Reward:
         if not self.functions:
             return (self.verifier,)
         return tuple(dict.fromkeys(typing.cast(Verifier, f.path) for f in self.functions if f.is_verifier))
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What answers the model's turns: an environment's class, whose methods are tools, or an agent (docs/tasks.md).
+    Null: a response is one turn."""
+
+    path: PathText  # FILE.py:NAME or package.module:NAME
+    max_turns: PositiveInt = 8  # sampled turns of a response, of an environment's class
+    num_processes: Threads = 2  # processes that share the sessions
+    wall_s: Seconds = 60.0  # wall clock between two turns
+    memory_bytes: PositiveInt = 2 << 30  # of a process, beyond what it has taken when it is loaded
 
 
 @dataclass(frozen=True)
@@ -466,6 +485,7 @@ class Config:
     rollout: Rollout = field(default_factory=Rollout)
     engine: Engine = field(default_factory=Engine)
     reward: Reward = field(default_factory=Reward)
+    environment: Environment | None = None
     shaping: Shaping = field(default_factory=Shaping)
     advantage: Advantage = field(default_factory=Advantage)
     loss: Loss = field(default_factory=Loss)

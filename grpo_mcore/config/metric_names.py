@@ -42,6 +42,7 @@ def of_steps(config: Config) -> list[str]:
         "reward": REWARD + (OF_FUNCTIONS if functions else OF_VERIFIER) + " disagree" * config.reward.compare_verifiers,
         **{f"reward/{f.label}": OF_FUNCTION for f in functions},
         "rollout": ROLLOUT + " prompts_left_out" * (config.data.max_pass_rate is not None),
+        "environment": "turns_mean given_tokens_mean failed timed_out" * (config.environment is not None),
         "update": update,
         "mismatch": MISMATCH,
         "importance": IMPORTANCE * (loss.importance_level != "none"),

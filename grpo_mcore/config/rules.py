@@ -9,7 +9,14 @@ import typing
 
 from grpo_mcore.config import data_sources, metric_names
 from grpo_mcore.config.bounds import METRIC_NAME, Bound, Contains, Matches, Section, bounds_of
-from grpo_mcore.config.config import PLAIN_ATTENTION_TOKENS, VERIFIERS, Config, InputError, packed_alignment
+from grpo_mcore.config.config import (
+    ENVIRONMENT,
+    PLAIN_ATTENTION_TOKENS,
+    VERIFIERS,
+    Config,
+    InputError,
+    packed_alignment,
+)
 
 
 def check(config: Config) -> None:
@@ -116,15 +123,34 @@ def _check_reward(config: Config) -> None:
         "set it to false, and add the other verifier to the functions with weight 0",
     )
     names = [f.label for f in reward.functions]
+    paths = [f.path for f in reward.functions]
+    need(
+        config.environment is not None or ENVIRONMENT not in paths,
+        "environment",
+        "is named by reward.functions, and there is none",
+        "set environment.path",
+    )
+    need(
+        config.environment is None or reward.functions,
+        "reward.functions",
+        "must say what a session's reward is made of",
+        f"write [{{path: {ENVIRONMENT}}}], or name functions of the whole text",
+    )
+    need(
+        config.environment is None or config.data.chat_template,
+        "data.chat_template",
+        "must be true with an environment, whose messages it writes",
+        "set it to true",
+    )
     for i, f in enumerate(reward.functions):
         field = f"reward.functions[{i}]"
         if f.is_verifier and f.path not in VERIFIERS:
             there_are = f"FILE.py:NAME, package.module:NAME nor one of {', '.join(VERIFIERS)}"
             raise InputError(f"{field}.path", f.path, f"is neither {there_are}", "write FILE.py:NAME")
-        if not f.is_verifier and not all(f.path.rpartition(":")[::2]):
+        if f.is_function and not all(f.path.rpartition(":")[::2]):
             raise InputError(f"{field}.path", f.path, "must name a function behind the colon", "write FILE.py:NAME")
-        if f.is_verifier and (f.style, f.cpu_s, f.wall_s) != ("auto", None, None):
-            what = "is a verifier, which has neither a style nor limits of its own"
+        if not f.is_function and (f.style, f.cpu_s, f.wall_s) != ("auto", None, None):
+            what = "is no function, and has neither a style nor limits of its own"
             raise InputError(f"{field}.path", f.path, what, "leave style, cpu_s and wall_s out")
         cpu_s, wall_s = f.cpu_s or reward.cpu_s, f.wall_s or reward.wall_s
         if cpu_s > wall_s:

@@ -28,6 +28,7 @@ class Tokenizer:
 
     def __init__(self, folder: str):
         """Raises InputError if it cannot be read, and for ids that the model does not have."""
+        self.tools: list[Mapping[str, Any]] = []  # schemas that the chat template tells the model
         self._vocab_size: int = _read(Path(folder) / "config.json").get("vocab_size", sys.maxsize)
         ids: set[int] = set()
         for name in ("config.json", "generation_config.json"):
@@ -119,7 +120,7 @@ class Tokenizer:
         turns = [dict(message) for message in chat]
         try:
             encoded = self._tokenizer.apply_chat_template(
-                turns, add_generation_prompt=True, return_dict=True, **data.template_arguments
+                turns, add_generation_prompt=True, return_dict=True, **self._of_template(data)
             )
         except Exception as e:  # a template may compute what it likes
             why = (str(e).splitlines() or [""])[0]
@@ -141,6 +142,32 @@ class Tokenizer:
                 raise InputError(
                     field, value, "is no argument of the tokenizer's chat template", "leave it out, or mend its name"
                 )
+
+    def between(
+        self, chat: Sequence[Message], new: Sequence[Message], last_token: int, data: config.Data
+    ) -> tuple[int, ...]:
+        """The tokens that stand between a sampled turn that ends with `last_token` and the next one: what the template
+        writes around `new`, messages behind it. Raises ValueError, in words, if it does not write them so."""
+        mark = "<|what was sampled|>"
+        turns = [*map(dict, chat), {"role": "assistant", "content": mark}, *map(dict, new)]
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                turns, add_generation_prompt=True, tokenize=False, **self._of_template(data)
+            )
+        except Exception as e:  # a template may compute what it likes
+            raise ValueError(f"the chat template cannot be applied to {new!r:.200} ({e})") from None
+        _, found, behind = text.partition(mark)
+        if not found:
+            raise ValueError("the chat template does not write an assistant's message as it is")
+        if last_token in self.stop_token_ids:
+            behind = behind.removeprefix(self._tokenizer.decode([last_token], skip_special_tokens=False))
+        token_ids = self.encode_plain(behind)
+        if self._tokenizer.decode(token_ids, skip_special_tokens=False) != behind:
+            raise ValueError(f"the tokenizer does not give {behind!r:.200} back")
+        return token_ids
+
+    def _of_template(self, data: config.Data) -> dict[str, Any]:
+        return {**data.template_arguments, **({"tools": self.tools} if self.tools else {})}
 
     def encode_plain(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer(text, add_special_tokens=False).input_ids)

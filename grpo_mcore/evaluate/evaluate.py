@@ -1,6 +1,7 @@
 """Evaluations of held-out prompts: mean@k, pass@j and maj@k with error bars (scores.py), their protocol,
 comparisons."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -12,6 +13,7 @@ from typing import Any
 from grpo_mcore.checkpoint import checkpoint, convert
 from grpo_mcore.config import config, data_sources
 from grpo_mcore.data import prompts
+from grpo_mcore.environment.environments import tools_of
 from grpo_mcore.evaluate import scores
 from grpo_mcore.parallel import topology
 from grpo_mcore.policy import hf_weights, model
@@ -25,6 +27,7 @@ from grpo_mcore.reward.verifiers import VERIFIERS
 from grpo_mcore.rollout.engine import LOADED
 from grpo_mcore.rollout.engines import Engines
 from grpo_mcore.rollout.rollout import grade, sample, try_functions
+from grpo_mcore.rollout.turns import Turns, open_turns
 from grpo_mcore.types import Prompt
 
 
@@ -71,6 +74,7 @@ def evaluate(
     *,
     version: int,
     num_left_out: int,
+    turns: Turns | None = None,
 ) -> scores.Result:
     """k samples of every prompt, or the greedy response (eval.temperature = 0), with the weights the engines hold. The
     same samples for the same weights and seed. `num_left_out`: problems that are none of the prompts, being over-long.
@@ -85,6 +89,7 @@ def evaluate(
         seed=cfg.seed,
         version=version,
         timeout_s=cfg.rollout.timeout_s,
+        turns=turns,
     )
     return result_of(grade(groups, range(len(groups)), tokenizer, rewards), cfg, num_left_out)
 
@@ -171,6 +176,7 @@ def evaluate_model(cfg: config.Config, source: str | None, *, compare_with: str 
         folder = local_folder(folder)
         hf_weights.check(folder, model.load_hf_config(folder))
         tokenizer = prompts.Tokenizer(folder)
+        tokenizer.tools = tools_of(cfg)
         eval_prompts, num_left_out = prompts.load_evaluation(cfg, tokenizer)
         answers = prompts.answers_by_source(cfg, "eval.data", eval_prompts)
         for s in data_sources.of(cfg, "eval.data"):
@@ -184,9 +190,17 @@ def evaluate_model(cfg: config.Config, source: str | None, *, compare_with: str 
         engines = Engines(cfg, folder, cuda=cuda, stop_token_ids=tokenizer.stop_token_ids, alone=True)
         try:
             engines.wait_until_ready()
-            with Rewards(cfg.reward) as rewards:
+            with Rewards(cfg.reward) as rewards, contextlib.ExitStack() as stack:
+                turns = open_turns(cfg, engines, tokenizer, stack)
                 result = evaluate(
-                    engines, eval_prompts, tokenizer, rewards, cfg, version=LOADED, num_left_out=num_left_out
+                    engines,
+                    eval_prompts,
+                    tokenizer,
+                    rewards,
+                    cfg,
+                    version=LOADED,
+                    num_left_out=num_left_out,
+                    turns=turns,
                 )
         finally:
             engines.stop()

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from grpo_mcore.reward.graded import Graded
 from grpo_mcore.reward.grader import NO_VALUE, OF_FUNCTIONS, OF_VERIFIERS, Part, Verdict, counts
+from grpo_mcore.types import Response
 
 
 def sample_metrics(graded: Sequence[Graded]) -> dict[str, float]:
@@ -32,11 +33,25 @@ def sample_metrics(graded: Sequence[Graded]) -> dict[str, float]:
         **{f"reward/{status}": float(n) for status, n in counts([v.status for v in verdicts], statuses).items()},
         **_of_functions([v.parts for v in verdicts]),
         **({"reward/disagree": float(sum(v.is_disputed for v in verdicts))} if any(v.other for v in verdicts) else {}),
+        **_of_sessions(responses),
         "rollout/masked_prompts_frac": 1 - len(counted) / len(graded),
         "rollout/response_tokens_mean": mean([len(r.token_ids) for r in responses]),
         "rollout/response_tokens_max": float(max((len(r.token_ids) for r in responses), default=0)),
         "rollout/truncated_frac": mean([r.truncated for r in responses]),
         **of_sources,
+    }
+
+
+def _of_sessions(responses: Sequence[Response]) -> dict[str, float]:
+    """Of an environment's; nothing where there is none."""
+    outcomes = [r.outcome for r in responses if r.outcome is not None]
+    if not outcomes:
+        return {}
+    given = [sum(end - start for start, end in r.given) for r in responses]
+    return {
+        "environment/turns_mean": sum(o.num_turns for o in outcomes) / len(outcomes),
+        "environment/given_tokens_mean": sum(given) / len(given),
+        **{f"environment/{s}": float(sum(o.status == s for o in outcomes)) for s in NO_VALUE[:2]},
     }
 
 
@@ -75,13 +90,28 @@ def rollout_rows(
             }
             if prompt.source:
                 row["source"] = prompt.source
+            if response.outcome is not None:
+                row["session"] = dataclasses.asdict(response.outcome)
             if verdict.other is not None:
                 row["other_verifier"] = _verdict(verdict.other)
             if verdict.parts:
                 row["rewards"] = [dataclasses.asdict(part) for part in verdict.parts]
             if index < keep_texts:
                 row |= {"problem": prompt.problem, "gold": prompt.answer, "response": decode(response.token_ids)}
+                if response.given:
+                    row["turns"] = [[who, decode(response.token_ids[a:b])] for who, a, b in spans(response)]
             yield row
+
+
+def spans(response: Response) -> Iterator[tuple[str, int, int]]:
+    """(sampled or given, start, end) of the parts of response.token_ids."""
+    at = 0
+    for start, end in (*response.given, (len(response.token_ids),) * 2):
+        if at < start:
+            yield "sampled", at, start
+        if start < end:
+            yield "given", start, end
+        at = end
 
 
 def _verdict(v: Verdict) -> dict:

@@ -37,8 +37,9 @@ class Unusable(Exception):
     """What the user got wrong about a function, in words."""
 
 
-def load(path: str) -> Callable[..., Any]:
-    """FILE.py:NAME or package.module:NAME. Raises Unusable, and whatever the user's module raises."""
+def load(path: str, *, classes: bool = False) -> Callable[..., Any]:
+    """FILE.py:NAME or package.module:NAME: a function or, with `classes`, a class. Raises Unusable, and whatever the
+    user's module raises."""
     where, _, name = path.rpartition(":")
     if where.endswith(".py") or os.sep in where:
         file = Path(where).resolve()
@@ -65,7 +66,7 @@ def load(path: str) -> Callable[..., Any]:
             names = [n for n in vars(module) if callable(getattr(module, n)) and not n.startswith("_")]
             raise Unusable(f"{where} has no {name}; it has {', '.join(names) or 'no function'}")
         found = getattr(found, part)
-    if not callable(found) or inspect.isclass(found):
+    if not callable(found) or (inspect.isclass(found) and not classes):
         raise Unusable(f"{name} is a {type(found).__name__}, and no function")
     function: Callable[..., Any] = found
     return function
@@ -127,14 +128,14 @@ class Caller:
         try:
             return self._outcomes(self._call(case, said), said)
         except Exception as e:
-            return {"error": _words(e)}
+            return {"error": words(e)}
 
     async def call_async(self, case: Case) -> Reply:
         said = Said(len(case.texts))
         try:
             return self._outcomes(await self._call(case, said), said)
         except Exception as e:
-            return {"error": _words(e)}
+            return {"error": words(e)}
 
     def _call(self, case: Case, said: "Said") -> Any:
         if self.style == "verl":
@@ -159,13 +160,13 @@ class Caller:
                     raise Unusable(f"it returned a dict without 'score': {_short(result)}")
                 extra = {str(k): v for k, v in result.items() if k != "score"}
                 result = result["score"]
-            return [(_number(result), {**_small(extra), **said.of(0)})]
+            return [(number(result), {**_small(extra), **said.of(0)})]
         values = result.tolist() if hasattr(result, "tolist") else result
         count = len(said.extras)
         if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != count:
             shown = f"{len(values)} values" if isinstance(values, list) else _short(values)
             raise Unusable(f"it returned {shown} for {count} responses: must be a list of {count} numbers or None")
-        return [(_number(value), said.of(i)) for i, value in enumerate(values)]
+        return [(number(value), said.of(i)) for i, value in enumerate(values)]
 
 
 class Said:
@@ -205,7 +206,7 @@ def _of_trl(case: Case) -> dict[str, Any]:
     }
 
 
-def _number(value: Any) -> float | None:
+def number(value: Any) -> float | None:
     """Raises Unusable if it is none."""
     if value is None:
         return None
@@ -214,10 +215,10 @@ def _number(value: Any) -> float | None:
             value = value.item()
     if not isinstance(value, (int, float)):
         raise Unusable(f"it returned {_short(value)} ({type(value).__name__}): must be a number or None")
-    number = float(value)
-    if not math.isfinite(number):
-        raise Unusable(f"it returned {number}: must be a finite number or None")
-    return number
+    found = float(value)
+    if not math.isfinite(found):
+        raise Unusable(f"it returned {found}: must be a finite number or None")
+    return found
 
 
 def _small(extra: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,12 +237,12 @@ def _short(value: object) -> str:
     return reprlib.repr(value)
 
 
-def _words(e: Exception) -> str:
-    """What the user is shown: of their own code the traceback, without the frames here."""
+def words(e: Exception, caller: str = __file__) -> str:
+    """What the user is shown: of their own code the traceback, without the frames of `caller`, a file, and here."""
     if isinstance(e, Unusable):
         return str(e)
     frames = traceback.extract_tb(e.__traceback__)
-    own = [frame for frame in frames if frame.filename != __file__]
+    own = [frame for frame in frames if frame.filename not in (__file__, caller)]
     lines = ["Traceback (most recent call last):\n"] * bool(own)
     return "".join([*lines, *traceback.format_list(own), *traceback.format_exception_only(e)]).strip()
 
@@ -251,7 +252,7 @@ def _serve(path: str, style: str, limits: killable.Limits) -> None:
     try:
         caller = Caller(load(path), style)
     except Exception as e:
-        to_parent.ready(error=_words(e))
+        to_parent.ready(error=words(e))
         return
     taken = psutil.Process().memory_info().data
     channel.limit(resource.RLIMIT_DATA, taken + limits.memory_bytes)

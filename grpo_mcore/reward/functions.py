@@ -18,6 +18,7 @@ from grpo_mcore.config import config
 from grpo_mcore.config.config import InputError
 from grpo_mcore.reward.grader import Part, Status
 from grpo_mcore.reward.killable import Limits, Pool, StartError, Stopped
+from grpo_mcore.types import Outcome
 
 STOPS_IN_A_ROW = 8
 ASKED_AGAIN = 10  # times wall_s: after so long one call is tried
@@ -36,6 +37,7 @@ class Case:
     texts: tuple[str, ...]
     token_ids: tuple[tuple[int, ...], ...]
     truncated: tuple[bool, ...]
+    outcomes: tuple[Outcome | None, ...] = ()  # of sessions; none without an environment
 
 
 class Function:
@@ -151,4 +153,4 @@ class Function:
 
 def _one_by_one(case: Case) -> Iterator[Case]:
     for text, ids, truncated in zip(case.texts, case.token_ids, case.truncated, strict=True):
-        yield dataclasses.replace(case, texts=(text,), token_ids=(ids,), truncated=(truncated,))
+        yield dataclasses.replace(case, texts=(text,), token_ids=(ids,), truncated=(truncated,), outcomes=())

@@ -5,9 +5,10 @@ import dataclasses
 from collections.abc import Sequence
 
 from grpo_mcore.config import config
-from grpo_mcore.config.config import InputError
+from grpo_mcore.config.config import ENVIRONMENT, InputError
 from grpo_mcore.reward.functions import Case, Function
 from grpo_mcore.reward.grader import NO_VALUE, Grader, Part, Status, Verdict
+from grpo_mcore.types import Outcome
 
 # A response that states an answer in every way that is common, for functions that look for one of them.
 STATED = "<think>So it is {0}.</think>\n<answer>\\boxed{{{0}}}</answer>\nAnswer: {0}\n#### {0}"
@@ -26,7 +27,7 @@ class Rewards:
             self._functions = {
                 f.label: stack.enter_context(Function(f, cfg, f"reward.functions[{i}]"))
                 for i, f in enumerate(cfg.functions)
-                if not f.is_verifier
+                if f.is_function
             }
             self._open = stack.pop_all()
 
@@ -58,6 +59,8 @@ class Rewards:
         for f in self._cfg.functions:
             if f.is_verifier:
                 by_label[f.label] = [[_part(f.label, v) for v in verdicts] for verdicts in of_verifiers[f.path]]
+            elif f.path == ENVIRONMENT:
+                by_label[f.label] = [[_of_outcome(f.label, o) for o in case.outcomes] for case in cases]
         answers = next(iter(of_verifiers.values()), None)
         return [
             tuple(
@@ -97,7 +100,7 @@ class Rewards:
         tried = [_stated(case) for case in cases]
         warnings = []
         for i, f in enumerate(self._cfg.functions):
-            if f.is_verifier or not tried:
+            if not f.is_function or not tried:
                 continue
             parts = [part for each in [self._functions[f.label].ask(case) for case in tried] for part in each]
             failed = [p for p in parts if p.status in NO_VALUE[:2]]
@@ -113,6 +116,11 @@ class Rewards:
 def _part(name: str, v: Verdict) -> Part:
     value = None if v.status == Status.TIMED_OUT else v.reward
     return Part(name, value, v.status, v.detail, {"answer": v.answer})
+
+
+def _of_outcome(name: str, o: Outcome | None) -> Part:
+    assert o is not None  # sessions end with one
+    return Part(name, o.reward, Status(o.status), o.detail, o.extra)
 
 
 def _stated(case: Case) -> Case:

@@ -13,6 +13,7 @@ from pathlib import Path
 from grpo_mcore.config import config
 from grpo_mcore.config.config import InputError
 from grpo_mcore.parallel import topology
+from grpo_mcore.types import Outcome
 
 LOADED = -1  # version of the weights an engine started with
 
@@ -39,6 +40,8 @@ class Completion:
     logprobs: list[float]  # natural log, after temperature (greedy: at 1) and top_p
     truncated: bool
     versions: tuple[tuple[int, int], ...]  # (policy_version, tokens sampled with it), in order
+    given: tuple[tuple[int, int], ...] = ()  # of a session, as in types.Response
+    outcome: Outcome | None = None
 
 
 class Engine:

@@ -24,8 +24,10 @@ from grpo_mcore.reward.functions import Case
 from grpo_mcore.reward.graded import Graded
 from grpo_mcore.reward.rewards import Rewards
 from grpo_mcore.rollout.admission import Admission
+from grpo_mcore.rollout.dispatch import Key
 from grpo_mcore.rollout.engine import Completion, Sampling
 from grpo_mcore.rollout.engines import Engines, RequestError
+from grpo_mcore.rollout.turns import Turns
 from grpo_mcore.types import Group, Prompt, Response
 
 CHECK_EVERY_S = 0.5  # how soon a wait notices that the engines are gone
@@ -60,6 +62,7 @@ def sample(
     timeout_s: float,
     top_p: float = 1.0,
     phase: str = "evaluation",
+    turns: Turns | None = None,
 ) -> list[Group]:
     """One group of `group_size` responses per prompt, in the order of the prompts. `max_tokens` of a response, by its
     prompt's length.
@@ -67,9 +70,11 @@ def sample(
     Raises EngineError, EnginesLost, RequestError, StaleError.
     """
     answers = [
-        engines.submit(
+        submit(
+            engines,
+            turns,
             (EVALUATION, i),
-            p.token_ids,
+            p,
             Sampling(group_size, temperature, max_tokens(len(p.token_ids)), seed_of(seed, phase, i, p), top_p),
             phase,
         )
@@ -87,12 +92,27 @@ def sample(
                     if time.monotonic() > end:
                         raise engines.overdue(phase, timeout_s) from None
     except BaseException:
-        engines.cancel([(EVALUATION, i) for i in range(len(answers))])
+        cancel(engines, turns, [(EVALUATION, i) for i in range(len(answers))])
         raise
     return [
         group_of(prompt, answer.result(), oldest=version, newest=version)
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
+
+
+def submit(engines: Engines, turns: Turns | None, key: Key, prompt: Prompt, sampling: Sampling, phase: str) -> Future:
+    """The completions of a prompt, some time: turns, or with an environment sessions."""
+    if turns is None:
+        return engines.submit(key, prompt.token_ids, sampling, phase)
+    return turns.submit(key, prompt, sampling, phase)
+
+
+def cancel(engines: Engines, turns: Turns | None, keys: Sequence[Key]) -> None:
+    if turns is None:
+        engines.cancel(keys)
+    else:
+        for key in keys:
+            turns.cancel(key)
 
 
 def seed_of(seed: int, phase: str, position: int, prompt: Prompt) -> int:
@@ -118,7 +138,11 @@ def group_of(prompt: Prompt, completions: Sequence[Completion], *, oldest: int, 
                 f"step needs {needs}"
             )
     return Group(
-        prompt, tuple(Response(tuple(c.token_ids), tuple(c.logprobs), c.truncated, c.versions) for c in completions)
+        prompt,
+        tuple(
+            Response(tuple(c.token_ids), tuple(c.logprobs), c.truncated, c.versions, c.given, c.outcome)
+            for c in completions
+        ),
     )
 
 
@@ -137,6 +161,7 @@ def case_of(g: Group, tokenizer: prompts.Tokenizer) -> Case:
         texts=tuple(tokenizer.decode(r.token_ids) for r in g.responses),
         token_ids=tuple(r.token_ids for r in g.responses),
         truncated=tuple(r.truncated for r in g.responses),
+        outcomes=tuple(r.outcome for r in g.responses),
     )
 
 
@@ -174,10 +199,11 @@ class Rollout:
         *,
         cursor: int,
         left_out: Sequence[Sequence[int]] = (),
+        turns: Turns | None = None,
     ):
         """`cursor`: positions of the stream before it have been trained on; `left_out`: as in Sampled, until then."""
         self._engines, self._stream, self._tokenizer = engines, stream, tokenizer
-        self._rewards, self._cfg = rewards, cfg
+        self._rewards, self._cfg, self._turns = rewards, cfg, turns
         r = cfg.rollout
         self._admission = Admission(
             prompts_per_step=r.prompts_per_step,
@@ -213,7 +239,7 @@ class Rollout:
                 )
             self._version = version
             admitted, dropped = self._admission.begin(version)
-            self._engines.cancel([(TRAINING, p) for p in dropped])
+            cancel(self._engines, self._turns, [(TRAINING, p) for p in dropped])
             for position in dropped:
                 self._answers.pop(position, None)
                 self._graded.pop(position, None)
@@ -291,8 +317,8 @@ class Rollout:
                 self._cfg.response_tokens(len(prompt.token_ids)),
                 seed_of(self._cfg.seed, "rollout", position, prompt),
             )
-            self._answers[position] = answer = self._engines.submit(
-                (TRAINING, position), prompt.token_ids, sampling, "rollout"
+            self._answers[position] = answer = submit(
+                self._engines, self._turns, (TRAINING, position), prompt, sampling, "rollout"
             )
             answer.add_done_callback(functools.partial(self._put, position))
 

@@ -29,7 +29,7 @@ TEMPERATURE = 0.7
 
 
 def groups(seed: int = 0, *, P: int = 4, G: int = 4) -> tuple[list[Group], torch.Tensor]:
-    """P groups of G responses of random tokens and lengths, every other one of several turns, with random advantages."""
+    """P groups of G responses of random tokens and lengths, half of them of several turns, with random advantages."""
     rng = random.Random(seed)
 
     def tokens(low: int, high: int) -> tuple[int, ...]:

@@ -1,0 +1,94 @@
+"""Environments and agents as users bring them. Read by tests, as a file."""
+
+import asyncio
+import time
+
+
+class Calculator:
+    """Adds and multiplies."""
+
+    def reset(self, **row):
+        self.gold, self.calls = row.get("answer"), 0
+
+    def add(self, a: int, b: int) -> int:
+        """
+        Adds two numbers.
+
+        Args:
+            a: The first number.
+            b: The second number.
+        """
+        self.calls += 1
+        return a + b
+
+    def divide(self, a: float, b: float) -> float:
+        """
+        Divides a number by another.
+
+        Args:
+            a: The one.
+            b: The other.
+        """
+        return a / b
+
+    def wait(self, seconds: float) -> str:
+        """
+        Waits.
+
+        Args:
+            seconds: For so long.
+        """
+        time.sleep(seconds)
+        return "done"
+
+    def get_reward(self):
+        return {"score": self.calls, "gold": self.gold}
+
+
+class Untyped:
+    def look(self, where):
+        """Looks."""
+
+
+class Silent:
+    def look(self, where: str) -> str:
+        return where
+
+
+class Empty:
+    pass
+
+
+async def three_turns(session, row):
+    texts = [await session.generate()]
+    texts.append(await session.generate("12+34="))
+    texts.append(await session.generate([*session.messages, {"role": "user", "content": "5+6="}]))
+    return {"score": sum(map(len, texts)) / 100, "first": texts[0]}
+
+
+async def rewrites(session, row):
+    await session.generate()
+    await session.generate([{"role": "user", "content": "another"}])
+
+
+async def says_nothing(session, row):
+    return None
+
+
+async def raises(session, row):
+    await session.generate()
+    raise KeyError("no such thing")
+
+
+async def sleeps(session, row):
+    await session.generate()
+    await asyncio.sleep(1000)
+
+
+async def for_ever(session, row):
+    while True:
+        await session.generate("1+1=")
+
+
+def not_async(session, row):
+    return 1.0
