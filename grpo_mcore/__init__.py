@@ -35,8 +35,8 @@ Pure modules, and all that they import beside the standard library and their own
     reward.channel
     reward.killable
     reward.function_process psutil
-    reward.functions        config
-    reward.rewards          config
+    reward.functions        config types
+    reward.rewards          config types
     reward.line_answer
     reward.graded           types
     reward.shaping          torch config types

@@ -10,6 +10,7 @@ from grpo_mcore.checkpoint import checkpoint
 from grpo_mcore.config import recipe, rules
 from grpo_mcore.config.config import Config, InputError
 from grpo_mcore.data import prompts
+from grpo_mcore.environment.environments import tools_of
 from grpo_mcore.parallel import topology
 from grpo_mcore.plan import memory
 from grpo_mcore.policy import warm_start
@@ -38,8 +39,9 @@ class Checks:
             Look("checkpoints", self._checkpoints, "model"),
             Look("tokenizer", self._tokenizer, "model"),
             Look("rows", self._rows),
-            Look("data.train", self._train, "tokenizer rows"),
-            Look("eval.data", self._evaluation, "tokenizer rows"),
+            Look("environment", self._environment, "tokenizer"),
+            Look("data.train", self._train, "tokenizer rows environment"),
+            Look("eval.data", self._evaluation, "tokenizer rows environment"),
             Look("answers", self._answers, "rows"),
             Look("reward", self._reward, "data.train"),
             Look("as before", self._as_before, "run_dir data.train"),
@@ -79,6 +81,13 @@ class Checks:
         rows = run.read_rows(self.cfg)
         self.answers = {name: [row.answer for row in each] for name, each in rows.items()}
         return ", ".join(f"{len(each)} of {name}" for name, each in rows.items())
+
+    def _environment(self) -> str:
+        self.tokenizer.tools = tools_of(self.cfg)
+        if self.cfg.environment is None:
+            return "none"
+        tools = ", ".join(tool["function"]["name"] for tool in self.tokenizer.tools)
+        return f"{self.cfg.environment.path}: {f'tools {tools}' if tools else 'an agent'}"
 
     def _train(self) -> str:
         self.train_prompts, num_overlong = run.read_train_prompts(self.cfg, self.tokenizer)

@@ -12,13 +12,15 @@ import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grpo_mcore.config import config
 from grpo_mcore.config.config import InputError
 from grpo_mcore.reward.grader import Part, Status
 from grpo_mcore.reward.killable import Limits, Pool, StartError, Stopped
-from grpo_mcore.types import Outcome
+
+if TYPE_CHECKING:  # the processes of functions do without torch
+    from grpo_mcore.types import Outcome
 
 STOPS_IN_A_ROW = 8
 ASKED_AGAIN = 10  # times wall_s: after so long one call is tried
@@ -37,7 +39,7 @@ class Case:
     texts: tuple[str, ...]
     token_ids: tuple[tuple[int, ...], ...]
     truncated: tuple[bool, ...]
-    outcomes: tuple[Outcome | None, ...] = ()  # of sessions; none without an environment
+    outcomes: "tuple[Outcome | None, ...]" = ()  # of sessions; none without an environment
 
 
 class Function:

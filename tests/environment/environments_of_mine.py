@@ -1,6 +1,9 @@
 """Environments and agents as users bring them. Read by tests, as a file."""
 
 import asyncio
+import itertools
+import os
+import pathlib
 import time
 
 
@@ -66,6 +69,15 @@ async def three_turns(session, row):
     return {"score": sum(map(len, texts)) / 100, "first": texts[0]}
 
 
+async def three_turns_slowly(session, row):
+    """A file says that a session is between two turns."""
+    text = await session.generate()
+    if between := os.environ.get("TEST_BETWEEN"):
+        pathlib.Path(between).touch()
+    await asyncio.sleep(0.3)
+    return len(text + await session.generate("12+34=")) / 100
+
+
 async def rewrites(session, row):
     await session.generate()
     await session.generate([{"role": "user", "content": "another"}])
@@ -86,9 +98,18 @@ async def sleeps(session, row):
 
 
 async def for_ever(session, row):
+    await session.generate()
     while True:
         await session.generate("1+1=")
 
 
 def not_async(session, row):
     return 1.0
+
+
+TURN = itertools.count()
+
+
+async def one_of_many(session, row):
+    """Each session of a process has another one of those that fail."""
+    return await (rewrites, raises, says_nothing, for_ever, sleeps)[next(TURN) % 5](session, row)

@@ -1,8 +1,9 @@
-"""Environments and agents in their processes, and tool calls in texts. Real processes; the model's turns are written here.
+"""Environments and agents in their processes, and tool calls in texts. The processes are real, the turns written here.
 
 Not covered here: sessions over engines (test_runs.py), tokens (test_session.py).
 """
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from grpo_mcore.config.config import Environment, InputError
 from grpo_mcore.environment.environments import Environments
 from grpo_mcore.environment.tools import Call, Malformed, calls
 from grpo_mcore.reward.killable import Stopped
+from tests.dist import ROOT
 
 FILE = Path(__file__).with_name("environments_of_mine.py")
 CHAT = [{"role": "user", "content": "2+3?"}]
@@ -18,8 +20,6 @@ ROW = {"problem": "2+3?", "answer": "5"}
 
 
 def call(name: str, **arguments) -> str:
-    import json
-
     return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
 
 
@@ -105,6 +105,15 @@ def test_an_agent_that_raises_says_where():
     with Environments(Environment(f"{FILE}:raises", num_processes=1)) as environments:
         error = played(environments, "46")[-1]["error"]
     assert error.endswith("KeyError: 'no such thing'") and str(FILE) in error and "environment_process" not in error
+
+
+def test_the_examples_play():
+    examples = ROOT / "examples"
+    with Environments(Environment(f"{examples}/environment_of_tools.py:Calculator", num_processes=1)) as environments:
+        said = played(environments, call("multiply", a=6, b=7), "42")
+    assert said[1]["generate"][-1]["content"] == "42" and said[-1] == {"reward": 1.0, "extra": {}}
+    with Environments(Environment(f"{examples}/agent_that_checks_itself.py:run", num_processes=1)) as environments:
+        assert played(environments, "6", "5")[-1] == {"reward": 1.0, "extra": {"changed": 1.0}}
 
 
 @pytest.mark.parametrize(
