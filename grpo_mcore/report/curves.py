@@ -112,6 +112,8 @@ SECTIONS = {  # of the report's page
         Plot("Learning rate", "learning rate", ("update/lr",)),
     ),
     "Length and truncation": (
+        Plot("Turns of a response", "turns", ("environment/turns_mean",), "Those that were sampled."),
+        Plot("Sessions without an end", "responses", ("environment/failed", "environment/timed_out")),
         Plot("Response length", "tokens", ("rollout/response_tokens_mean", "rollout/response_tokens_max")),
         Plot(
             "Truncated responses",

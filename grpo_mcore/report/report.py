@@ -339,7 +339,7 @@ def collect_rollouts(runs: Sequence[ReportedRun], bounds: Bounds) -> tuple[list,
         left = int(bounds.mib * 2**20 / len(chosen))
         for row in run_folder.read_rollouts(path):
             key = (_field(row.get("position")), _field(row.get("prompt_id")))
-            text, problem = _text(row.get("response"), bounds.chars), _text(row.get("problem"), bounds.chars)
+            text, problem = _response_text(row, bounds.chars), _text(row.get("problem"), bounds.chars)
             response = [*_response(row), text]
             added = [response]
             if key not in groups:
@@ -395,6 +395,15 @@ def _response(row: dict) -> list:
 
 def _verdict(row: dict) -> list:
     return [_number(row.get("reward")), *(_field(row.get(name)) for name in ("status", "answer", "detail"))]
+
+
+def _response_text(row: dict, most: int) -> list | None:
+    """That of _text; of several turns [nothing, characters left out, nothing, [[sampled or given, *_text], ...]]"""
+    turns = row.get("turns")
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
+        return _text(row.get("response"), most)
+    parts = [[_field(who), *(_text(text, most // len(turns)) or ("", 0, ""))] for who, text in turns]
+    return ["", sum(left_out for _, _, left_out, _ in parts), "", parts]
 
 
 def _text(value: object, most: int) -> list | None:

@@ -308,6 +308,16 @@ def test_no_script_but_the_pages_own_may_run_and_nothing_is_fetched(tmp_path):
     assert len(ids) == len(set(ids)) and all(v[1:] in ids for v in targets)
 
 
+def test_turns_are_shown_apart_and_cut_each(tmp_path):
+    turns = [["sampled", "abc" + "x" * 40 + "defghij"], ["given", "5"], ["sampled", "so 5"]]
+    rows = [response(turns=turns), response(1, turns=[["sampled", 5]]), response(2, turns="x"), response(3)]
+    texts = [r[-1] for r in page_of(make_run(tmp_path / "run", rollouts={1: rows}), chars=30).responses()]
+    parts = [["sampled", "abc", 40, "defghij"], ["given", "5", 0, ""], ["sampled", "so 5", 0, ""]]
+    assert texts[0] == ["", 40, "", parts]
+    assert texts[1] == ["", 0, "", [["sampled", "", 0, ""]]]
+    assert texts[2] == texts[3] == ["so \\boxed{4}", 0, ""]
+
+
 def test_rollouts_come_with_reward_answer_and_rule_in_groups(tmp_path):
     rows = [
         response(0),
