@@ -3,7 +3,8 @@ in virtual time.
 
 A request is one prompt with its responses; its key is unique, and keys are served in their order. It goes to the engine
 with the fewest responses to sample. An engine holds what it runs at once and as much again, so that it never waits for
-more; what is beyond that waits here, where any engine can take it.
+more; what is beyond that waits here, where any engine can take it. Requests of one conversation go to the engine that
+has had the first of them, whose cache holds their beginning, unless it is full.
 """
 
 import heapq
@@ -20,6 +21,8 @@ class Dispatch(Generic[Engine]):
         self._capacity = 2 * max_running_responses
         self._waiting: list[Key] = []  # a heap
         self._num_responses: dict[Key, int] = {}  # of all requests, waiting or dealt
+        self._conversation: dict[Key, Key] = {}  # of those that are of one
+        self._home: dict[Key, Engine] = {}  # of conversations
         self._owner: dict[Key, Engine] = {}  # of those dealt
         self._dealt: dict[Engine, set[Key]] = {}
         self._load: dict[Engine, int] = {}  # responses dealt
@@ -61,11 +64,13 @@ class Dispatch(Generic[Engine]):
             heapq.heappush(self._waiting, key)
         return left
 
-    def submit(self, key: Key, num_responses: int) -> None:
+    def submit(self, key: Key, num_responses: int, conversation: Key | None = None) -> None:
         """Raises ValueError for a key that is under way already."""
         if key in self._num_responses:
             raise ValueError(f"request {key} is under way already")
         self._num_responses[key] = num_responses
+        if conversation is not None:
+            self._conversation[key] = conversation
         heapq.heappush(self._waiting, key)
 
     def deal(self) -> Iterator[tuple[Engine, Key]]:
@@ -80,9 +85,14 @@ class Dispatch(Generic[Engine]):
             key = heapq.heappop(self._waiting)
             if key not in self._num_responses or key in self._owner:  # cancelled; cancelled and submitted again
                 continue
+            if (conversation := self._conversation.get(key)) is not None:
+                home = self._home.get(conversation)
+                if home in self._load and self._load[home] < self._capacity:
+                    engine = home
+                self._home[conversation] = engine
             self._owner[key] = engine
             self._dealt[engine].add(key)
-            self._set_load(engine, load + self._num_responses[key])
+            self._set_load(engine, self._load[engine] + self._num_responses[key])
             yield engine, key
 
     def done(self, engine: Engine, key: Key) -> bool:
@@ -93,6 +103,10 @@ class Dispatch(Generic[Engine]):
         self._forget(key)
         return True
 
+    def end(self, conversation: Key) -> None:
+        """No more requests of it will come."""
+        self._home.pop(conversation, None)
+
     def cancel(self, key: Key) -> Engine | None:
         """Drops a request. Returns the engine that had it."""
         engine = self._owner.get(key)
@@ -100,10 +114,12 @@ class Dispatch(Generic[Engine]):
             self._forget(key)
         else:
             self._num_responses.pop(key, None)  # its place in the heap is skipped
+            self._conversation.pop(key, None)
         return engine
 
     def _forget(self, key: Key) -> None:
         engine = self._owner.pop(key)
+        self._conversation.pop(key, None)
         self._dealt[engine].remove(key)
         self._set_load(engine, self._load[engine] - self._num_responses.pop(key))
 

@@ -175,15 +175,22 @@ class Engines:
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
-    def submit(self, key: Key, token_ids: Sequence[int], sampling: Sampling, phase: str) -> Future:
-        """A list of Completion, some time: requests are served in the order of their keys. The future fails with
+    def submit(
+        self, key: Key, token_ids: Sequence[int], sampling: Sampling, phase: str, conversation: Key | None = None
+    ) -> Future:
+        """A list of Completion, some time: requests are served in the order of their keys. `conversation`: what else is
+        of the same one has, or will have, the same beginning; until `end_conversation`. The future fails with
         RequestError if no engine could serve it, else only when the run cannot go on."""
         request = _Request(next(self._names), phase, token_ids, sampling, Future())
         with self._lock:
             self._requests[key] = request
-            self._dispatch.submit(key, sampling.num_responses)
+            self._dispatch.submit(key, sampling.num_responses, conversation)
             self._deal()
         return request.answer
+
+    def end_conversation(self, conversation: Key) -> None:
+        with self._lock:
+            self._dispatch.end(conversation)
 
     def cancel(self, keys: Sequence[Key]) -> None:
         """Ends requests; the futures of those that were not answered yet never end."""

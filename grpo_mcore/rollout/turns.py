@@ -63,7 +63,10 @@ class Turns:
 
     async def _group(self, request: _Request) -> list[Completion]:
         sessions = [self._session(request, sample) for sample in range(request.sampling.num_responses)]
-        return list(await asyncio.gather(*sessions))
+        try:
+            return list(await asyncio.gather(*sessions))
+        finally:
+            self._engines.end_conversation(request.key)
 
     async def _session(self, request: _Request, sample: int) -> Completion:
         """Raises what Engines' answers fail with, and StartError."""
@@ -117,7 +120,9 @@ class Turns:
         sampling = replace(request.sampling, num_responses=1, max_tokens=session.room, seed=seed)
         prompt = (*request.prompt.token_ids, *session.token_ids)
         try:
-            (c,) = await asyncio.wrap_future(self._engines.submit(key, prompt, sampling, request.phase))
+            # The sessions of a prompt begin alike, and stay where that is cached.
+            answer = self._engines.submit(key, prompt, sampling, request.phase, request.key)
+            (c,) = await asyncio.wrap_future(answer)
         except asyncio.CancelledError:
             self._engines.cancel([key])
             raise

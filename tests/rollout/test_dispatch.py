@@ -41,6 +41,30 @@ def test_a_request_larger_than_an_engine_goes_to_one_that_has_nothing_else():
     assert list(d.deal()) == [("a", (0,)), ("b", (1,))] and d.num_waiting == 1
 
 
+def test_a_conversation_stays_with_its_engine_unless_that_is_full_or_gone():
+    d = dispatch("a", "b", max_running_responses=1)  # two at a time
+    d.submit((0,), 1)
+    d.submit((1, 0), 1, (1,))
+    assert list(d.deal()) == [("a", (0,)), ("b", (1, 0))]
+    d.done("b", (1, 0))
+    d.done("a", (0,))
+    d.submit((1, 1), 1, (1,))  # a comes first among equals
+    assert list(d.deal()) == [("b", (1, 1))]
+    d.submit((2,), 1)
+    d.submit((3,), 1)
+    assert list(d.deal()) == [("a", (2,)), ("a", (3,))]
+    d.submit((1, 2), 1, (1,))
+    d.submit((1, 3), 1, (1,))
+    assert list(d.deal()) == [("b", (1, 2))] and d.num_waiting == 1
+    assert d.leave("b") == [(1, 1), (1, 2)]
+    d.done("a", (2,))
+    assert list(d.deal()) == [("a", (1, 1))]
+    d.done("a", (1, 1))
+    d.end((1,))
+    d.join("c")
+    assert list(d.deal()) == [("c", (1, 2)), ("c", (1, 3))]
+
+
 def test_without_engines_everything_waits():
     d = dispatch()
     d.submit((0,), 1)
