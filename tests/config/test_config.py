@@ -169,6 +169,11 @@ rollout.max_draws engine.tp engine.gpu_memory_frac engine.max_batched_tokens eng
 engine.kv_cache_bytes mismatch.warn_above mismatch.stop_above loss.kl_limit eval.max_prompts eval.max_response_tokens
 optimizer.eps refit.canary_tolerance data.max_pass_rate
 """.split()
+NEEDED = {  # what a section that may be null cannot do without
+    "warm_start": ["warm_start.task=two_digit_sums"],
+    "environment": ["environment.path=a.py:A", "reward.functions=[{path: environment}]"],
+}
+OF_AN_ENVIRONMENT = [f"environment.{name}" for name in ("max_turns", "num_processes", "wall_s", "memory_bytes")]
 OF_A_WARM_START = ["warm_start.batch_size", "warm_start.lr", "warm_start.max_steps"]
 MAY_BE_ZERO = (
     "data.skip_prompts loss.kl_coef loss.entropy_coef shaping.overlong_buffer_tokens "
@@ -200,7 +205,8 @@ def numbers(cls: type, prefix: str = "") -> dict[str, type]:
 
 
 def test_every_number_has_a_bound_here_or_needs_none():
-    listed = MUST_BE_POSITIVE + OF_A_WARM_START + MAY_BE_ZERO + MUST_BE_A_FRACTION + HAVE_BOUNDS_OF_THEIR_OWN
+    listed = MUST_BE_POSITIVE + OF_A_WARM_START + OF_AN_ENVIRONMENT
+    listed += MAY_BE_ZERO + MUST_BE_A_FRACTION + HAVE_BOUNDS_OF_THEIR_OWN
     assert sorted(numbers(config.Config)) == sorted(listed + ANY_NUMBER)
 
 
@@ -210,22 +216,22 @@ FLOATS = [name for name, kind in numbers(config.Config).items() if kind is float
 @pytest.mark.parametrize("name", FLOATS)
 @pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
 def test_no_number_is_infinite_or_nan(minimal, name, value):
-    task = ["warm_start.task=two_digit_sums"] * name.startswith("warm_start.")
+    needed = NEEDED.get(name.partition(".")[0], [])
     seen = value.replace(".", "")
     said = f"{name} = {seen}: must be a finite number. Remedy: write one."
-    assert refused(load, minimal, [*task, f"{name}={value}"]) == said
+    assert refused(load, minimal, [*needed, f"{name}={value}"]) == said
 
 
 @pytest.mark.parametrize("name", MUST_BE_A_FRACTION + AT_MOST_1)
 def test_a_fraction_ends_at_0_and_1(minimal, name):
-    task = ["warm_start.task=two_digit_sums"] * name.startswith("warm_start.")
-    load(minimal, [*task, f"{name}=1"])
+    needed = NEEDED.get(name.partition(".")[0], [])
+    load(minimal, [*needed, f"{name}=1"])
     words = f"{name} = 1.01: must be between 0 and 1. Remedy: lower it."
-    assert refused(load, minimal, [*task, f"{name}=1.01"]) == words
+    assert refused(load, minimal, [*needed, f"{name}=1.01"]) == words
     if name in MUST_BE_A_FRACTION:
-        load(minimal, [*task, f"{name}=0"])
+        load(minimal, [*needed, f"{name}=0"])
         words = f"{name} = -0.01: must be between 0 and 1. Remedy: raise it."
-        assert refused(load, minimal, [*task, f"{name}=-0.01"]) == words
+        assert refused(load, minimal, [*needed, f"{name}=-0.01"]) == words
 
 
 @pytest.mark.parametrize("name", MUST_BE_POSITIVE)
@@ -237,11 +243,11 @@ def test_a_size_or_time_must_be_positive(minimal, name, value):
     )
 
 
-@pytest.mark.parametrize("name", OF_A_WARM_START)
-def test_sizes_of_a_warm_start_must_be_positive(minimal, name):
+@pytest.mark.parametrize("name", OF_A_WARM_START + OF_AN_ENVIRONMENT)
+def test_sizes_of_a_section_that_may_be_null_must_be_positive(minimal, name):
     assert re.fullmatch(
         rf"{name} = 0(\.0)?: must be greater than 0\. Remedy: raise it\.",
-        refused(load, minimal, ["warm_start.task=two_digit_sums", f"{name}=0"]),
+        refused(load, minimal, [*NEEDED[name.partition(".")[0]], f"{name}=0"]),
     )
 
 

@@ -146,7 +146,7 @@ def test_what_fails_on_some_rows_is_said_and_what_is_well_is_described():
         ({"functions": (of("plain", name="a/b"),)}, r"functions\[0\].name = 'a/b'"),
         ({"functions": (of("plain", cpu_s=-1.0),)}, r"functions\[0\].cpu_s = -1.0: must be greater than 0"),
         ({"functions": (of("plain", cpu_s=30.0),)}, r"functions\[0\].cpu_s = 30.0: must be at most wall_s, 20"),
-        ({"functions": (RewardFunction("boxed", style="trl"),)}, "is a verifier, which has neither a style"),
+        ({"functions": (RewardFunction("boxed", style="trl"),)}, "is no function, and has neither a style"),
         ({"combine": "normalized_sum"}, "reward.combine = 'normalized_sum': is about reward.functions"),
         ({"functions": (of("plain"),), "compare_verifiers": True}, "reward.compare_verifiers = True"),
     ],
