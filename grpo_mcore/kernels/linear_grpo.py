@@ -33,11 +33,12 @@ class LinearGrpo(torch.autograd.Function):
     def forward(ctx, hidden_RD, weight_VD, target_R, loss, logits, chunks, main_grad_VD):
         wanted = any(ctx.needs_input_grad[:2])
         logprob_R, entropy_R = (hidden_RD.new_empty(len(hidden_RD), dtype=logits.dtype) for _ in range(2))
-        d_hidden = torch.zeros_like(hidden_RD, dtype=logits.dtype) if wanted else None
+        d_hidden = torch.zeros_like(hidden_RD[: len(hidden_RD) * wanted], dtype=logits.dtype)
         d_weight = main_grad_VD
-        if wanted and d_weight is None:
+        if d_weight is None:
             # A gradient of one chunk is not added up: it need not be wider than what is returned.
-            d_weight = torch.zeros_like(weight_VD, dtype=weight_VD.dtype if len(chunks) == 1 else logits.dtype)
+            dtype = weight_VD.dtype if len(chunks) == 1 else logits.dtype
+            d_weight = torch.zeros_like(weight_VD[: len(weight_VD) * wanted], dtype=dtype)
         values = []
         for rows in chunks:
             hidden, target = hidden_RD[rows], target_R[rows]

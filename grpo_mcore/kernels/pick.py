@@ -1,5 +1,5 @@
-"""Which form of linear_logprob runs: the plain PyTorch one or the Triton one, of the same signature. Triton is imported
-once it is picked."""
+"""Which form of the head runs: the plain PyTorch one or the Triton one, of the same signature, and whether an update
+computes its logits once (linear_grpo) or twice (linear_logprob). Triton is imported once it is picked."""
 
 import functools
 import importlib.util
@@ -8,9 +8,10 @@ from collections.abc import Callable
 
 import torch
 
-from grpo_mcore.kernels import reference
+from grpo_mcore.kernels import linear_grpo, reference
 
 LinearLogprob = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+LinearGrpo = Callable[..., tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]]
 
 
 def pick(impl: str = "auto", device: torch.device | None = None) -> LinearLogprob:
@@ -22,6 +23,29 @@ def pick(impl: str = "auto", device: torch.device | None = None) -> LinearLogpro
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return _pick(impl, device.type)
+
+
+@functools.cache
+def pick_grpo(*, wanted: bool, pointwise: bool, split: bool) -> LinearGrpo | None:
+    """linear_grpo for a policy's updates, and for its scoring, so that both have the same log-probs bit for bit; None:
+    linear_logprob. Says which and why, once.
+
+    wanted: kernels.linear_grpo. pointwise: whether each token's part of the loss needs its own log-prob and entropy
+    alone. split: whether the vocabulary is, over tp ranks.
+    """
+    why_not = {
+        "kernels.linear_grpo = false": not wanted,
+        "the loss of a token needs its whole response, as gspo's does": not pointwise,
+        "the vocabulary is split over tp ranks": split,
+    }
+    reasons = [why for why, holds in why_not.items() if holds]
+    _say(f"an update computes its logits {f'twice ({reasons[0]})' if reasons else 'once (linear_grpo)'}")
+    return None if reasons else linear_grpo.linear_grpo
+
+
+def _say(what: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"kernels: {what}", flush=True)
 
 
 @functools.cache
@@ -37,8 +61,7 @@ def _pick(impl: str, device: str) -> LinearLogprob:
         chosen, why = "reference", missing
     else:
         chosen, why = "triton" if device == "cuda" else "reference", f"the tensors are on {device}"
-    if os.environ.get("RANK", "0") == "0":
-        print(f"kernels: linear_logprob is {chosen}'s ({why})", flush=True)
+    _say(f"linear_logprob is {chosen}'s ({why})")
     if chosen == "reference":
         return reference.linear_logprob
     from grpo_mcore.kernels import linear_logprob

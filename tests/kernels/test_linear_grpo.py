@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from grpo_mcore.config import config
-from grpo_mcore.kernels import linear_grpo as kernel
-from grpo_mcore.kernels import reference
+from grpo_mcore.kernels import linear_grpo as kernel, reference
 from grpo_mcore.kernels.linear_grpo import linear_grpo, row_chunks
 from grpo_mcore.loss import loss
 from grpo_mcore.types import Microbatch
@@ -32,7 +31,7 @@ VARIANTS = [
 
 
 def inputs(dtype=torch.float64, rows: int = R, device: str = "cpu"):
-    """hidden, weight (logits with a standard deviation of about 3) and targets, both ends of the vocabulary included."""
+    """hidden, weight (logits with a standard deviation of about 3) and targets, both ends of the vocabulary too."""
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(rows, D, generator=g, dtype=torch.float64)
     weight = torch.randn(V, D, generator=g, dtype=torch.float64) * 0.75

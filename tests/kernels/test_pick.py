@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from grpo_mcore.kernels import pick, reference
+from grpo_mcore.kernels import linear_grpo, pick, reference
 from tests.dist import ROOT, environment
 
 CPU = torch.device("cpu")
@@ -21,6 +21,23 @@ def test_on_a_cpu_auto_is_the_reference(capsys):
         "kernels: linear_logprob is reference's (the tensors are on cpu)",
         "kernels: linear_logprob is reference's (as asked)",
     ]
+
+
+@pytest.mark.parametrize(
+    "asked, words",
+    [
+        ({}, "once (linear_grpo)"),
+        ({"wanted": False}, "twice (kernels.linear_grpo = false)"),
+        ({"pointwise": False}, "twice (the loss of a token needs its whole response, as gspo's does)"),
+        ({"split": True}, "twice (the vocabulary is split over tp ranks)"),
+    ],
+)
+def test_an_update_computes_its_logits_once_where_it_can_and_says_why_not(capsys, asked, words):
+    pick.pick_grpo.cache_clear()
+    for _ in range(2):
+        picked = pick.pick_grpo(**{"wanted": True, "pointwise": True, "split": False, **asked})
+        assert picked is (None if asked else linear_grpo.linear_grpo)
+    assert capsys.readouterr().out.splitlines() == [f"kernels: an update computes its logits {words}"]
 
 
 @pytest.mark.parametrize(
