@@ -139,6 +139,9 @@ class Kernels:
     # an update takes the loss's gradient together with the log-probs, from logits that are computed once: a quarter
     # less of the head's work, where policy_loss is not gspo and parallel.tp is 1; false: from logits computed twice
     linear_grpo: bool = True
+    # of the head, for logits or their gradients; null: where logits are computed once 256 MiB on a CPU and 1.75 GiB on
+    # a GPU, where twice 512 MiB on a GPU
+    workspace_bytes: PositiveInt | None = None
 
 
 @dataclass(frozen=True)

@@ -22,16 +22,15 @@ import torch
 Loss = Callable[[torch.Tensor, torch.Tensor, slice], torch.Tensor]
 
 # A chunk's logits, in float32. dWeight is read and written once for each chunk: fewer than some hundred rows are slow.
-# On a GPU 2,048 rows of 151,936 logits.
-WORKSPACE_BYTES = {"cpu": 256 << 20, "cuda": 1280 << 20}
+# On a GPU 2,048 rows of 151,936 logits, and their gradient in bfloat16.
+WORKSPACE_BYTES = {"cpu": 256 << 20, "cuda": 1792 << 20}
 # Of the vocabulary at a time: on a CPU as many as its caches hold, and as reference.py has.
-COLUMNS = {"cpu": 2048, "cuda": 1 << 30}
+COLUMNS = {"cpu": 2048, "cuda": 16384}
 
 
 class LinearGrpo(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_RD, weight_VD, target_R, loss, logits, chunks, main_grad_VD):
-        wanted = any(ctx.needs_input_grad[:2])
+    def forward(ctx, hidden_RD, weight_VD, target_R, loss, logits, chunks, main_grad_VD, wanted):
         logprob_R, entropy_R = (hidden_RD.new_empty(len(hidden_RD), dtype=logits.dtype) for _ in range(2))
         d_hidden = torch.zeros_like(hidden_RD[: len(hidden_RD) * wanted], dtype=logits.dtype)
         d_weight = main_grad_VD
@@ -67,8 +66,8 @@ class LinearGrpo(torch.autograd.Function):
         d_hidden, d_weight = ctx.saved_tensors
         if ctx.in_main_grad:
             torch._assert_async(g_loss == 1)  # what has been added there cannot be scaled any more
-            return d_hidden, *[None] * 6
-        return d_hidden * g_loss, d_weight * g_loss, *[None] * 5
+            return d_hidden, *[None] * 7
+        return d_hidden * g_loss, d_weight * g_loss, *[None] * 6
 
 
 def _differentiate(loss: Loss, logprob: torch.Tensor, entropy: torch.Tensor, rows: slice):
@@ -91,6 +90,11 @@ def _add_product(sum_MN: torch.Tensor, a_MK: torch.Tensor, b_KN: torch.Tensor) -
 
 class Logits:
     """Of one chunk of rows at a time, block by block of the vocabulary, and their gradient in their place."""
+
+    @staticmethod
+    def bytes_each(dtype: torch.dtype) -> int:
+        """Of the workspace for a logit, whose inputs are of this dtype; a block's scratch is not counted."""
+        return max(dtype.itemsize, 4)
 
     def __init__(self, weight_VD: torch.Tensor, rows: int, columns: int, temperature: float):
         self.weight_VD, self.temperature = weight_VD, temperature
@@ -162,8 +166,8 @@ def _target(target: torch.Tensor, columns: slice) -> tuple[torch.Tensor, torch.T
 
 
 def row_chunks(R: int, V: int, itemsize: int, workspace_bytes: int) -> list[slice]:
-    """The rows, cut as equally as can be, so that a chunk's logits of `itemsize` take no more than workspace_bytes; but
-    each has a row, if there is one. There is one chunk at least: a loss of no rows has a value too."""
+    """The rows, cut as equally as can be, so that a chunk's logits of `itemsize` bytes take no more than
+    workspace_bytes; but each has a row, if there is one. One chunk at least: a loss of no rows has a value too."""
     most = max(workspace_bytes // (V * itemsize), 1)
     size = max(-(-R // max(-(-R // most), 1)), 1)
     return [slice(start, min(start + size, R)) for start in range(0, max(R, 1), size)]
@@ -192,9 +196,12 @@ def linear_grpo(
     device).
 
     workspace_bytes: a chunk's logits; None: WORKSPACE_BYTES. Chunks have an effect on the order of sums alone.
+    logits: how they are kept, this file's or linear_grpo_triton's, which takes float32 and bfloat16.
     """
     R, V, device = len(hidden_RD), weight_VD.shape[0], hidden_RD.device.type
-    itemsize = max(weight_VD.element_size(), 4)
-    chunks = row_chunks(R, V, itemsize, workspace_bytes or WORKSPACE_BYTES[device])
+    workspace_bytes = workspace_bytes or WORKSPACE_BYTES[device]
+    chunks = row_chunks(R, V, logits.bytes_each(weight_VD.dtype), workspace_bytes)
     of_chunk = logits(weight_VD.detach(), chunks[0].stop, columns or COLUMNS[device], temperature)
-    return LinearGrpo.apply(hidden_RD, weight_VD, target_R, loss, of_chunk, chunks, main_grad_VD)
+    # Within a Function gradients are always disabled, and what asks for one says so under no_grad too.
+    wanted = loss is not None and torch.is_grad_enabled() and (hidden_RD.requires_grad or weight_VD.requires_grad)
+    return LinearGrpo.apply(hidden_RD, weight_VD, target_R, loss, of_chunk, chunks, main_grad_VD, wanted)

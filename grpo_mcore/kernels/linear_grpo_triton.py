@@ -5,6 +5,8 @@ Logits are kept as the product gave them; their factor, in units of log 2 (suffi
 is taken in the passes.
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +18,7 @@ BLOCK = 4096  # logits of a row at a time
 WARPS = 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _statistics(z_nV, target_n, out_3n, n, V, scale2, BLOCK: tl.constexpr):
     """out [3, n] of row program_id: logsumexp2, target2, mean2."""
     row = tl.program_id(0)
@@ -43,7 +45,7 @@ def _statistics(z_nV, target_n, out_3n, n, V, scale2, BLOCK: tl.constexpr):
     tl.store(out_3n + 2 * n + row, tl.sum(weighted * rescale, 0) / sum_)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _gradients(z_nV, dz_nV, target_n, of_row_4n, n, V, scale2, BLOCK: tl.constexpr):
     """dz = p (constant + slope z2) + [j = target] at_target of one block of one row; of_row [4, n] holds logsumexp2,
     constant, slope and at_target."""
@@ -61,24 +63,47 @@ def _gradients(z_nV, dz_nV, target_n, of_row_4n, n, V, scale2, BLOCK: tl.constex
 
 
 class TritonLogits(Logits):
-    """Of float32 or bfloat16 inputs, all columns at a time: there is no block between the passes and memory."""
+    """Of float32 or bfloat16 inputs. All columns at a time, whatever is asked for."""
 
     @staticmethod
     def bytes_each(dtype: torch.dtype) -> int:
-        return 4 + (2 if dtype == torch.bfloat16 else 0)
+        return 6 if dtype == torch.bfloat16 else 4
 
     def __init__(self, weight_VD: torch.Tensor, rows: int, columns: int, temperature: float):
-        self.weight_VD, self.temperature, self.V = weight_VD, temperature, weight_VD.shape[0]
-        self.dtype = torch.float32
-        self._kept = weight_VD.new_empty(rows, self.V, dtype=torch.float32)
-        self._dz = self._kept if weight_VD.dtype == torch.float32 else weight_VD.new_empty(rows, self.V)
+        self.weight_VD, self.temperature = weight_VD, temperature
+        self.dtype, self.scale2 = torch.float32, LOG2_E / temperature
+        V = weight_VD.shape[0]
+        self._kept = weight_VD.new_empty(rows, V, dtype=torch.float32)
+        self._dz = self._kept if weight_VD.dtype == torch.float32 else weight_VD.new_empty(rows, V)
 
     def statistics(self, hidden: torch.Tensor, target: torch.Tensor, *, keep: bool):
-        n = len(hidden)
+        n, V = len(hidden), len(self.weight_VD)
         out_3n = hidden.new_empty(3, n, dtype=torch.float32)
         if n:
-            z = self._kept[:n]
-            self._multiply(hidden, slice(0, self.V), z)
-            _statistics[(n,)](z, target, out_3n, n, self.V, self._scale2, BLOCK, num_warps=WARPS)
+            self._products(hidden)
+            _statistics[(n,)](self._kept, target.contiguous(), out_3n, n, V, self.scale2, BLOCK, num_warps=WARPS)
         logsumexp2, target2, mean2 = out_3n
         return logsumexp2 / LOG2_E, target2 / LOG2_E, mean2 / LOG2_E
+
+    def gradients(self, target, logsumexp, mean, g_logprob, g_entropy) -> Iterator[tuple[slice, torch.Tensor]]:
+        n, V = len(target), len(self.weight_VD)
+        if not n:
+            return
+        g_entropy = torch.zeros_like(g_logprob) if g_entropy is None else g_entropy
+        # dz of linear_grpo.py, z2 for z LOG2_E.
+        constant, slope = g_entropy * mean - g_logprob, -g_entropy / LOG2_E
+        of_row_4n = torch.stack([logsumexp * LOG2_E, constant, slope, g_logprob])
+        of_row_4n[1:] /= self.temperature
+        grid = n, triton.cdiv(V, BLOCK)
+        kept, dz = self._kept, self._dz
+        _gradients[grid](kept, dz, target.contiguous(), of_row_4n, n, V, self.scale2, BLOCK, num_warps=WARPS)
+        yield slice(0, V), dz[:n]
+
+    def _products(self, hidden: torch.Tensor) -> None:
+        z = self._kept[: len(hidden)]
+        if z.dtype == hidden.dtype:
+            torch.mm(hidden, self.weight_VD.T, out=z)
+        elif z.is_cuda:
+            torch.mm(hidden, self.weight_VD.T, out_dtype=z.dtype, out=z)
+        else:  # the interpreter's tests
+            torch.mm(hidden.float(), self.weight_VD.T.float(), out=z)

@@ -20,17 +20,18 @@ def logprobs_and_entropy(
     vocab_size: int,
     tp_group=None,
     impl: str = "auto",
+    workspace_bytes: int | None = None,
     main_grad_VD: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(logprob_R, entropy_R) of softmax(hidden @ weight.T / temperature), float32, with gradients for both.
 
     hidden_RD comes from vocab.rows. weight_VD is this rank's shard of equal rows; rows at or beyond `vocab_size` pad
-    the vocabulary and take no part. impl: of the kernel, see kernels/pick.py; ValueError if it cannot run.
+    the vocabulary and take no part. impl, workspace_bytes: see kernels/pick.py; ValueError if it cannot run.
     main_grad_VD: the weight's, if its gradient shall be added there, see kernels/reference.py.
     """
     start = vocab.first_row(weight_VD.shape[0], tp_group)
     weight_VD, main_grad_VD = _without_padding(weight_VD, main_grad_VD, vocab_size - start)
-    partials = pick(impl, hidden_RD.device)(
+    partials = pick(impl, hidden_RD.device, workspace_bytes)(
         hidden_RD, weight_VD, target_R - start, temperature=temperature, main_grad_VD=main_grad_VD
     )
     return vocab.combine(*partials, tp_group)

@@ -46,8 +46,14 @@ class FrozenPolicy:
         self.temperature, self.kernels = temperature, kernels
         self.linear_grpo = None
         if pointwise is not None:
-            split = topology.head_group is not None
-            self.linear_grpo = pick_grpo(wanted=kernels.linear_grpo, pointwise=pointwise, split=split)
+            self.linear_grpo = pick_grpo(
+                kernels.linear_logprob,
+                topology.device,
+                kernels.workspace_bytes,
+                wanted=kernels.linear_grpo,
+                pointwise=pointwise,
+                split=topology.head_group is not None,
+            )
         self.hf_config = model.load_hf_config(folder)
         self.chunks = model.build(self.hf_config, topology=topology, precision=precision)
         if load_weights:
@@ -96,6 +102,7 @@ class FrozenPolicy:
             vocab_size=self.hf_config.vocab_size,
             tp_group=self.topology.head_group,
             impl=self.kernels.linear_logprob,
+            workspace_bytes=self.kernels.workspace_bytes,
             main_grad_VD=self._main_grad(weight_VD),
         )
 

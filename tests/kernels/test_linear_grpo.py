@@ -241,5 +241,15 @@ def test_rows_are_cut_as_equally_as_can_be():
     assert row_chunks(5, 10, 4, 80) == [slice(0, 2), slice(2, 4), slice(4, 5)]
     assert row_chunks(2, 10, 4, 1) == [slice(0, 1), slice(1, 2)]  # less than a row: a row
     assert row_chunks(0, 10, 4, 1) == [slice(0, 0)]
-    # On a GPU 151,936 logits of 2,048 rows fit.
-    assert row_chunks(24576, 151936, 4, kernel.WORKSPACE_BYTES["cuda"])[0] == slice(0, 2048)
+    # On a GPU 151,936 logits of 2,048 rows fit, float32, and their gradient in bfloat16.
+    assert row_chunks(24576, 151936, 6, kernel.WORKSPACE_BYTES["cuda"])[0] == slice(0, 2048)
+
+
+def test_a_scoring_pass_adds_nothing_to_main_grad_and_makes_no_gradient():
+    hidden, weight, target = (x.requires_grad_() if x.is_floating_point() else x for x in inputs(torch.float32))
+    main_grad = torch.zeros(V, D)
+    with torch.no_grad():
+        for of_loss in (None, lambda logprob, entropy, rows: logprob.sum()):
+            out = linear_grpo(hidden, weight, target, of_loss, temperature=1.0, main_grad_VD=main_grad)
+            assert not any(x.requires_grad for x in out if x is not None)
+    assert not main_grad.any()

@@ -32,7 +32,7 @@ def small_blocks(request, monkeypatch):
     monkeypatch.setattr(kernel, "ROWS", 8)
     monkeypatch.setattr(kernel, "WORKSPACE_BYTES", 1)  # the narrowest rectangle: 128 columns
     if not ON_GPU:
-        monkeypatch.setattr(kernel, "_programs_at_once", lambda *_: 7)  # 2 row blocks: 3 splits of 4, 4 and 2 blocks
+        monkeypatch.setattr(kernel, "_programs_at_once", lambda *_: 7)  # 2 row blocks of 10 splits, in three waves
         small = kernel.Blocks(16, 32, 16, warps=4, stages=2)
         monkeypatch.setattr(kernel, "FORWARD", {FLOAT32: small, BFLOAT16: small})
         monkeypatch.setattr(kernel, "BACKWARD", {FLOAT32: small, BFLOAT16: small})
@@ -266,12 +266,12 @@ def test_programs_share_a_multiprocessor_as_its_shared_memory_allows():
 @pytest.mark.parametrize("group", [1, 2, 3, 100])
 def test_the_order_in_which_programs_start_does_not_matter(monkeypatch, group):
     """Bit for bit."""
+    monkeypatch.setattr(kernel, "num_splits", lambda *_: 3)
     hidden, weight, target, upstream = inputs()
     values, gradients = ours(hidden, weight, target, upstream)
     monkeypatch.setattr(kernel, "GROUP", group)
-    if not ON_GPU:  # the forward's group is as many row blocks as run at once with all of their splits, 3
-        monkeypatch.setattr(kernel, "num_splits", lambda *_: 3)
-        monkeypatch.setattr(kernel, "_programs_at_once", lambda *_: group * 3)
+    # The forward's group is as many row blocks as run at once with all of their splits.
+    monkeypatch.setattr(kernel, "_programs_at_once", lambda *_: group * 3)
     other_values, other_gradients = ours(hidden, weight, target, upstream)
     assert all(torch.equal(values[name], other_values[name]) for name in OUTPUTS)
     assert all(torch.equal(gradients[name], other_gradients[name]) for name in gradients)

@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 def test_on_a_cpu_auto_is_the_reference(capsys):
-    pick._pick.cache_clear()
+    pick._say.cache_clear()
     for _ in range(2):
         assert pick.pick("auto", CPU) is reference.linear_logprob
     assert pick.pick("reference", CPU) is reference.linear_logprob
@@ -33,11 +33,16 @@ def test_on_a_cpu_auto_is_the_reference(capsys):
     ],
 )
 def test_an_update_computes_its_logits_once_where_it_can_and_says_why_not(capsys, asked, words):
-    pick.pick_grpo.cache_clear()
+    pick._say.cache_clear()
     for _ in range(2):
-        picked = pick.pick_grpo(**{"wanted": True, "pointwise": True, "split": False, **asked})
-        assert picked is (None if asked else linear_grpo.linear_grpo)
-    assert capsys.readouterr().out.splitlines() == [f"kernels: an update computes its logits {words}"]
+        picked = pick.pick_grpo("auto", CPU, 99, **{"wanted": True, "pointwise": True, "split": False, **asked})
+        assert (picked is None) == bool(asked)
+    said = [f"kernels: an update computes its logits {words}"]
+    if picked is not None:
+        assert picked.func is linear_grpo.linear_grpo
+        assert picked.keywords == {"logits": linear_grpo.Logits, "workspace_bytes": 99}
+        said.append("kernels: linear_grpo is reference's (the tensors are on cpu)")
+    assert capsys.readouterr().out.splitlines() == said
 
 
 @pytest.mark.parametrize(
@@ -49,7 +54,7 @@ def test_an_update_computes_its_logits_once_where_it_can_and_says_why_not(capsys
 )
 def test_what_cannot_run_is_refused(monkeypatch, impl, words):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    pick._pick.cache_clear()
+    pick._what_triton_lacks.cache_clear()
     with pytest.raises(ValueError, match=words):
         pick.pick(impl, CPU)
 
