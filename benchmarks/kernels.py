@@ -47,8 +47,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the kernels need
 
 from benchmarks import measure
 from grpo_mcore.kernels import reference
-from grpo_mcore.kernels.linear_grpo import linear_grpo
-from grpo_mcore.kernels.pick import pick
+from grpo_mcore.kernels.pick import pick, pick_grpo
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -56,6 +55,7 @@ D = 1536
 ROWS, VOCABULARY = ("1024,4096,8192,16384,24576,32768", "151936,75968") if CUDA else ("2048", "151936")
 ON_CPU = "naive", "chunked", "chunked with main_grad", "logits once", "logits once with main_grad"
 ROUNDS, REPETITIONS = (1, 10) if CUDA else (3, 1)
+SEARCH_ROWS = 16384  # what few rows need of caches and memory is not what a training step's need
 PEERS = ("trl", "liger-kernel", "cut-cross-entropy", "verl", "quack-kernels")
 
 
@@ -105,9 +105,10 @@ class LogitsOnce:
 
     def __init__(self, in_main_grad: bool):
         self.in_main_grad = in_main_grad
+        self.linear_grpo = pick_grpo(wanted=True, pointwise=True, split=False)
 
     def __call__(self, hidden, weight, target):
-        return linear_grpo(hidden, weight, target, None, temperature=1.0)[1:]
+        return self.linear_grpo(hidden, weight, target, None, temperature=1.0)[1:]
 
     def loss(self, hidden, weight, target, upstream):
         """(loss, logprob, entropy)"""
@@ -116,7 +117,7 @@ class LogitsOnce:
         def of_rows(logprob, _, rows):
             return (upstream[rows] * logprob).sum()
 
-        return linear_grpo(hidden, weight, target, of_rows, temperature=1.0, main_grad_VD=buffer)
+        return self.linear_grpo(hidden, weight, target, of_rows, temperature=1.0, main_grad_VD=buffer)
 
 
 def _trl():
@@ -394,10 +395,10 @@ def search(rows: int, vocabulary: int) -> None:
         table[torch.bfloat16] = min(times, key=times.get)
         print(f"best {name.upper()}: {table[torch.bfloat16]}", flush=True)
     times = {}
-    for size in itertools.product((1024, 2048, 3072, 4096, 6144, 8192, 1 << 30), (32 << 20, 40 << 20, 64 << 20)):
-        kernel.ROWS, kernel.WORKSPACE_BYTES = size
-        times[size] = trial(f"ROWS, WORKSPACE_BYTES {size}", function)
-    print(f"best ROWS, WORKSPACE_BYTES: {min(times, key=times.get)}", flush=True)
+    for size in itertools.product((4096, 8192, 1 << 30), (128 << 20, 256 << 20, 512 << 20, 1 << 30), (16, 32, 64)):
+        kernel.ROWS, kernel.WORKSPACE_BYTES, kernel.GROUP = size
+        times[size] = trial(f"ROWS, WORKSPACE_BYTES, GROUP {size}", function)
+    print(f"best ROWS, WORKSPACE_BYTES, GROUP: {min(times, key=times.get)}", flush=True)
 
 
 def table(results: list[dict]) -> str:
@@ -438,7 +439,7 @@ def main() -> None:
     parser.add_argument(
         "--search",
         action="store_true",
-        help="instead: block sizes, by trial, at the first of --rows and --vocabulary; needs a GPU",
+        help=f"instead: block sizes, by trial, at the first of --rows, or {SEARCH_ROWS}, and --vocabulary; needs a GPU",
     )
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -447,7 +448,7 @@ def main() -> None:
         return
     sizes = [(int(rows), int(vocabulary)) for vocabulary in args.vocabulary.split(",") for rows in args.rows.split(",")]
     if args.search:
-        search(*sizes[0])
+        search(SEARCH_ROWS if args.rows == ROWS else sizes[0][0], sizes[0][1])
         return
     names = args.only.split(",")
     threads = {name: os.environ[name] for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY") if name in os.environ}

@@ -22,13 +22,15 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from grpo_mcore.kernels.pick import WORKSPACE_BYTES
+
 LOG2_E = 1.4426950408889634
 BELOW_ALL = tl.constexpr(-1e38)  # a logit that is not there: finite, for 0 x infinity is not 0
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
-# Of the backward, above inputs, gradients and dHidden in float32: dz, and the float32 dWeight of the columns at work.
-# Smaller is slower: dHidden is read and written once for every rectangle of columns, dWeight for every one of rows.
-WORKSPACE_BYTES = 512 << 20
+# WORKSPACE_BYTES is of the backward, above inputs, gradients and dHidden in float32: dz, and the float32 dWeight of the
+# columns at work. Smaller is slower: dHidden is read and written once for every rectangle of columns, dWeight for every
+# one of rows.
 ROWS = 32768  # of a rectangle of dz, at most: a microbatch in one needs no sums of dWeight
 GROUP = 32  # row blocks of dz's kernel that share a stretch of columns: 4,096 rows of 1,536 in bfloat16 are 12.6 MB
 

@@ -10,6 +10,9 @@ import torch
 
 from grpo_mcore.kernels import linear_grpo, reference
 
+# Of Triton's linear_logprob, by default; here, for plan counts it without Triton.
+WORKSPACE_BYTES = 512 << 20
+
 LinearLogprob = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 LinearGrpo = Callable[..., tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]]
 
