@@ -287,12 +287,18 @@ POINTWISE = (
 )
 
 
-@pytest.mark.parametrize("folder", ["qwen2_tied", "qwen2_untied"])
-def test_logits_computed_once_give_the_metrics_and_gradients_of_logits_computed_twice(model_folders, folder):
+def once_and_twice(folder: str, layouts: list[tuple[dict, str]]) -> list[list[dict]]:
+    return [updates(folder, layouts, "", POINTWISE, once) for once in (True, False)]
+
+
+@pytest.mark.parametrize(
+    "folder, layouts",
+    [("qwen2_tied", [({}, "cut"), ({"pp": 2}, "single")]), ("qwen2_untied", [(OVERLAP, "cut"), ({"cp": 2}, "single")])],
+)
+def test_logits_computed_once_give_the_metrics_and_gradients_of_logits_computed_twice(model_folders, folder, layouts):
     """With and without a place in DDP's buffers, over stages, and over context ranks of which one may have no token."""
-    layouts = [({}, "cut"), (OVERLAP, "cut"), ({"pp": 2}, "single"), ({"cp": 2}, "single")]
     layouts = [layout for layout in layouts for _ in POINTWISE]
-    twice, once = (spawn(updates, 2, model_folders[folder], layouts, "", POINTWISE, flag)[0] for flag in (False, True))
+    once, twice = spawn(once_and_twice, 2, model_folders[folder], layouts)[0]
     for layout, one, two in zip(layouts, once, twice, strict=True):
         assert 0 < one["clipped"] < 1
         assert one["metrics"].keys() == two["metrics"].keys() >= {"update/entropy", "update/ratio", "update/kl_to_ref"}
