@@ -105,7 +105,7 @@ class LogitsOnce:
 
     def __init__(self, in_main_grad: bool):
         self.in_main_grad = in_main_grad
-        self.linear_grpo = pick_grpo(wanted=True, pointwise=True, split=False)
+        self.linear_grpo = pick_grpo(wanted=True, pointwise=True)
 
     def __call__(self, hidden, weight, target):
         return self.linear_grpo(hidden, weight, target, None, temperature=1.0)[1:]

@@ -11,7 +11,10 @@ softmax and mean = sum p z, of logits that have been divided by the temperature,
 
 On a CPU log-probs and entropies are those of reference.linear_logprob bit for bit, given the same rows at a time.
 
-Shapes: R rows (response tokens), n of a chunk, D hidden, V vocabulary rows: all of them, for they are not split.
+If ranks split the vocabulary, a function that is handed in makes the whole one's statistics of the shards': one small
+gathering for each chunk. From there on each rank knows all that its dz needs.
+
+Shapes: R rows (response tokens), n of a chunk, D hidden, V vocabulary rows of this shard.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,6 +24,9 @@ import torch
 # (logprob_n, entropy_n, which of the R rows they are of) -> the sum of their parts of the loss
 Loss = Callable[[torch.Tensor, torch.Tensor, slice], torch.Tensor]
 
+# (logsumexp_n, target's logit, mean logit) of this shard -> those of the whole vocabulary, without gradients
+OfShards = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
 # A chunk's logits, in float32. dWeight is read and written once for each chunk: fewer than some hundred rows are slow.
 # On a GPU 2,048 rows of 151,936 logits, and their gradient in bfloat16.
 WORKSPACE_BYTES = {"cpu": 256 << 20, "cuda": 1792 << 20}
@@ -28,9 +34,14 @@ WORKSPACE_BYTES = {"cpu": 256 << 20, "cuda": 1792 << 20}
 COLUMNS = {"cpu": 2048, "cuda": 16384}
 
 
+def whole(logsumexp: torch.Tensor, at_target: torch.Tensor, mean: torch.Tensor):
+    """OfShards of a vocabulary that is not split."""
+    return logsumexp, at_target, mean
+
+
 class LinearGrpo(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_RD, weight_VD, target_R, loss, logits, chunks, main_grad_VD, wanted):
+    def forward(ctx, hidden_RD, weight_VD, target_R, loss, logits, chunks, of_shards, main_grad_VD, wanted):
         logprob_R, entropy_R = (hidden_RD.new_empty(len(hidden_RD), dtype=logits.dtype) for _ in range(2))
         d_hidden = torch.zeros_like(hidden_RD[: len(hidden_RD) * wanted], dtype=logits.dtype)
         d_weight = main_grad_VD
@@ -41,7 +52,7 @@ class LinearGrpo(torch.autograd.Function):
         values = []
         for rows in chunks:
             hidden, target = hidden_RD[rows], target_R[rows]
-            logsumexp, at_target, mean = logits.statistics(hidden, target, keep=wanted)
+            logsumexp, at_target, mean = of_shards(*logits.statistics(hidden, target, keep=wanted))
             logprob_R[rows], entropy_R[rows] = at_target - logsumexp, logsumexp - mean
             if loss is None:
                 continue
@@ -66,8 +77,8 @@ class LinearGrpo(torch.autograd.Function):
         d_hidden, d_weight = ctx.saved_tensors
         if ctx.in_main_grad:
             torch._assert_async(g_loss == 1)  # what has been added there cannot be scaled any more
-            return d_hidden, *[None] * 7
-        return d_hidden * g_loss, d_weight * g_loss, *[None] * 6
+            return d_hidden, *[None] * 8
+        return d_hidden * g_loss, d_weight * g_loss, *[None] * 7
 
 
 def _differentiate(loss: Loss, logprob: torch.Tensor, entropy: torch.Tensor, rows: slice):
@@ -107,7 +118,8 @@ class Logits:
         self._product = weight_VD.new_empty(block) if narrow else None  # in the inputs' dtype
 
     def statistics(self, hidden: torch.Tensor, target: torch.Tensor, *, keep: bool):
-        """(logsumexp, the target's logit, mean logit), [n]. keep: `gradients` will be asked for these rows."""
+        """(logsumexp, the target's logit or 0 if it lies outside, mean logit), [n]. keep: `gradients` will be asked for
+        these rows."""
         maximum = hidden.new_full((len(hidden),), float("-inf"), dtype=self.dtype)
         total, weighted, at_target = (torch.zeros_like(maximum) for _ in range(3))
         for columns in self.columns:
@@ -122,7 +134,7 @@ class Logits:
             total = total * rescale + e.sum(1)
             weighted = weighted * rescale + e.mul_(z).sum(1)
             maximum = new
-        return maximum + total.log(), at_target, weighted / total
+        return maximum + total.log(), at_target, weighted / total if self.columns else weighted
 
     def gradients(self, target, logsumexp, mean, g_logprob, g_entropy) -> Iterator[tuple[slice, torch.Tensor]]:
         """(columns, dz [n, columns] in the inputs' dtype), of the logits that were kept, which end here."""
@@ -168,7 +180,7 @@ def _target(target: torch.Tensor, columns: slice) -> tuple[torch.Tensor, torch.T
 def row_chunks(R: int, V: int, itemsize: int, workspace_bytes: int) -> list[slice]:
     """The rows, cut as equally as can be, so that a chunk's logits of `itemsize` bytes take no more than
     workspace_bytes; but each has a row, if there is one. One chunk at least: a loss of no rows has a value too."""
-    most = max(workspace_bytes // (V * itemsize), 1)
+    most = max(workspace_bytes // max(V * itemsize, 1), 1)
     size = max(-(-R // max(-(-R // most), 1)), 1)
     return [slice(start, min(start + size, R)) for start in range(0, max(R, 1), size)]
 
@@ -184,6 +196,8 @@ def linear_grpo(
     workspace_bytes: int | None = None,
     columns: int | None = None,
     logits: type[Logits] = Logits,
+    of_shards: OfShards = whole,
+    rows_V: int | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
     """(loss, logprob_R, entropy_R) of softmax(hidden @ weight.T / temperature); float32, or float64 of such inputs.
 
@@ -196,12 +210,15 @@ def linear_grpo(
     device).
 
     workspace_bytes: a chunk's logits; None: WORKSPACE_BYTES. Chunks have an effect on the order of sums alone.
+    of_shards: makes the whole vocabulary's statistics of all shards'; the gradient of hidden is then this shard's part.
+    Targets count from the shard's first row. rows_V: as many as any shard has; None: the weight's. Ranks must cut the
+    same chunks.
     logits: how they are kept, this file's or linear_grpo_triton's, which takes float32 and bfloat16.
     """
-    R, V, device = len(hidden_RD), weight_VD.shape[0], hidden_RD.device.type
+    R, V, device = len(hidden_RD), rows_V or weight_VD.shape[0], hidden_RD.device.type
     workspace_bytes = workspace_bytes or WORKSPACE_BYTES[device]
     chunks = row_chunks(R, V, logits.bytes_each(weight_VD.dtype), workspace_bytes)
     of_chunk = logits(weight_VD.detach(), chunks[0].stop, columns or COLUMNS[device], temperature)
     # Within a Function gradients are always disabled, and what asks for one says so under no_grad too.
     wanted = loss is not None and torch.is_grad_enabled() and (hidden_RD.requires_grad or weight_VD.requires_grad)
-    return LinearGrpo.apply(hidden_RD, weight_VD, target_R, loss, of_chunk, chunks, main_grad_VD, wanted)
+    return LinearGrpo.apply(hidden_RD, weight_VD, target_R, loss, of_chunk, chunks, of_shards, main_grad_VD, wanted)

@@ -41,7 +41,8 @@ def _statistics(z_nV, target_n, out_3n, n, V, scale2, BLOCK: tl.constexpr):
     rescale = tl.exp2(maximum - top)
     sum_ = tl.sum(total * rescale, 0)
     tl.store(out_3n + row, top + tl.log2(sum_))
-    tl.store(out_3n + n + row, tl.load(z_V + tl.load(target_n + row)) * scale2)
+    target = tl.load(target_n + row)
+    tl.store(out_3n + n + row, tl.load(z_V + target, mask=(target >= 0) & (target < V), other=0.0) * scale2)
     tl.store(out_3n + 2 * n + row, tl.sum(weighted * rescale, 0) / sum_)
 
 
@@ -79,6 +80,9 @@ class TritonLogits(Logits):
     def statistics(self, hidden: torch.Tensor, target: torch.Tensor, *, keep: bool):
         n, V = len(hidden), len(self.weight_VD)
         out_3n = hidden.new_empty(3, n, dtype=torch.float32)
+        if not V:
+            zero = hidden.new_zeros(n, dtype=torch.float32)
+            return zero - float("inf"), zero, zero
         if n:
             self._products(hidden)
             _statistics[(n,)](self._kept, target.contiguous(), out_3n, n, V, self.scale2, BLOCK, num_warps=WARPS)
@@ -87,7 +91,7 @@ class TritonLogits(Logits):
 
     def gradients(self, target, logsumexp, mean, g_logprob, g_entropy) -> Iterator[tuple[slice, torch.Tensor]]:
         n, V = len(target), len(self.weight_VD)
-        if not n:
+        if not n or not V:
             return
         g_entropy = torch.zeros_like(g_logprob) if g_entropy is None else g_entropy
         # dz of linear_grpo.py, z2 for z LOG2_E.

@@ -40,19 +40,17 @@ def pick_grpo(
     *,
     wanted: bool,
     pointwise: bool,
-    split: bool,
 ) -> LinearGrpo | None:
     """linear_grpo for a policy's updates, and for its scoring, so that both have the same log-probs bit for bit; None:
     linear_logprob. Says which and why, once.
 
     impl: of its passes over logits, as in `pick`; products are the library's. wanted: kernels.linear_grpo. pointwise:
-    whether each token's part of the loss needs its own log-prob and entropy alone. split: whether the vocabulary is,
-    over tp ranks. workspace_bytes: of a chunk's logits; None: the default. ValueError for what cannot run there.
+    whether each token's part of the loss needs its own log-prob and entropy alone. workspace_bytes: of a chunk's
+    logits; None: the default. ValueError for what cannot run there.
     """
     why_not = {
         "kernels.linear_grpo = false": not wanted,
         "the loss of a token needs its whole response, as gspo's does": not pointwise,
-        "the vocabulary is split over tp ranks": split,
     }
     reasons = [why for why, holds in why_not.items() if holds]
     _say(f"an update computes its logits {f'twice ({reasons[0]})' if reasons else 'once (linear_grpo)'}")

@@ -245,7 +245,7 @@ def head_bytes(case: Case) -> float:
     their gradients, of a workspace; the weight's gradient where it is not added to DDP's buffer at once."""
     cfg, size, d = case.cfg, case.itemsize, case.hf_config.hidden_size
     tokens, V = cfg.batch.max_tokens_per_microbatch, -(-case.hf_config.vocab_size // cfg.parallel.tp)
-    once = cfg.kernels.linear_grpo and is_pointwise(cfg.loss) and cfg.parallel.tp == 1
+    once = cfg.kernels.linear_grpo and is_pointwise(cfg.loss)
     # Triton's needs a Hopper or newer.
     plain = cfg.kernels.linear_logprob == "reference" or not case.gpu.fp8_flops_per_s
     if once:

@@ -4,6 +4,8 @@ is one of two (kernels/pick.py): the log-probs come first and the loss's gradien
 The caller has chosen the response positions already, so the head never sees a prompt token.
 """
 
+import functools
+
 import torch
 
 from grpo_mcore.kernels.linear_grpo import Loss
@@ -46,11 +48,23 @@ def loss_and_logprobs(
     *,
     temperature: float,
     vocab_size: int,
+    tp_group=None,
     main_grad_VD: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-    """(loss with gradients, logprob_R, entropy_R without) of the whole vocabulary; `loss` None: of a scoring pass."""
-    weight_VD, main_grad_VD = _without_padding(weight_VD, main_grad_VD, vocab_size)
-    return linear_grpo(hidden_RD, weight_VD, target_R, loss, temperature=temperature, main_grad_VD=main_grad_VD)
+    """(loss with gradients, logprob_R, entropy_R without); `loss` None: of a scoring pass. The rest as above."""
+    rows_V = weight_VD.shape[0]
+    start = vocab.first_row(rows_V, tp_group)
+    weight_VD, main_grad_VD = _without_padding(weight_VD, main_grad_VD, vocab_size - start)
+    return linear_grpo(
+        hidden_RD,
+        weight_VD,
+        target_R - start,
+        loss,
+        temperature=temperature,
+        main_grad_VD=main_grad_VD,
+        of_shards=functools.partial(vocab.whole, group=tp_group),
+        rows_V=rows_V,
+    )
 
 
 def _without_padding(weight_VD: torch.Tensor, main_grad_VD: torch.Tensor | None, rows: int):

@@ -52,7 +52,6 @@ class FrozenPolicy:
                 kernels.workspace_bytes,
                 wanted=kernels.linear_grpo,
                 pointwise=pointwise,
-                split=topology.head_group is not None,
             )
         self.hf_config = model.load_hf_config(folder)
         self.chunks = model.build(self.hf_config, topology=topology, precision=precision)
@@ -123,6 +122,7 @@ class FrozenPolicy:
             None if loss is None else of_part,
             temperature=temperature,
             vocab_size=self.hf_config.vocab_size,
+            tp_group=self.topology.head_group,
             main_grad_VD=self._main_grad(weight_VD),
         )
 

@@ -4,6 +4,8 @@ of the loss, and against the present head (reference.linear_logprob) in float32 
 Not covered here: the policy that uses it (tests/policy/test_policy.py), speed and memory (benchmarks/kernels.py).
 """
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -253,3 +255,37 @@ def test_a_scoring_pass_adds_nothing_to_main_grad_and_makes_no_gradient():
             out = linear_grpo(hidden, weight, target, of_loss, temperature=1.0, main_grad_VD=main_grad)
             assert not any(x.requires_grad for x in out if x is not None)
     assert not main_grad.any()
+
+
+@pytest.mark.parametrize("edges", [(0, 20, V), (0, 1, V, V)], ids=["two shards", "three, the last one empty"])
+def test_shards_of_a_vocabulary_have_the_gradients_of_the_whole_one(edges):
+    """One after the other, with the statistics that a first pass over all of them has gathered."""
+    cfg = config.Loss(kl_coef=0.1, entropy_coef=0.1)
+    hidden, weight, target = inputs()
+    batch = microbatch((hidden @ weight.T / 0.7).log_softmax(1).gather(1, target[:, None])[:, 0], False)
+    exact = naive(hidden, weight, target, batch, cfg)
+    shards = [slice(*ends) for ends in pairwise(edges)]
+    how = {"workspace_bytes": 6 * 20 * 8, "columns": 11, "rows_V": 20}  # of the largest: chunks of 6 rows
+    gathered: list[list[torch.Tensor]] = []
+
+    def note(*partials):
+        gathered[-1].append(torch.stack(partials))
+        return partials
+
+    for shard in shards:
+        gathered.append([])
+        linear_grpo(hidden, weight[shard], target - shard.start, None, temperature=0.7, of_shards=note, **how)
+    assert {len(chunks) for chunks in gathered} == {5}
+    d_hidden = torch.zeros_like(hidden)
+    for shard in shards:
+        chunks = iter(torch.stack(chunk) for chunk in zip(*gathered, strict=True))
+
+        def of_shards(*_, chunks=chunks):
+            logsumexp_K, target_K, mean_K = next(chunks).unbind(1)
+            return logsumexp_K.logsumexp(0), target_K.sum(0), (logsumexp_K.softmax(0) * mean_K).sum(0)
+
+        got = ours(hidden, weight[shard], target - shard.start, batch, cfg, of_shards=of_shards, **how)
+        for mine, true in zip((*got[:3], got[4]), (*exact[:3], exact[4][shard]), strict=True):
+            assert not true.numel() or (mine - true).abs().max() <= 1e-13 * max(true.abs().max(), 1)
+        d_hidden += got[3]
+    assert (d_hidden - exact[3]).abs().max() <= 1e-13 * exact[3].abs().max()

@@ -29,13 +29,12 @@ def test_on_a_cpu_auto_is_the_reference(capsys):
         ({}, "once (linear_grpo)"),
         ({"wanted": False}, "twice (kernels.linear_grpo = false)"),
         ({"pointwise": False}, "twice (the loss of a token needs its whole response, as gspo's does)"),
-        ({"split": True}, "twice (the vocabulary is split over tp ranks)"),
     ],
 )
 def test_an_update_computes_its_logits_once_where_it_can_and_says_why_not(capsys, asked, words):
     pick._say.cache_clear()
     for _ in range(2):
-        picked = pick.pick_grpo("auto", CPU, 99, **{"wanted": True, "pointwise": True, "split": False, **asked})
+        picked = pick.pick_grpo("auto", CPU, 99, **{"wanted": True, "pointwise": True, **asked})
         assert (picked is None) == bool(asked)
     said = [f"kernels: an update computes its logits {words}"]
     if picked is not None:

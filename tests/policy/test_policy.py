@@ -237,6 +237,7 @@ def one_update(folder: str, topo, packing: str, cfg: config.Loss, wrong: str, po
         "loss": merged["update/loss"].value,
         "norm": merged["update/grad_norm"].value,
         "microbatches": len(b.microbatches),
+        "once": policy.linear_grpo is not None,
         "clipped": merged["update/clip_frac"].value,
         "metrics": {name: metric.value for name, metric in merged.items()},
         "capped": sum(capped) / max(len(capped), 1),
@@ -293,14 +294,18 @@ def once_and_twice(folder: str, layouts: list[tuple[dict, str]]) -> list[list[di
 
 @pytest.mark.parametrize(
     "folder, layouts",
-    [("qwen2_tied", [({}, "cut"), ({"pp": 2}, "single")]), ("qwen2_untied", [(OVERLAP, "cut"), ({"cp": 2}, "single")])],
+    [
+        ("qwen2_tied", [({}, "cut"), ({"pp": 2}, "single"), ({"tp": 2}, "cut")]),
+        ("qwen2_untied", [(OVERLAP, "cut"), ({"cp": 2}, "single"), ({"tp": 2, **SP}, "cut")]),
+    ],
 )
 def test_logits_computed_once_give_the_metrics_and_gradients_of_logits_computed_twice(model_folders, folder, layouts):
-    """With and without a place in DDP's buffers, over stages, and over context ranks of which one may have no token."""
+    """With and without a place in DDP's buffers, over stages, over the shards of an odd vocabulary, and over
+    context ranks of which one may have no token."""
     layouts = [layout for layout in layouts for _ in POINTWISE]
     once, twice = spawn(once_and_twice, 2, model_folders[folder], layouts)[0]
     for layout, one, two in zip(layouts, once, twice, strict=True):
-        assert 0 < one["clipped"] < 1
+        assert one["once"] and not two["once"] and 0 < one["clipped"] < 1
         assert one["metrics"].keys() == two["metrics"].keys() >= {"update/entropy", "update/ratio", "update/kl_to_ref"}
         for name, value in two["metrics"].items():  # sums in another order
             assert one["metrics"][name] == pytest.approx(value, rel=1e-5, abs=1e-7), (layout, name)
