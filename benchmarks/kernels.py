@@ -2,7 +2,7 @@
 kernels.
 
     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python benchmarks/kernels.py
-        # CPU: naive and chunked; GPU: all that is installed, all sizes
+        # CPU: the naive form and this project's plain ones; GPU: all that is installed, all sizes
     python benchmarks/kernels.py --search
         # GPU: block sizes for kernels/linear_logprob.py, by trial
     python benchmarks/kernels.py --rows 4096 --vocabulary 151936 --only triton,chunked
@@ -20,7 +20,8 @@ Definitions:
                   seconds (CPU: processor seconds), median over rounds
     extra_bytes   peak memory of the first forward_backward beyond what was there before and the two gradients. CUDA:
                   torch.cuda.max_memory_allocated, after a warm-up. CPU: VmHWM of /proc/self/status, reset through
-                  /proc/self/clear_refs
+                  /proc/self/clear_refs. main_grad, where there is one, was there before
+    logits once   kernels/linear_grpo.py, which takes the gradients of the loss together with its log-probs
     share_of_peak 2 x rows x 1536 x vocabulary FLOPs, once for forward and three times for forward_backward, whatever is
                   recomputed, / s / the fastest of many products of two square bfloat16 matrices (matmul_flops_per_s)
     error         largest |difference| from float64: log-probs and entropies of all rows, gradients of 64 rows and of
@@ -28,6 +29,7 @@ Definitions:
 """
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -45,13 +47,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the kernels need
 
 from benchmarks import measure
 from grpo_mcore.kernels import reference
-from grpo_mcore.kernels.pick import pick
+from grpo_mcore.kernels.pick import pick, pick_grpo
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 D = 1536
 ROWS, VOCABULARY = ("1024,4096,8192,16384,24576,32768", "151936,75968") if CUDA else ("2048", "151936")
+ON_CPU = "naive", "chunked", "chunked with main_grad", "logits once", "logits once with main_grad"
 ROUNDS, REPETITIONS = (1, 10) if CUDA else (3, 1)
+SEARCH_ROWS = 16384  # what few rows need of caches and memory is not what a training step's need
 PEERS = ("trl", "liger-kernel", "cut-cross-entropy", "verl", "quack-kernels")
 
 
@@ -79,16 +83,41 @@ def _triton():
     return _ours(pick("triton"))
 
 
-def _triton_main_grad():
-    function = pick("triton")
-    buffers = {}
+def _with_main_grad(linear_logprob):
+    def run(hidden, weight, target, *, temperature):
+        return linear_logprob(hidden, weight, target, temperature=temperature, main_grad_VD=main_grad(weight))
 
-    def with_buffer(hidden, weight, target, *, temperature):
-        if weight.shape not in buffers:
-            buffers[weight.shape] = torch.zeros_like(weight, dtype=torch.float32)
-        return function(hidden, weight, target, temperature=temperature, main_grad_VD=buffers[weight.shape])
+    return _ours(run)
 
-    return _ours(with_buffer)
+
+@functools.cache
+def _buffer(shape: torch.Size) -> torch.Tensor:
+    return torch.full(shape, 0.0, device=DEVICE)  # written, so that a CPU's memory is there
+
+
+def main_grad(weight: torch.Tensor) -> torch.Tensor:
+    """Where gradients of this weight are added up, float32."""
+    return _buffer(weight.shape)
+
+
+class LogitsOnce:
+    """This benchmark's loss, sum of upstream x log-prob, is pointwise: linear_grpo has its gradients at once."""
+
+    def __init__(self, in_main_grad: bool):
+        self.in_main_grad = in_main_grad
+        self.linear_grpo = pick_grpo(wanted=True, pointwise=True)
+
+    def __call__(self, hidden, weight, target):
+        return self.linear_grpo(hidden, weight, target, None, temperature=1.0)[1:]
+
+    def loss(self, hidden, weight, target, upstream):
+        """(loss, logprob, entropy)"""
+        buffer = main_grad(weight) if self.in_main_grad else None
+
+        def of_rows(logprob, _, rows):
+            return (upstream[rows] * logprob).sum()
+
+        return self.linear_grpo(hidden, weight, target, of_rows, temperature=1.0, main_grad_VD=buffer)
 
 
 def _trl():
@@ -128,8 +157,11 @@ def _quack():
 IMPLEMENTATIONS = {
     "naive": _naive,
     "chunked": lambda: _ours(reference.linear_logprob),
+    "chunked with main_grad": lambda: _with_main_grad(reference.linear_logprob),
+    "logits once": lambda: LogitsOnce(in_main_grad=False),
+    "logits once with main_grad": lambda: LogitsOnce(in_main_grad=True),
     "triton": _triton,
-    "triton with main_grad": _triton_main_grad,
+    "triton with main_grad": lambda: _with_main_grad(pick("triton")),
     "trl": _trl,
     "liger": _liger,
     "cut-cross-entropy": _cut_cross_entropy,
@@ -180,8 +212,11 @@ def truth(rows: int, vocabulary: int) -> dict[str, torch.Tensor]:
 
 def differentiate(function, hidden, weight, target, upstream):
     """(logprob, entropy or None, gradients)"""
-    logprob, entropy = function(hidden, weight, target)
-    loss = (upstream * logprob).sum() if logprob.dim() else logprob
+    if isinstance(function, LogitsOnce):
+        loss, logprob, entropy = function.loss(hidden, weight, target, upstream)
+    else:
+        logprob, entropy = function(hidden, weight, target)
+        loss = (upstream * logprob).sum() if logprob.dim() else logprob
     return (
         logprob.detach(),
         None if entropy is None else entropy.detach(),
@@ -248,6 +283,9 @@ def case(name: str, rows: int, vocabulary: int, repetitions: int, exact: Path) -
     @torch.no_grad()
     def forward():
         return function(hidden, weight, target)
+
+    if "main_grad" in name:
+        main_grad(weight)  # is there before the memory is measured
 
     # CUDA compiles and takes workspaces at first. On a CPU the first pass is the one without malloc's leftovers.
     both() if CUDA else differentiate(function, hidden[:32], weight[:4096], target[:32] % 4096, upstream[:32])
@@ -357,10 +395,10 @@ def search(rows: int, vocabulary: int) -> None:
         table[torch.bfloat16] = min(times, key=times.get)
         print(f"best {name.upper()}: {table[torch.bfloat16]}", flush=True)
     times = {}
-    for size in itertools.product((1024, 2048, 3072, 4096, 6144, 8192, 1 << 30), (32 << 20, 40 << 20, 64 << 20)):
-        kernel.ROWS, kernel.WORKSPACE_BYTES = size
-        times[size] = trial(f"ROWS, WORKSPACE_BYTES {size}", function)
-    print(f"best ROWS, WORKSPACE_BYTES: {min(times, key=times.get)}", flush=True)
+    for size in itertools.product((4096, 8192, 1 << 30), (128 << 20, 256 << 20, 512 << 20, 1 << 30), (16, 32, 64)):
+        kernel.ROWS, kernel.WORKSPACE_BYTES, kernel.GROUP = size
+        times[size] = trial(f"ROWS, WORKSPACE_BYTES, GROUP {size}", function)
+    print(f"best ROWS, WORKSPACE_BYTES, GROUP: {min(times, key=times.get)}", flush=True)
 
 
 def table(results: list[dict]) -> str:
@@ -393,7 +431,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", default=VOCABULARY, help=f"({VOCABULARY})")
     parser.add_argument(
         "--only",
-        default=",".join(n for n in IMPLEMENTATIONS if CUDA or n in ("naive", "chunked")),
+        default=",".join(n for n in IMPLEMENTATIONS if CUDA or n in ON_CPU),
         help=f"of {', '.join(IMPLEMENTATIONS)}, with commas between them",
     )
     parser.add_argument("--rounds", type=int, default=ROUNDS)
@@ -401,7 +439,7 @@ def main() -> None:
     parser.add_argument(
         "--search",
         action="store_true",
-        help="instead: block sizes, by trial, at the first of --rows and --vocabulary; needs a GPU",
+        help=f"instead: block sizes, by trial, at the first of --rows, or {SEARCH_ROWS}, and --vocabulary; needs a GPU",
     )
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -410,7 +448,7 @@ def main() -> None:
         return
     sizes = [(int(rows), int(vocabulary)) for vocabulary in args.vocabulary.split(",") for rows in args.rows.split(",")]
     if args.search:
-        search(*sizes[0])
+        search(SEARCH_ROWS if args.rows == ROWS else sizes[0][0], sizes[0][1])
         return
     names = args.only.split(",")
     threads = {name: os.environ[name] for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY") if name in os.environ}

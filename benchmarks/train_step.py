@@ -165,6 +165,7 @@ def run(cfg: config.Config, topo: Topology, args: argparse.Namespace, phases: Ph
         temperature=cfg.rollout.temperature,
         optimizer=cfg.optimizer,
         kernels=cfg.kernels,
+        pointwise=loss.is_pointwise(cfg.loss),
         load_weights=False,
     )
     b, optimizer_step = synthetic_batch(cfg, policy.hf_config, topo), policy.optimizer.step

@@ -15,7 +15,7 @@ from grpo_mcore.checkpoint import checkpoint
 from grpo_mcore.config import config, data_sources, rules
 from grpo_mcore.data import prompts, rows, sources
 from grpo_mcore.environment.environments import tools_of
-from grpo_mcore.loss.loss import OverRanks
+from grpo_mcore.loss.loss import OverRanks, is_pointwise
 from grpo_mcore.parallel import collectives, topology
 from grpo_mcore.parallel.topology import Topology
 from grpo_mcore.policy import hf_weights, model, warm_start
@@ -165,12 +165,21 @@ def open_run(cfg: config.Config) -> Iterator[Run]:
         if in_turns:
             engines = start_asleep(cfg, given, topo, stack)
         precision, temperature, kernels = cfg.precision, cfg.rollout.temperature, cfg.kernels
+        pointwise = is_pointwise(cfg.loss)
         policy = Policy(
-            given.folder, topo, precision=precision, temperature=temperature, optimizer=cfg.optimizer, kernels=kernels
+            given.folder,
+            topo,
+            precision=precision,
+            temperature=temperature,
+            optimizer=cfg.optimizer,
+            kernels=kernels,
+            pointwise=pointwise,
         )
         reference = None
         if cfg.loss.kl_coef > 0:
-            reference = FrozenPolicy(given.folder, topo, precision=precision, temperature=temperature, kernels=kernels)
+            reference = FrozenPolicy(
+                given.folder, topo, precision=precision, temperature=temperature, kernels=kernels, pointwise=pointwise
+            )
         checkpoints = checkpoint.Checkpoints(cfg.run_dir, policy, cfg.checkpoint)
         progress = checkpoints.restore()
         driver = open_driver(cfg, given, engines, progress, stack) if engines is not None else None

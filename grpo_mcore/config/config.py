@@ -180,6 +180,12 @@ class Kernels:
     """Which form a kernel has. auto: Triton's on CUDA, plain PyTorch elsewhere."""
 
     linear_logprob: Literal["auto", "reference", "triton"] = "auto"  # from hidden states to log-probs and entropies
+    # an update takes the loss's gradient together with the log-probs, from logits that are computed once: a quarter
+    # less of the head's work, where policy_loss is not gspo; false: from logits computed twice
+    linear_grpo: bool = True
+    # of the head, for logits or their gradients; null: where logits are computed once 256 MiB on a CPU and 1.75 GiB on
+    # a GPU, where twice 512 MiB on a GPU
+    workspace_bytes: PositiveInt | None = None
 
 
 @dataclass(frozen=True)

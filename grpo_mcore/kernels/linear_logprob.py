@@ -6,6 +6,10 @@ splits' partials are merged afterwards. Backward: logits are recomputed, a recta
 their gradient dz in the weight's dtype; two matrix products of cuBLAS take it from there, dHidden += dz @ weight and
 dWeight += dz.T @ hidden, in float32.
 
+Programs start in groups of row blocks, each group with all of its columns before the next: the hidden states of a group
+stay in the L2 cache (50 MB) while the weight streams past it, once for each group. With all row blocks at once, 75 MB
+of hidden states (24,576 rows of 1,536) came from memory anew for every block of columns.
+
 Logits are kept in units of log 2 (suffix 2): exp2 is what the hardware has. Products accumulate in float32; what is
 rounded to the inputs' dtype is dz, once, and each finished gradient, once.
 """
@@ -18,14 +22,17 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from grpo_mcore.kernels.pick import WORKSPACE_BYTES
+
 LOG2_E = 1.4426950408889634
 BELOW_ALL = tl.constexpr(-1e38)  # a logit that is not there: finite, for 0 x infinity is not 0
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
-# Of the backward, above inputs, gradients and dHidden in float32: dz, and the float32 dWeight of the columns at work.
-# Smaller is slower: dHidden is read and written once for every rectangle of columns, dWeight for every one of rows.
-WORKSPACE_BYTES = 40 << 20
-ROWS = 4096  # of a rectangle of dz, at most
+# WORKSPACE_BYTES is of the backward, above inputs, gradients and dHidden in float32: dz, and the float32 dWeight of the
+# columns at work. Smaller is slower: dHidden is read and written once for every rectangle of columns, dWeight for every
+# one of rows.
+ROWS = 32768  # of a rectangle of dz, at most: a microbatch in one needs no sums of dWeight
+GROUP = 32  # row blocks of dz's kernel that share a stretch of columns: 4,096 rows of 1,536 in bfloat16 are 12.6 MB
 
 
 class Blocks(NamedTuple):
@@ -69,6 +76,18 @@ def _logits2(
 
 
 @triton.jit
+def _in_group(program, group, row_blocks, column_blocks):
+    """(row block, column block) of a program: groups of row blocks one behind the other, and in each the rows go round
+    before the columns."""
+    of_group = program // (group * column_blocks)
+    first, place = of_group * group, program % (group * column_blocks)
+    rows = min(group, row_blocks - first)
+    return first + place % rows, place // rows
+
+
+# What differs from call to call must not make a new kernel: each takes seconds to compile, at other moments on other
+# ranks.
+@triton.jit(do_not_specialize=["T", "blocks_per_split", "group", "row_blocks", "splits"])
 def _forward(
     hidden,
     weight,
@@ -78,13 +97,17 @@ def _forward(
     V,
     scale,
     blocks_per_split,
+    group,
+    row_blocks,
+    splits,
     D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """partials [3, splits, T] of program (row block, split): logsumexp2, target2, mean2."""
-    row = tl.program_id(0) * BLOCK_T
+    row_block, split = _in_group(tl.program_id(0), group, row_blocks, splits)
+    row = row_block * BLOCK_T
     rows = row + tl.arange(0, BLOCK_T)
     target = tl.load(target_T + rows, mask=rows < T, other=-1).to(tl.int32)
     target = tl.where(target < V, target, -1)  # V and above may be columns of the last block
@@ -92,7 +115,7 @@ def _forward(
     total = tl.zeros((BLOCK_T,), tl.float32)
     weighted = tl.zeros((BLOCK_T,), tl.float32)
     at_target = tl.zeros((BLOCK_T,), tl.float32)
-    first = tl.program_id(1) * blocks_per_split
+    first = split * blocks_per_split
     for block in range(first, min(first + blocks_per_split, tl.cdiv(V, BLOCK_V))):
         z = _logits2(hidden, weight, row, block * BLOCK_V, scale, D, BLOCK_T, BLOCK_V, BLOCK_D)
         columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -104,14 +127,14 @@ def _forward(
         total = total * rescale + tl.sum(e, 1)
         weighted = weighted * rescale + tl.sum(e * z, 1)
         maximum = new
-    size = tl.num_programs(1) * T
-    out = partials + tl.program_id(1) * T + rows
+    size = splits * T
+    out = partials + split * T + rows
     tl.store(out, maximum + tl.log2(total), mask=rows < T)
     tl.store(out + size, at_target, mask=rows < T)
     tl.store(out + 2 * size, weighted / total, mask=rows < T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "first_row", "first_column", "group", "row_blocks", "column_blocks"])
 def _dz(
     hidden,
     weight,
@@ -122,6 +145,9 @@ def _dz(
     first_row,
     first_column,
     scale,
+    group,
+    row_blocks,
+    column_blocks,
     D: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -129,7 +155,8 @@ def _dz(
 ):
     """One block of dz = p (constant + slope z2) + [j = target] at_target; of_row [4, T] holds logsumexp2, constant,
     slope and at_target. Descriptors begin at first_row and first_column."""
-    row, column = tl.program_id(0) * BLOCK_T, tl.program_id(1) * BLOCK_V
+    row_block, column_block = _in_group(tl.program_id(0), group, row_blocks, column_blocks)
+    row, column = row_block * BLOCK_T, column_block * BLOCK_V
     z = _logits2(hidden, weight, row, column, scale, D, BLOCK_T, BLOCK_V, BLOCK_D)
     rows = first_row + row + tl.arange(0, BLOCK_T)
     columns = first_column + column + tl.arange(0, BLOCK_V)
@@ -145,8 +172,8 @@ def _dz(
 
 class LinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_TD, weight_VD, target_T, temperature, main_grad_VD):
-        ctx.temperature, ctx.main_grad_VD = temperature, main_grad_VD
+    def forward(ctx, hidden_TD, weight_VD, target_T, temperature, main_grad_VD, workspace_bytes):
+        ctx.temperature, ctx.main_grad_VD, ctx.workspace_bytes = temperature, main_grad_VD, workspace_bytes
         hidden_TD, weight_VD, target_T = hidden_TD.contiguous(), weight_VD.contiguous(), target_T.contiguous()
         logsumexp2, target2, mean2 = _partials2(hidden_TD, weight_VD, target_T, temperature)
         ctx.save_for_backward(hidden_TD, weight_VD, target_T, logsumexp2, mean2)
@@ -163,8 +190,9 @@ class LinearLogprob(torch.autograd.Function):
         d_weight = torch.empty_like(weight_VD) if ctx.main_grad_VD is None else None
         (T, D), V = hidden_TD.shape, weight_VD.shape[0]
         if T == 0 or V == 0:
-            return d_hidden.to(hidden_TD.dtype), d_weight if d_weight is None else d_weight.zero_(), None, None, None
-        height, width = rectangle(T, D, hidden_TD.element_size(), fused=d_weight is None)
+            return d_hidden.to(hidden_TD.dtype), d_weight if d_weight is None else d_weight.zero_(), *[None] * 4
+        height, width = rectangle(T, D, hidden_TD.element_size(), ctx.workspace_bytes, fused=d_weight is None)
+        width = min(width, triton.cdiv(V, 128) * 128)
         dz = hidden_TD.new_empty(height, width)
         sums = hidden_TD.new_empty(width, D, dtype=torch.float32) if height < T and d_weight is not None else None
         for start in range(0, V, width):
@@ -185,7 +213,7 @@ class LinearLogprob(torch.autograd.Function):
                     _add_product(accumulator, part.T, hidden)
             if whole is not None and accumulator is not None:
                 whole.copy_(accumulator)
-        return d_hidden.to(hidden_TD.dtype), d_weight, None, None, None
+        return d_hidden.to(hidden_TD.dtype), d_weight, *[None] * 4
 
 
 def _partials2(hidden_TD, weight_VD, target_T, temperature: float):
@@ -195,11 +223,12 @@ def _partials2(hidden_TD, weight_VD, target_T, temperature: float):
         zero = hidden_TD.new_zeros(T, dtype=torch.float32)
         return zero - float("inf"), zero, zero
     row_blocks, column_blocks = triton.cdiv(T, blocks.T), triton.cdiv(V, blocks.V)
-    splits = num_splits(row_blocks, column_blocks, _programs_at_once(hidden_TD.device, blocks))
+    at_once = _programs_at_once(hidden_TD.device, blocks, hidden_TD.element_size())
+    splits = num_splits(row_blocks, column_blocks, at_once)
     blocks_per_split = triton.cdiv(column_blocks, splits)
     splits = triton.cdiv(column_blocks, blocks_per_split)
     partials = hidden_TD.new_empty(3, splits, T, dtype=torch.float32)
-    _forward[row_blocks, splits](
+    _forward[(row_blocks * splits,)](
         _descriptor(hidden_TD, blocks.T, blocks.D),
         _descriptor(weight_VD, blocks.V, blocks.D),
         target_T,
@@ -208,10 +237,14 @@ def _partials2(hidden_TD, weight_VD, target_T, temperature: float):
         V,
         LOG2_E / temperature,
         blocks_per_split,
+        max(at_once // splits, 1),  # row blocks of which all splits run at once
+        row_blocks,
+        splits,
         D,
         *blocks[:3],
         num_warps=blocks.warps,
         num_stages=blocks.stages,
+        enable_fp_fusion=True,
     )
     logsumexp2_KT, target2_KT, mean2_KT = partials
     top = logsumexp2_KT.amax(0)
@@ -223,7 +256,8 @@ def _partials2(hidden_TD, weight_VD, target_T, temperature: float):
 
 def _launch_dz(hidden, weight, dz, target_T, rows_4T, start: tuple[int, int], temperature: float) -> None:
     blocks = BACKWARD[hidden.dtype]
-    _dz[triton.cdiv(dz.shape[0], blocks.T), triton.cdiv(dz.shape[1], blocks.V)](
+    row_blocks, column_blocks = triton.cdiv(dz.shape[0], blocks.T), triton.cdiv(dz.shape[1], blocks.V)
+    _dz[(row_blocks * column_blocks,)](
         _descriptor(hidden, blocks.T, blocks.D),
         _descriptor(weight, blocks.V, blocks.D),
         _descriptor(dz, blocks.T, blocks.V),
@@ -232,10 +266,14 @@ def _launch_dz(hidden, weight, dz, target_T, rows_4T, start: tuple[int, int], te
         len(target_T),
         *start,
         LOG2_E / temperature,
+        GROUP,
+        row_blocks,
+        column_blocks,
         hidden.shape[1],
         *blocks[:3],
         num_warps=blocks.warps,
         num_stages=blocks.stages,
+        enable_fp_fusion=True,
     )
 
 
@@ -254,9 +292,18 @@ def _descriptor(x: torch.Tensor, *block: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(x, list(block))
 
 
-def _programs_at_once(device: torch.device, blocks: Blocks) -> int:
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return processors * max(8 // blocks.warps, 1)
+def _programs_at_once(device: torch.device, blocks: Blocks, itemsize: int) -> int:
+    if device.type != "cuda":
+        return max(8 // blocks.warps, 1)
+    of_device = torch.cuda.get_device_properties(device)
+    return of_device.multi_processor_count * programs_of(blocks, itemsize, of_device.shared_memory_per_multiprocessor)
+
+
+def programs_of(blocks: Blocks, itemsize: int, shared_bytes: int) -> int:
+    """That run on one multiprocessor at once: as many as its registers (8 warps of 128 x 128 sums) and its shared
+    memory hold, where each has its stages' blocks and about 2 KiB more."""
+    of_program = (blocks.T + blocks.V) * blocks.D * itemsize * blocks.stages + 2048
+    return max(min(8 // blocks.warps, shared_bytes // of_program), 1)
 
 
 def num_splits(row_blocks: int, column_blocks: int, programs_at_once: int) -> int:
@@ -269,12 +316,12 @@ def num_splits(row_blocks: int, column_blocks: int, programs_at_once: int) -> in
     return min(range(1, min(column_blocks, 64) + 1), key=duration)
 
 
-def rectangle(T: int, D: int, itemsize: int, *, fused: bool) -> tuple[int, int]:
-    """(rows, columns) of dz within WORKSPACE_BYTES, columns a multiple of 128. fused: dWeight has its own float32
+def rectangle(T: int, D: int, itemsize: int, workspace_bytes: int, *, fused: bool) -> tuple[int, int]:
+    """(rows, columns) of dz within workspace_bytes, columns a multiple of 128. fused: dWeight has its own float32
     buffer."""
     rows = triton.cdiv(T, triton.cdiv(T, ROWS))
     bytes_per_column = rows * itemsize + (0 if fused or rows == T else 4 * D)
-    return rows, max(WORKSPACE_BYTES // bytes_per_column // 128 * 128, 128)
+    return rows, max(workspace_bytes // bytes_per_column // 128 * 128, 128)
 
 
 def linear_logprob(
@@ -284,8 +331,10 @@ def linear_logprob(
     *,
     temperature: float,
     main_grad_VD: torch.Tensor | None = None,
+    workspace_bytes: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(logsumexp_T, target_T, mean_logit_T), float32; what they are, and main_grad_VD, see reference.linear_logprob.
+    workspace_bytes: of the backward; None: WORKSPACE_BYTES.
 
     hidden and weight: both bfloat16 or both float32, D a multiple of 16 bytes. ValueError for others.
     """
@@ -299,4 +348,6 @@ def linear_logprob(
             f"linear_logprob: D = {hidden_TD.shape[1]} of {hidden_TD.dtype} must be a multiple of 16 bytes: take "
             f"impl = reference"
         )
-    return LinearLogprob.apply(hidden_TD, weight_VD, target_T, temperature, main_grad_VD)
+    return LinearLogprob.apply(
+        hidden_TD, weight_VD, target_T, temperature, main_grad_VD, workspace_bytes or WORKSPACE_BYTES
+    )

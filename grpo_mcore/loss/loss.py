@@ -25,6 +25,7 @@ its loss depends on how a batch is cut. That is not built; its configurations he
 of an optimizer step.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -64,6 +65,22 @@ def grpo(
     if cfg.entropy_coef > 0:
         loss_R = loss_R - cfg.entropy_coef * entropy_R
     return (batch.weight_R * loss_R).sum(), stats
+
+
+def is_pointwise(cfg: config.Loss) -> bool:
+    """Whether each token's part of `grpo` needs that token's log-prob and entropy alone, so that the loss of a
+    microbatch is the sum of its rows'. GSPO's ratio needs those of its whole response; importance weights are data."""
+    return cfg.policy_loss != "gspo"
+
+
+def of_rows(batch: Microbatch, rows: slice) -> Microbatch:
+    """The microbatch with these of its R response tokens alone, for a pointwise loss."""
+    per_token = {
+        f.name: x
+        for f in dataclasses.fields(batch)
+        if f.name.endswith("_R") and (x := getattr(batch, f.name)) is not None
+    }
+    return dataclasses.replace(batch, **{name: x[rows] for name, x in per_token.items()})
 
 
 def policy_loss(

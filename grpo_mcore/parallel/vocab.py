@@ -49,13 +49,22 @@ def first_row(rows: int, group: dist.ProcessGroup | None) -> int:
 def combine(
     logsumexp_R: torch.Tensor, target_R: torch.Tensor, mean_logit_R: torch.Tensor, group: dist.ProcessGroup | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Partials of each shard to (logprob_R, entropy_R) of the whole vocabulary, float32, differentiable.
+    """Partials of each shard, as `whole` takes them, to (logprob_R, entropy_R) of the whole vocabulary, float32,
+    differentiable."""
+    logsumexp_R, target_R, mean_logit_R = whole(logsumexp_R, target_R, mean_logit_R, group)
+    return target_R - logsumexp_R, logsumexp_R - mean_logit_R
+
+
+def whole(
+    logsumexp_R: torch.Tensor, target_R: torch.Tensor, mean_logit_R: torch.Tensor, group: dist.ProcessGroup | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Partials of each shard to those of the whole vocabulary, differentiable.
 
     logsumexp_R: over the shard; target_R: the target's logit where the shard has it, else 0;
     mean_logit_R: the shard's expected logit under the softmax of the shard alone.
     """
     if group is None:
-        return target_R - logsumexp_R, logsumexp_R - mean_logit_R
+        return logsumexp_R, target_R, mean_logit_R
     from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
     partials_3R = torch.stack([logsumexp_R, target_R, mean_logit_R])
@@ -64,5 +73,4 @@ def combine(
     logsumexp = torch.logsumexp(logsumexp_KR, 0)
     # These sum to 1, where exp(logsumexp_KR - logsumexp) has the rounding of two large numbers.
     share_KR = logsumexp_KR.softmax(0)
-    mean_logit = (share_KR * mean_logit_KR).sum(0)
-    return target_KR.sum(0) - logsumexp, logsumexp - mean_logit
+    return logsumexp, target_KR.sum(0), (share_KR * mean_logit_KR).sum(0)

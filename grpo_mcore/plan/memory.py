@@ -25,7 +25,8 @@ from pathlib import Path
 from grpo_mcore import entry
 from grpo_mcore.config import rules
 from grpo_mcore.config.config import Config, Engine, InputError, Parallel
-from grpo_mcore.kernels import reference
+from grpo_mcore.kernels import linear_grpo, pick, reference
+from grpo_mcore.loss.loss import is_pointwise
 from grpo_mcore.policy import hf_weights, model, model_folder
 from grpo_mcore.policy.model import HFConfig
 
@@ -38,7 +39,6 @@ TRAINER_OVERHEAD_BYTES = 3 * GIB  # CUDA's context, NCCL's buffers, workspaces o
 ENGINE_OVERHEAD_BYTES = 3 * GIB  # of vLLM awake: context, CUDA graphs, the sampler's logits
 ENGINE_ASLEEP_BYTES = 2 * GIB  # of vLLM asleep: context and CUDA graphs
 ALLOCATOR_SLACK = 1.1  # what the caching allocator holds, over what is asked of it, of tensors that come and go
-HEAD_WORKSPACE_BYTES = 64 << 20  # of the Triton kernel
 
 
 @dataclass(frozen=True)
@@ -241,15 +241,27 @@ def activation_bytes(case: Case, stage: int) -> dict[str, float]:
 
 
 def head_bytes(case: Case) -> float:
-    """Hidden states to log-probs, every token a response token: the chosen rows and their gradients, the weight's
-    gradient; no logits."""
+    """Hidden states to log-probs, every token a response token: the chosen rows and their gradients, and logits or
+    their gradients, of a workspace; the weight's gradient where it is not added to DDP's buffer at once."""
     cfg, size, d = case.cfg, case.itemsize, case.hf_config.hidden_size
-    tokens, rows = cfg.batch.max_tokens_per_microbatch, -(-case.hf_config.vocab_size // cfg.parallel.tp)
-    workspace = HEAD_WORKSPACE_BYTES
-    # Triton's needs a Hopper or newer; the plain one has two float32 blocks [tokens, chunk] and their product.
-    if cfg.kernels.linear_logprob == "reference" or not case.gpu.fp8_flops_per_s:
-        workspace = tokens * min(reference.CHUNK_V, rows) * (8 + size)
-    return tokens * d * (3 * size + size + 4) + size * rows * d + workspace
+    tokens, V = cfg.batch.max_tokens_per_microbatch, -(-case.hf_config.vocab_size // cfg.parallel.tp)
+    once = cfg.kernels.linear_grpo and is_pointwise(cfg.loss)
+    # Triton's needs a Hopper or newer.
+    plain = cfg.kernels.linear_logprob == "reference" or not case.gpu.fp8_flops_per_s
+    if once:
+        narrow = size if size < 4 else 0  # the gradient of a logit, beside its float32
+        columns = min(linear_grpo.COLUMNS["cuda"], V)
+        of_row = V * 4 + columns * (4 + narrow) if plain else V * (4 + narrow)
+        limit = cfg.kernels.workspace_bytes or linear_grpo.WORKSPACE_BYTES["cuda"]
+        rows = max(min(tokens, limit // (V * (4 if plain else 4 + narrow))), 1)
+        workspace = rows * of_row
+    elif plain:
+        workspace = tokens * min(reference.CHUNK_V, V) * (8 + size)  # two float32 blocks and their product
+    else:
+        workspace = cfg.kernels.workspace_bytes or pick.WORKSPACE_BYTES
+    # Of logits computed once it is added up in float32 first.
+    of_weight = (size + (4 if once and size < 4 else 0)) * V * d if cfg.parallel.overlap_grad_reduce else 0
+    return tokens * d * (3 * size + size + 4) + of_weight + workspace
 
 
 def engine_weight_bytes(case: Case) -> float:

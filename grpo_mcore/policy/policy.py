@@ -9,10 +9,12 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
 from grpo_mcore.config import config
+from grpo_mcore.kernels.pick import pick_grpo
+from grpo_mcore.loss.loss import of_rows
 from grpo_mcore.parallel import collectives, context, pipeline
 from grpo_mcore.parallel.topology import Topology
 from grpo_mcore.policy import hf_weights, model
-from grpo_mcore.policy.logprob import logprobs_and_entropy
+from grpo_mcore.policy.logprob import logprobs_and_entropy, loss_and_logprobs
 from grpo_mcore.report import metrics
 from grpo_mcore.types import GlobalBatch, Microbatch
 
@@ -31,12 +33,26 @@ class FrozenPolicy:
         precision: config.Precision,
         temperature: float,
         kernels: config.Kernels = config.Kernels(),
+        pointwise: bool | None = None,
         load_weights: bool = True,
     ):
         """`folder` is a Hugging Face folder; log-probs are taken of logits / temperature. Without `load_weights`, of
-        which a benchmark has no need, its config.json is enough, and the weights are Megatron's random ones."""
+        which a benchmark has no need, its config.json is enough, and the weights are Megatron's random ones.
+
+        pointwise: whether the loss is (loss.is_pointwise) that is learnt from, here or where these log-probs go; None:
+        not said, and taken for no.
+        """
         self.folder, self.topology, self.precision = folder, topology, precision
         self.temperature, self.kernels = temperature, kernels
+        self.linear_grpo = None
+        if pointwise is not None:
+            self.linear_grpo = pick_grpo(
+                kernels.linear_logprob,
+                topology.device,
+                kernels.workspace_bytes,
+                wanted=kernels.linear_grpo,
+                pointwise=pointwise,
+            )
         self.hf_config = model.load_hf_config(folder)
         self.chunks = model.build(self.hf_config, topology=topology, precision=precision)
         if load_weights:
@@ -68,18 +84,52 @@ class FrozenPolicy:
         """A chunk's output: of the last one (logprob_R, entropy_R)."""
         batch = _to(batch, self.topology.device)
         hidden = model.hidden_states(chunk, batch, self.topology)
-        backbone = model.unwrapped(chunk)
-        if not backbone.post_process:
+        if not model.unwrapped(chunk).post_process:
             return hidden
+        if self.linear_grpo is None:
+            return self._logprobs(hidden, batch, temperature)
+        return self._loss(hidden, batch, temperature, None)[1:]
+
+    def _logprobs(self, hidden_RD: torch.Tensor, batch: Microbatch, temperature: float):
+        """(logprob_R, entropy_R) with gradients."""
+        weight_VD = model.unwrapped(self.modules[-1]).head_weight
         return logprobs_and_entropy(
-            hidden,
-            backbone.head_weight,
+            hidden_RD,
+            weight_VD,
             batch.target_R,
             temperature=temperature,
             vocab_size=self.hf_config.vocab_size,
             tp_group=self.topology.head_group,
             impl=self.kernels.linear_logprob,
+            workspace_bytes=self.kernels.workspace_bytes,
+            main_grad_VD=self._main_grad(weight_VD),
         )
+
+    def _loss(self, hidden_RD: torch.Tensor, batch: Microbatch, temperature: float, loss: LossFunction | None):
+        """(the loss with gradients or None, logprob_R and entropy_R without)"""
+
+        def of_part(logprob: torch.Tensor, entropy: torch.Tensor, rows: slice) -> torch.Tensor:
+            assert loss is not None
+            return loss(logprob, entropy, of_rows(batch, rows))[0]
+
+        assert self.linear_grpo is not None
+        weight_VD = model.unwrapped(self.modules[-1]).head_weight
+        return loss_and_logprobs(
+            self.linear_grpo,
+            hidden_RD,
+            weight_VD,
+            batch.target_R,
+            None if loss is None else of_part,
+            temperature=temperature,
+            vocab_size=self.hf_config.vocab_size,
+            tp_group=self.topology.head_group,
+            main_grad_VD=self._main_grad(weight_VD),
+        )
+
+    def _main_grad(self, weight: torch.Tensor) -> torch.Tensor | None:
+        """DDP's buffer of the weight's gradient, where the head may add to it: overlap_grad_reduce asks for a
+        param.grad."""
+        return None if self.topology.parallel.overlap_grad_reduce else getattr(weight, "main_grad", None)
 
     def export(self, **how) -> Iterator[tuple[str, torch.Tensor]]:
         """(HF name, tensor) of the weights as they are now, by default on the driver; collective. `how` is
@@ -99,10 +149,17 @@ class Policy(FrozenPolicy):
         temperature: float,
         optimizer: config.Optimizer,
         kernels: config.Kernels = config.Kernels(),
+        pointwise: bool | None = None,
         load_weights: bool = True,
     ):
         super().__init__(
-            folder, topology, precision=precision, temperature=temperature, kernels=kernels, load_weights=load_weights
+            folder,
+            topology,
+            precision=precision,
+            temperature=temperature,
+            kernels=kernels,
+            pointwise=pointwise,
+            load_weights=load_weights,
         )
         axes = topology.parallel
         ddp = DistributedDataParallelConfig(
@@ -143,21 +200,31 @@ class Policy(FrozenPolicy):
         """One optimizer step. Collective. Returns this rank's metrics: those of the ranks that report, merged, are the
         whole.
 
-        Raises FloatingPointError on all ranks if the gradient is not finite; the weights are unchanged then.
+        `loss` must be pointwise if the policy has been told that it is. Raises FloatingPointError on all ranks if the
+        gradient is not finite; the weights are unchanged then.
         """
         for module in self.modules:
             module.zero_grad_buffer()
         self.optimizer.zero_grad()
 
-        def after(output, m: Microbatch):
-            logprobs_R, entropy_R = output
-            value, stats = loss(logprobs_R, entropy_R, _to(m, self.topology.device))
+        def forward(chunk: torch.nn.Module, m: Microbatch):
+            m = _to(m, self.topology.device)
+            hidden = model.hidden_states(chunk, m, self.topology)
+            return (hidden, m) if model.unwrapped(chunk).post_process else hidden
+
+        def after(output, _):
+            hidden_RD, m = output
+            if self.linear_grpo is None:
+                logprobs_R, entropy_R = self._logprobs(hidden_RD, m, self.temperature)
+                value, stats = loss(logprobs_R, entropy_R, m)
+            else:
+                value, logprobs_R, entropy_R = self._loss(hidden_RD, m, self.temperature, loss)
+                with torch.no_grad():
+                    _, stats = loss(logprobs_R, entropy_R, m)
             # Read after the last microbatch: to read a number waits for the GPU.
             return value, {**stats, "entropy": entropy_R.detach(), "loss": value.detach().clone()}
 
-        parts = pipeline.run(
-            self.modules, batch.microbatches, lambda chunk, m: self._score(chunk, m, self.temperature), after
-        )
+        parts = pipeline.run(self.modules, batch.microbatches, forward, after)
         self._check_gradient()
         for group in self.optimizer.param_groups:
             group["lr"] = lr

@@ -93,6 +93,7 @@ def make(cfg: config.Config) -> None:
         precision=config.Precision(params="float32"),
         temperature=1.0,
         optimizer=config.Optimizer(lr=warm_start.lr),
+        pointwise=True,
     )
     teach(policy, cfg)
     (made / RECORD).write_text(json.dumps({"seed": cfg.seed, **dataclasses.asdict(warm_start)}))

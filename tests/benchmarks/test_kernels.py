@@ -26,18 +26,18 @@ def test_its_truth_is_what_autograd_says_in_float64(monkeypatch):
 
 
 def test_every_implementation_is_measured_or_says_why_not(tmp_path):
-    names = "naive,chunked,quack (sum of the loss only),triton"
+    names = "naive,chunked,logits once,quack (sum of the loss only),triton"
     size = ["--rows", 5, "--vocabulary", 300, "--rounds", 2, "--only", names]
     no_gpu = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
     report = report_of("kernels", *size, out=tmp_path / "out.json", timeout_s=200, **no_gpu)
-    naive, chunked, quack, triton = report["results"]
+    naive, chunked, once, quack, triton = report["results"]
     assert (
         quack["status"] == triton["status"] == "skipped"
         and "ModuleNotFoundError" in quack["reason"]
         and "cannot run" in triton["reason"]
     )
     assert naive["forward"]["time_of_naive"] == naive["forward_backward"]["time_of_naive"] == 1
-    for r in (naive, chunked):
+    for r in (naive, chunked, once):
         assert (
             r["status"] == "ok"
             and r["has_entropy"]

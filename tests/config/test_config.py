@@ -167,7 +167,7 @@ batch.max_tokens_per_microbatch refit.bucket_bytes refit.timeout_s eval.every ev
 eval.top_p checkpoint.keep stop.plateau_window stop.truncated_steps
 rollout.max_draws engine.tp engine.gpu_memory_frac engine.max_batched_tokens engine.health_timeout_s
 engine.kv_cache_bytes mismatch.warn_above mismatch.stop_above loss.kl_limit eval.max_prompts eval.max_response_tokens
-optimizer.eps refit.canary_tolerance data.max_pass_rate
+optimizer.eps refit.canary_tolerance data.max_pass_rate kernels.workspace_bytes
 """.split()
 NEEDED = {  # what a section that may be null cannot do without
     "warm_start": ["warm_start.task=two_digit_sums"],

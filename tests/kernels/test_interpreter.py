@@ -17,7 +17,8 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_the_triton_kernels_hold_under_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/test_linear_logprob.py"]
+    files = "tests/kernels/test_linear_logprob.py", "tests/kernels/test_linear_grpo_triton.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(
         command, cwd=ROOT, env=environment(TRITON_INTERPRET="1"), capture_output=True, text=True, timeout=240
     )

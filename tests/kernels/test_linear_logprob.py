@@ -32,7 +32,7 @@ def small_blocks(request, monkeypatch):
     monkeypatch.setattr(kernel, "ROWS", 8)
     monkeypatch.setattr(kernel, "WORKSPACE_BYTES", 1)  # the narrowest rectangle: 128 columns
     if not ON_GPU:
-        monkeypatch.setattr(kernel, "_programs_at_once", lambda *_: 7)  # 2 row blocks: 3 splits of 4, 4 and 2 blocks
+        monkeypatch.setattr(kernel, "_programs_at_once", lambda *_: 7)  # 2 row blocks of 10 splits, in three waves
         small = kernel.Blocks(16, 32, 16, warps=4, stages=2)
         monkeypatch.setattr(kernel, "FORWARD", {FLOAT32: small, BFLOAT16: small})
         monkeypatch.setattr(kernel, "BACKWARD", {FLOAT32: small, BFLOAT16: small})
@@ -232,7 +232,7 @@ def test_the_shape_of_the_rectangles_does_not_matter(monkeypatch, rows):
     hidden, weight, target, upstream = inputs()
     values, gradients = ours(hidden, weight, target, upstream)
     monkeypatch.setattr(kernel, "ROWS", rows)
-    monkeypatch.setattr(kernel, "WORKSPACE_BYTES", 256 * (rows * 4 + 4 * D))
+    monkeypatch.setattr(kernel, "WORKSPACE_BYTES", 256 * (rows * 4 + 4 * D))  # 256 columns, not 128
     other_values, other_gradients = ours(hidden, weight, target, upstream)
     for name in OUTPUTS:
         assert torch.equal(values[name], other_values[name])
@@ -242,17 +242,39 @@ def test_the_shape_of_the_rectangles_does_not_matter(monkeypatch, rows):
 
 def test_rectangles_of_worked_sizes():
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(kernel, "ROWS", 4096)
-        m.setattr(kernel, "WORKSPACE_BYTES", 40 << 20)
-        # 6 x 4096 rows; a column takes 4096 x 2 B of dz and 1536 x 4 B of dWeight: 41943040 / 14336 = 2925.7, of which
-        # 22 x 128.
-        assert kernel.rectangle(24576, 1536, 2, fused=False) == (4096, 2816)
-        # dWeight in main_grad: 41943040 / 8192 = 5120 = 40 x 128.
-        assert kernel.rectangle(24576, 1536, 2, fused=True) == (4096, 5120)
-        # In one rectangle of rows dWeight needs no sums: 41943040 / 2000 = 20971.5, of which 163 x 128.
-        assert kernel.rectangle(1000, 1536, 2, fused=False) == (1000, 20864)
-        # Two rectangles of rows, as equal as can be.
-        assert kernel.rectangle(4097, 1536, 2, fused=True)[0] == 2049
+        m.setattr(kernel, "ROWS", 32768)
+        # All rows in one: a column takes 24576 x 2 B of dz; 536870912 / 49152 = 10922.7, of which 85 x 128; dWeight
+        # needs no sums.
+        for fused in (False, True):
+            assert kernel.rectangle(24576, 1536, 2, 512 << 20, fused=fused) == (24576, 10880)
+        # Two rectangles of rows, as equal as can be; 40000 B and 1536 x 4 B of dWeight: 11634, of which 90 x 128.
+        assert kernel.rectangle(40000, 1536, 2, 512 << 20, fused=False) == (20000, 11520)
+        # dWeight in main_grad: 536870912 / 40000 = 13421, of which 104 x 128.
+        assert kernel.rectangle(40000, 1536, 2, 512 << 20, fused=True) == (20000, 13312)
+
+
+def test_programs_share_a_multiprocessor_as_its_shared_memory_allows():
+    hopper = 233472  # bytes
+    # 3 stages of (128 + 128) x 64 bfloat16: 96 KiB each
+    assert kernel.programs_of(kernel.Blocks(128, 128, 64, 4, 3), 2, hopper) == 2
+    # 2 stages of (128 + 128) x 128: 128 KiB
+    assert kernel.programs_of(kernel.Blocks(128, 128, 128, 4, 2), 2, hopper) == 1
+    assert kernel.programs_of(kernel.Blocks(128, 256, 64, 8, 3), 2, hopper) == 1
+    assert kernel.programs_of(kernel.Blocks(128, 256, 128, 8, 4), 2, hopper) == 1  # which does not fit at all
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 100])
+def test_the_order_in_which_programs_start_does_not_matter(monkeypatch, group):
+    """Bit for bit."""
+    monkeypatch.setattr(kernel, "num_splits", lambda *_: 3)
+    hidden, weight, target, upstream = inputs()
+    values, gradients = ours(hidden, weight, target, upstream)
+    monkeypatch.setattr(kernel, "GROUP", group)
+    # The forward's group is as many row blocks as run at once with all of their splits.
+    monkeypatch.setattr(kernel, "_programs_at_once", lambda *_: group * 3)
+    other_values, other_gradients = ours(hidden, weight, target, upstream)
+    assert all(torch.equal(values[name], other_values[name]) for name in OUTPUTS)
+    assert all(torch.equal(gradients[name], other_gradients[name]) for name in gradients)
 
 
 def test_the_vocabulary_is_split_until_the_programs_end_together():

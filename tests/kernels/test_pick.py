@@ -6,14 +6,14 @@ import sys
 import pytest
 import torch
 
-from grpo_mcore.kernels import pick, reference
+from grpo_mcore.kernels import linear_grpo, pick, reference
 from tests.dist import ROOT, environment
 
 CPU = torch.device("cpu")
 
 
 def test_on_a_cpu_auto_is_the_reference(capsys):
-    pick._pick.cache_clear()
+    pick._say.cache_clear()
     for _ in range(2):
         assert pick.pick("auto", CPU) is reference.linear_logprob
     assert pick.pick("reference", CPU) is reference.linear_logprob
@@ -21,6 +21,27 @@ def test_on_a_cpu_auto_is_the_reference(capsys):
         "kernels: linear_logprob is reference's (the tensors are on cpu)",
         "kernels: linear_logprob is reference's (as asked)",
     ]
+
+
+@pytest.mark.parametrize(
+    "asked, words",
+    [
+        ({}, "once (linear_grpo)"),
+        ({"wanted": False}, "twice (kernels.linear_grpo = false)"),
+        ({"pointwise": False}, "twice (the loss of a token needs its whole response, as gspo's does)"),
+    ],
+)
+def test_an_update_computes_its_logits_once_where_it_can_and_says_why_not(capsys, asked, words):
+    pick._say.cache_clear()
+    for _ in range(2):
+        picked = pick.pick_grpo("auto", CPU, 99, **{"wanted": True, "pointwise": True, **asked})
+        assert (picked is None) == bool(asked)
+    said = [f"kernels: an update computes its logits {words}"]
+    if picked is not None:
+        assert picked.func is linear_grpo.linear_grpo
+        assert picked.keywords == {"logits": linear_grpo.Logits, "workspace_bytes": 99}
+        said.append("kernels: linear_grpo is reference's (the tensors are on cpu)")
+    assert capsys.readouterr().out.splitlines() == said
 
 
 @pytest.mark.parametrize(
@@ -32,7 +53,7 @@ def test_on_a_cpu_auto_is_the_reference(capsys):
 )
 def test_what_cannot_run_is_refused(monkeypatch, impl, words):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    pick._pick.cache_clear()
+    pick._what_triton_lacks.cache_clear()
     with pytest.raises(ValueError, match=words):
         pick.pick(impl, CPU)
 

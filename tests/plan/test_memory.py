@@ -150,6 +150,28 @@ def test_with_full_recomputation_a_layer_keeps_its_input_alone(tmp_path):
     assert 0 <= seen[0] - planned[0] <= memory.head_bytes(alone)
 
 
+@pytest.mark.parametrize(
+    "overrides, expected",
+    [
+        (["kernels.linear_grpo=false"], 512 << 20),
+        (["kernels.linear_grpo=false", "kernels.workspace_bytes=1000000000"], 1e9),
+        (["loss.policy_loss=gspo"], 512 << 20),
+        # 500 rows of 151936 x 6 bytes
+        (["kernels.workspace_bytes=456000000"], 500 * 151936 * 6),
+        # All of the float32 logits' rows, and blocks of 16384 columns, float32 and bfloat16.
+        (["kernels.linear_logprob=reference", "kernels.workspace_bytes=607744000"], 1000 * (151936 * 4 + 16384 * 6)),
+        (["kernels.linear_logprob=reference", "kernels.linear_grpo=false"], 8192 * 2048 * 10),
+        # The weight's gradient, which overlap wants for itself: in bfloat16, and once as a float32 sum too.
+        (["kernels.linear_grpo=false", "parallel.overlap_grad_reduce=true"], (512 << 20) + 2 * 151936 * 1536),
+        (["parallel.overlap_grad_reduce=true"], 2061 * 151936 * 6 + 6 * 151936 * 1536),
+    ],
+    ids=str,
+)
+def test_the_heads_workspace_is_counted_as_it_is_configured(overrides, expected):
+    head = memory.head_bytes(case("deepscaler_8k", "batch.max_tokens_per_microbatch=8192", *overrides))
+    assert head - 8192 * 1536 * (3 * 2 + 2 + 4) == pytest.approx(expected)
+
+
 def test_the_memory_of_the_8k_stage_worked_by_hand():
     overrides = ("batch.max_tokens_per_microbatch=8192", "parallel.recompute=none")
     phases = memory.needed(case("deepscaler_8k", *overrides)).phases
@@ -164,9 +186,9 @@ def test_the_memory_of_the_8k_stage_worked_by_hand():
     assert layer == 77_360
     assert update["activations kept"] == pytest.approx(1.1 * 8192 * 28 * layer)
     assert update["backward of a layer"] == pytest.approx(1.1 * 8192 * layer)
-    # Never [8192, 151936] logits, 4.98 GB in float32: rows of 1536 (three times bfloat16, a gradient in both), the
-    # weight's gradient 0.47 GB, a workspace.
-    assert update["head"] == pytest.approx(1.1 * (8192 * 1536 * (3 * 2 + 2 + 4) + 2 * 151936 * 1536 + (64 << 20)))
+    # Never [8192, 151936] logits, 4.98 GB in float32: rows of 1536 (three times bfloat16, a gradient in both), and of
+    # 1.75 GiB as many logits of 4 bytes, and gradients of 2, as they hold: of 2,061 rows. No gradient of the weight.
+    assert update["head"] == pytest.approx(1.1 * (8192 * 1536 * (3 * 2 + 2 + 4) + 2061 * 151936 * 6))
     assert "reference policy" not in update
     assert "reference policy" in memory.needed(case("original/deepscaler_8k")).phases["update"]
     # 8192 tokens of prompts: three rows of 1536, gate, up and their product of 8960, in bfloat16.

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from grpo_mcore import trainer
 from grpo_mcore.config import config
+from grpo_mcore.kernels import linear_grpo
 from grpo_mcore.loss import batch, loss
 from grpo_mcore.loss.batch import assemble
 from grpo_mcore.parallel import collectives, topology
@@ -55,9 +56,21 @@ def connect(**axes):
 
 
 def make_policy(
-    folder: str, topo, *, dtype: str = "float32", optimizer: config.Optimizer = config.Optimizer(lr=1e-3)
+    folder: str,
+    topo,
+    *,
+    dtype: str = "float32",
+    optimizer: config.Optimizer = config.Optimizer(lr=1e-3),
+    pointwise: bool | None = None,
 ) -> Policy:
-    return Policy(folder, topo, precision=config.Precision(params=dtype), temperature=TEMPERATURE, optimizer=optimizer)
+    return Policy(
+        folder,
+        topo,
+        precision=config.Precision(params=dtype),
+        temperature=TEMPERATURE,
+        optimizer=optimizer,
+        pointwise=pointwise,
+    )
 
 
 def batch_of(
@@ -191,19 +204,20 @@ LOSSES = (
 )
 
 
-def updates(folder: str, layouts: list[tuple[dict, str]], wrong: str = "") -> list[dict]:
+def updates(folder: str, layouts: list[tuple[dict, str]], wrong: str = "", losses=LOSSES, once: bool = True) -> list:
     """Loss, gradient norm and gradients (as Hugging Face's tensors, on the driver) of an optimizer step in each layout,
-    one after the other."""
+    one after the other. once: the head computes its logits once where it may, in chunks of a few rows; else twice."""
     out = []
+    linear_grpo.WORKSPACE_BYTES["cpu"] = 20 * 91 * 4
     for index, (axes, packing) in enumerate(layouts):
-        topo = connect(**axes)
-        out.append(one_update(folder, topo, packing, LOSSES[index % 3], wrong))
+        topo, cfg = connect(**axes), losses[index % len(losses)]
+        out.append(one_update(folder, topo, packing, cfg, wrong, loss.is_pointwise(cfg) if once else None))
         topology.disconnect(leave=False)
     return out
 
 
-def one_update(folder: str, topo, packing: str, cfg: config.Loss, wrong: str = "") -> dict:
-    policy = make_policy(folder, topo)
+def one_update(folder: str, topo, packing: str, cfg: config.Loss, wrong: str, pointwise: bool | None) -> dict:
+    policy = make_policy(folder, topo, pointwise=pointwise)
     b = batch_of(topo, aggregation=cfg.aggregation, **PACKINGS[packing])
     over_ranks, capped = functools.partial(collectives.sum_over_context, topology=topo), []
     for m, logprobs in zip(b.microbatches, policy.logprobs(b.microbatches), strict=True):
@@ -212,6 +226,7 @@ def one_update(folder: str, topo, packing: str, cfg: config.Loss, wrong: str = "
             target_R = m.target_R.float()
             m.old_logprobs_R = logprobs + 0.3 * torch.sin(target_R)
             m.rollout_logprobs_R = m.old_logprobs_R + 0.4 * torch.cos(3 * target_R)
+            m.ref_logprobs_R = logprobs + 0.2 * torch.cos(target_R)
             m.importance_R, beyond_R = loss.importance(m, cfg, over_ranks)
             capped += beyond_R.tolist()
         if wrong == "mean of microbatches":
@@ -229,7 +244,9 @@ def one_update(folder: str, topo, packing: str, cfg: config.Loss, wrong: str = "
         "loss": merged["update/loss"].value,
         "norm": merged["update/grad_norm"].value,
         "microbatches": len(b.microbatches),
+        "once": policy.linear_grpo is not None,
         "clipped": merged["update/clip_frac"].value,
+        "metrics": {name: metric.value for name, metric in merged.items()},
         "capped": sum(capped) / max(len(capped), 1),
         "gradients": {
             name: tensor.clone() for name, tensor in hf_weights.export(policy.chunks, policy.hf_config, topo)
@@ -253,7 +270,7 @@ def whole_gradients(policy: Policy) -> None:
 
 def test_loss_and_gradient_are_those_of_one_process_in_every_layout_of_4_ranks(model_folders):
     folder = model_folders["qwen2_deep"]
-    (alone,) = spawn(updates, 1, folder, [({}, "whole")] * 3)
+    (alone,) = spawn(updates, 1, folder, [({}, "whole")] * 3, "", LOSSES, False)
     assert alone[0]["microbatches"] == 1
     assert all(0 < seen["clipped"] < 1 and 0 < seen["capped"] < 1 for seen in alone), [
         (seen["clipped"], seen["capped"]) for seen in alone
@@ -272,6 +289,38 @@ def test_loss_and_gradient_are_those_of_one_process_in_every_layout_of_4_ranks(m
             assert error <= 2e-5 * gradient.abs().max() + 1e-8, (layout, name)
 
 
+POINTWISE = (
+    config.Loss(clip_low=0.2, clip_high=0.28, clip_dual=1.2, kl_coef=0.1, importance_level="token", entropy_coef=0.01),
+    config.Loss(policy_loss="cispo", kl_coef=0.1, kl_estimator="k2", aggregation="sequence_mean"),
+)
+
+
+def once_and_twice(folder: str, layouts: list[tuple[dict, str]]) -> list[list[dict]]:
+    return [updates(folder, layouts, "", POINTWISE, once) for once in (True, False)]
+
+
+@pytest.mark.parametrize(
+    "folder, layouts",
+    [
+        ("qwen2_tied", [({}, "cut"), ({"pp": 2}, "single"), ({"tp": 2}, "cut")]),
+        ("qwen2_untied", [(OVERLAP, "cut"), ({"cp": 2}, "single"), ({"tp": 2, **SP}, "cut")]),
+    ],
+)
+def test_logits_computed_once_give_the_metrics_and_gradients_of_logits_computed_twice(model_folders, folder, layouts):
+    """With and without a place in DDP's buffers, over stages, over the shards of an odd vocabulary, and over
+    context ranks of which one may have no token."""
+    layouts = [layout for layout in layouts for _ in POINTWISE]
+    once, twice = spawn(once_and_twice, 2, model_folders[folder], layouts)[0]
+    for layout, one, two in zip(layouts, once, twice, strict=True):
+        assert one["once"] and not two["once"] and 0 < one["clipped"] < 1
+        assert one["metrics"].keys() == two["metrics"].keys() >= {"update/entropy", "update/ratio", "update/kl_to_ref"}
+        for name, value in two["metrics"].items():  # sums in another order
+            assert one["metrics"][name] == pytest.approx(value, rel=1e-5, abs=1e-7), (layout, name)
+        for name, gradient in two["gradients"].items():
+            error = (one["gradients"][name] - gradient).abs().max()
+            assert error <= 2e-5 * gradient.abs().max() + 1e-8, (layout, name)
+
+
 def wrong_updates(folder: str) -> dict[str, list[float]]:
     """Gradient norms with a wrong normaliser, in two layouts whose true norms are the same."""
     cases = {
@@ -281,7 +330,8 @@ def wrong_updates(folder: str) -> dict[str, list[float]]:
         "Megatron's default": [({}, "whole"), ({}, "cut")],
     }
     return {
-        wrong: [updates(folder, [layout], wrong)[0]["norm"] for layout in layouts] for wrong, layouts in cases.items()
+        wrong: [updates(folder, [layout], wrong, once=not wrong)[0]["norm"] for layout in layouts]
+        for wrong, layouts in cases.items()
     }
 
 
@@ -334,8 +384,14 @@ def alone():
     topology.disconnect()
 
 
-def test_on_policy_the_ratio_is_one_and_nothing_is_clipped_and_kl_is_zero(model_folders, alone):
-    policy = make_policy(model_folders["qwen2_tied"], alone)
+@pytest.mark.parametrize("rows", [7, 10_000])  # of which the head has the logits at once
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("pointwise", [None, True])
+def test_on_policy_the_ratio_is_one_and_nothing_is_clipped_and_kl_is_zero(
+    model_folders, alone, monkeypatch, pointwise, dtype, rows
+):
+    monkeypatch.setitem(linear_grpo.WORKSPACE_BYTES, "cpu", rows * 91 * 4)
+    policy = make_policy(model_folders["qwen2_tied"], alone, dtype=dtype, pointwise=pointwise)
     stats = on_policy_update(policy, batch_of(alone, max_tokens=60), kl_coef=0.1)
     # Exactly: one code path computes old, ref and current.
     assert stats["update/ratio"].value == 1.0
