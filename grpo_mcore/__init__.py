@@ -32,8 +32,8 @@ Pure modules, and all that they import beside the standard library and their own
 
     rollout.dispatch
     rollout.admission
-    reward.channel
-    reward.killable
+    reward.channel          psutil
+    reward.killable         psutil
     reward.function_process psutil
     reward.functions        config types
     reward.rewards          config types
@@ -47,7 +47,7 @@ Pure modules, and all that they import beside the standard library and their own
     reward.math_formula     math_verify sympy
     reward.boxed_answer     sympy latex2sympy2_extended
     reward.verifiers
-    reward.grading_process
+    reward.grading_process  psutil
     reward.grader           config
     environment.tools
     loss.advantage          torch config types

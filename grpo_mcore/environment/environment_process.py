@@ -14,6 +14,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from grpo_mcore.environment import tools
@@ -21,6 +22,7 @@ from grpo_mcore.reward import channel
 from grpo_mcore.reward.function_process import Unusable, load, number, words
 
 MANY = 100_000  # questions at a time: sessions that wait for nothing of each other
+NUM_THREADS = 1024  # for methods that are not async
 NO_TOOLS = ("reset", "get_reward", "close")
 Agent = Callable[["Session", Mapping[str, Any]], Coroutine[Any, Any, Any]]
 
@@ -177,7 +179,7 @@ def _result(task: "asyncio.Task[Any]") -> dict[str, Any]:
         return {"error": words(e, __file__)}
 
 
-def _serve(path: str, max_turns: int, wall_s: float) -> None:
+def _serve(path: str, max_turns: int, wall_s: float, memory_bytes: int) -> None:
     to_parent = channel.Channel()
     try:
         found = load(path, classes=True)
@@ -195,8 +197,15 @@ def _serve(path: str, max_turns: int, wall_s: float) -> None:
     except Exception as e:
         to_parent.ready(error=words(e, __file__))
         return
+    channel.limit_memory(memory_bytes)
     to_parent.ready(tools=schemas, **{channel.AT_ONCE: MANY})
-    asyncio.run(to_parent.serve_many(Stage(agent), wall_s))
+    asyncio.run(_play_all(to_parent, Stage(agent), wall_s))
+
+
+async def _play_all(to_parent: channel.Channel, stage: Stage, wall_s: float) -> None:
+    # A method that hangs keeps its thread: it must not be one of a few.
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(NUM_THREADS))
+    await to_parent.serve_many(stage, wall_s)
 
 
 if __name__ == "__main__":

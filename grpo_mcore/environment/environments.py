@@ -23,7 +23,7 @@ class Environments:
     def __init__(self, cfg: config.Environment):
         """Loads the environment. Raises InputError."""
         limits = Limits(cfg.wall_s, cfg.wall_s, cfg.memory_bytes)
-        command = (MODULE, cfg.path, json.dumps([cfg.max_turns, cfg.wall_s]))
+        command = (MODULE, cfg.path, json.dumps([cfg.max_turns, cfg.wall_s, cfg.memory_bytes]))
         self._pools = [
             Pool(command, limits, num_processes=1, remedy="mend what it imports") for _ in range(cfg.num_processes)
         ]

@@ -117,6 +117,7 @@ def protocol(
         "system_prompt": cfg.data.system_prompt,
         "first_prompt": tokenizer.decode(eval_prompts[0].token_ids),
         "grader": json.loads(json.dumps(dataclasses.asdict(cfg.reward))),  # lists, as it is read back
+        **({"environment": dataclasses.asdict(cfg.environment)} if cfg.environment else {}),
         "versions": versions(),
     }
 

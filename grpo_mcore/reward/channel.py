@@ -16,6 +16,8 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import psutil
+
 HEADER = struct.Struct("<QQ")  # number, length
 AT_ONCE = "at_once"  # what a process says of itself: how many questions it takes at a time; 1 if it says nothing
 ORPHAN_S = 2.0  # how often a process looks whether its parent is still there
@@ -95,6 +97,11 @@ def _follow(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(ORPHAN_S)
     os._exit(0)
+
+
+def limit_memory(num_bytes: int) -> None:
+    """What this process may take beyond what it has taken."""
+    limit(resource.RLIMIT_DATA, psutil.Process().memory_info().data + num_bytes)
 
 
 def limit(what: int, num_bytes: int) -> None:

@@ -13,14 +13,11 @@ import json
 import math
 import os
 import reprlib
-import resource
 import sys
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from grpo_mcore.reward import channel, killable
 from grpo_mcore.reward.functions import Case
@@ -254,8 +251,7 @@ def _serve(path: str, style: str, limits: killable.Limits) -> None:
     except Exception as e:
         to_parent.ready(error=words(e))
         return
-    taken = psutil.Process().memory_info().data
-    channel.limit(resource.RLIMIT_DATA, taken + limits.memory_bytes)
+    channel.limit_memory(limits.memory_bytes)
     if caller.is_async:
         to_parent.ready(style=caller.style, **{channel.AT_ONCE: NUM_AT_ONCE})
         asyncio.run(to_parent.serve_many(caller.call_async, limits.wall_s))

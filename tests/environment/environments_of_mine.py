@@ -44,6 +44,15 @@ class Calculator:
         time.sleep(seconds)
         return "done"
 
+    def fill(self, gigabytes: int) -> str:
+        """
+        Takes memory.
+
+        Args:
+            gigabytes: So much.
+        """
+        return str(len(bytes(gigabytes << 30)))
+
     def get_reward(self):
         return {"score": self.calls, "gold": self.gold}
 

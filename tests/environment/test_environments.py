@@ -4,6 +4,7 @@ Not covered here: sessions over engines (test_runs.py), tokens (test_session.py)
 """
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ def calculator():
 
 def test_public_methods_are_tools_with_schemas(calculator):
     by_name = {tool["function"]["name"]: tool["function"] for tool in calculator.tools}
-    assert sorted(by_name) == ["add", "divide", "wait"]
+    assert sorted(by_name) == ["add", "divide", "fill", "wait"]
     assert by_name["add"]["description"] == "Adds two numbers."
     assert by_name["add"]["parameters"]["required"] == ["a", "b"]
     assert by_name["add"]["parameters"]["properties"]["a"] == {"type": "integer", "description": "The first number."}
@@ -62,8 +63,9 @@ def test_a_tool_is_called_its_answer_is_a_message_and_the_end_is_a_reward(calcul
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
-        (call("subtract", a=2, b=3), "error: there is no tool 'subtract'; there are add, divide, wait"),
+        (call("subtract", a=2, b=3), "error: there is no tool 'subtract'; there are add, divide, fill, wait"),
         (call("add", a=2), "error: add: missing a required argument: 'b'"),
+        (call("fill", gigabytes=8), "error: MemoryError"),
         (call("divide", a=1, b=0), "error: ZeroDivisionError: division by zero"),
         ("<tool_call>{not json}</tool_call>", "error: the tool call is no valid JSON"),
         (call("get_reward"), "error: there is no tool 'get_reward'"),
@@ -90,6 +92,18 @@ def test_one_that_hangs_ends_by_the_clock_and_others_go_on(calculator):
     assert played(calculator, "5")[-1]["reward"] == 0.0
     stopped = hangs.result(30)
     assert isinstance(stopped, Stopped) and stopped.cause == "stopped after wall_s = 5 s of clock time"
+
+
+def test_many_that_hang_do_not_keep_the_others_from_their_tools(calculator):
+    hanging = []
+    for _ in range(60):
+        name, answer = calculator.start(CHAT, ROW)
+        answer.result(30)
+        hanging.append(calculator.go_on(name, {"text": call("wait", seconds=60), "truncated": False}))
+    began = time.monotonic()
+    assert played(calculator, call("add", a=2, b=3), "5")[-1]["reward"] == 1.0
+    assert time.monotonic() - began < 5.0  # they are still under way
+    assert all(isinstance(answer.result(30), Stopped) for answer in hanging)
 
 
 def test_an_agent_asks_for_turns_as_it_likes():
