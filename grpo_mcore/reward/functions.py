@@ -9,7 +9,7 @@ import dataclasses
 import json
 import threading
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -78,22 +78,10 @@ class Function:
     def __exit__(self, *_exception: object) -> None:
         self._pool.close()
 
-    def ask(self, case: Case) -> Generator[Part, None, None]:
-        """A part of each response, in their order: asked now, and waited for as they are taken. Closing the iterator
-        withdraws what has not been asked."""
-        by_one = self.style in ("verl", "plain")
-        cases = list(_one_by_one(case)) if by_one else [case]
-        answers = [self._ask(c) for c in cases]
-        return self._parts(cases, answers)
-
-    def _parts(self, cases: Sequence[Case], answers: "Sequence[Future[Any] | None]") -> Generator[Part, None, None]:
-        try:
-            for case, answer in zip(cases, answers, strict=True):
-                yield from self._of_reply(case, answer)
-        finally:
-            for answer in answers:
-                if answer is not None:
-                    answer.cancel()
+    def ask(self, case: Case) -> "Asked":
+        """Asks now, and is waited for as the parts are taken."""
+        cases = list(_one_by_one(case)) if self.style in ("verl", "plain") else [case]
+        return Asked(self, [(each, self._ask(each)) for each in cases])
 
     def _ask(self, case: Case) -> "Future[Any] | None":
         """None: it is not asked."""
@@ -120,7 +108,7 @@ class Function:
         for other in waiting:
             other.cancel()  # nothing becomes of it where it is being worked on
 
-    def _of_reply(self, case: Case, answer: "Future[Any] | None") -> list[Part]:
+    def parts_of(self, case: Case, answer: "Future[Any] | None") -> list[Part]:
         """Raises StartError."""
         try:
             reply = answer.result() if answer is not None else None
@@ -151,6 +139,23 @@ class Function:
         print(
             f"warning: reward function {self.label}: {detail}, on a response to {case.problem!r:.200}{said}", flush=True
         )
+
+
+class Asked:
+    """What a function was asked: a part of each response, in their order. Raises StartError as it is iterated over."""
+
+    def __init__(self, function: Function, questions: "Sequence[tuple[Case, Future[Any] | None]]"):
+        self._function, self._questions = function, questions
+
+    def __iter__(self) -> Iterator[Part]:
+        for case, answer in self._questions:
+            yield from self._function.parts_of(case, answer)
+
+    def withdraw(self) -> None:
+        """What has not been asked yet."""
+        for _, answer in self._questions:
+            if answer is not None:
+                answer.cancel()
 
 
 def _one_by_one(case: Case) -> Iterator[Case]:

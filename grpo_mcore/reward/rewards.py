@@ -48,7 +48,7 @@ class Rewards:
             for name, function in self._functions.items():
                 parts = [function.ask(case) for case in cases]
                 for each in parts:
-                    asked.callback(each.close)
+                    asked.callback(each.withdraw)
                 of_functions.append((name, parts))
             of_verifiers: dict[str, list[tuple[Verdict, ...]]] = {
                 name: self._verify(grader, cases) for name, grader in self._verifiers.items()

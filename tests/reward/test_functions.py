@@ -186,9 +186,9 @@ def test_a_function_that_always_hangs_is_asked_once_in_a_while(monkeypatch):
 
 def test_what_is_withdrawn_is_not_asked():
     with opened("sleeps", wall_s=1.0, cpu_s=1.0) as function:
-        parts = function.ask(case(*map(str, range(50))))
-        assert next(parts).status == Status.TIMED_OUT
-        parts.close()
+        asked = function.ask(case(*map(str, range(50))))
+        assert next(iter(asked)).status == Status.TIMED_OUT
+        asked.withdraw()
         began = time.monotonic()
     assert time.monotonic() - began < 10
 
