@@ -384,6 +384,30 @@ def alone():
     topology.disconnect()
 
 
+def test_given_tokens_that_no_sampled_one_attends_to_change_nothing_and_others_do(model_folders, alone):
+    def update_with(middle: int, last: int) -> tuple[dict, dict[str, torch.Tensor]]:
+        """One of a response with a given token between its turns, and one behind the last of them."""
+        policy = make_policy(model_folders["qwen2_tied"], alone)
+        several = Response((4, 5, middle, 6, 7, last), (-1.0,) * 4, False, given=((2, 3), (5, 6)))
+        one = Response((8, 9), (-1.0,) * 2, False)
+        (b,) = assemble(
+            [Group(Prompt(0, "", "", (1, 2, 3)), (several, one))],
+            torch.tensor([[1.0, -0.5]]),
+            global_batch_size=2,
+            aggregation="token_mean",
+            max_response_tokens=8,
+            packing=batch.Packing(max_tokens=32),
+        )
+        stats = on_policy_update(policy, b)
+        gradients = {name: p.main_grad.clone() for name, p in policy.chunks[0].named_parameters()}
+        return {name: metric.value for name, metric in stats.items()}, gradients
+
+    (stats, gradients), (same, equal), (other, unequal) = update_with(10, 11), update_with(10, 60), update_with(20, 11)
+    assert same == stats and all(torch.equal(gradients[name], equal[name]) for name in gradients)
+    assert other["update/loss"] != stats["update/loss"] or other["update/grad_norm"] != stats["update/grad_norm"]
+    assert any(not torch.equal(gradients[name], unequal[name]) for name in gradients)
+
+
 @pytest.mark.parametrize("rows", [7, 10_000])  # of which the head has the logits at once
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("pointwise", [None, True])
