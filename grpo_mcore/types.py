@@ -78,6 +78,7 @@ class Response:
     # ascending, apart from each other, none of them empty
     given: tuple[tuple[int, int], ...] = ()
     outcome: Outcome | None = None  # of a session; None: there is no environment
+    prompt: Prompt | None = None  # its own, where its environment began with another than the group's
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ class Session:
 
     async def generate(self, then: "str | Sequence[Mapping[str, Any]] | None" = None) -> str:
         """The model's next turn: to the conversation as it is (None), to a user's text behind it, or to a conversation
-        that begins with what was recorded. Raises Ended."""
+        that begins with what was recorded (the first turn: to any). Raises Ended."""
         if isinstance(then, str):
             then = [*self.messages, {"role": "user", "content": then}]
         conversation = [dict(m) for m in (self.messages if then is None else then)]
@@ -59,7 +59,8 @@ class Session:
 class Played:
     """An environment class as an agent: public methods are tools, called as the model's text says, until it calls none.
 
-    `reset(**row)` begins a session; `get_reward()`, if there is one, ends it.
+    `reset(**row)` begins a session, and what it returns stands behind the prompt's last message; `get_reward()`, if
+    there is one, ends it.
     """
 
     def __init__(self, cls: type, max_turns: int):
@@ -76,11 +77,12 @@ class Played:
 
     async def __call__(self, session: Session, row: Mapping[str, Any]) -> Any:
         environment = await asyncio.to_thread(self._cls)
-        if hasattr(environment, "reset"):
-            said = await _called(environment.reset, **row)
-            if said is not None:
-                raise Unusable(f"reset returned {said!r:.80}: what a session begins with belongs into the prompt")
-        text = await session.generate()
+        said = await _called(environment.reset, **row) if hasattr(environment, "reset") else None
+        if said is None:
+            text = await session.generate()
+        else:
+            *before, last = session.messages
+            text = await session.generate([*before, {**last, "content": f"{last['content']}\n{said}"}])
         for _ in range(self._max_turns - 1):
             calls = tools.calls(text)
             if not calls or session.truncated:

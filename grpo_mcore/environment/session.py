@@ -5,7 +5,7 @@ the turns. That text is what the template writes behind an assistant's message (
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from grpo_mcore.config import config
@@ -47,11 +47,35 @@ class Session:
         self.num_turns += 1
         self.messages.append({"role": "assistant", "content": text})
 
+    def go_on(self, conversation: Sequence[Message], tokenizer: Tokenizer, data: config.Data) -> bool:
+        """The conversation that the next turn answers. False if no token is left for one. Raises Refused."""
+        if self.num_turns:
+            return self.give(self.new_messages(conversation), tokenizer, data)
+        if list(conversation) != list(self.prompt.messages):
+            self._begin(conversation, tokenizer, data)
+        return True
+
+    def _begin(self, conversation: Sequence[Message], tokenizer: Tokenizer, data: config.Data) -> None:
+        """With a prompt of its own. What it has more than the group's, the response has less."""
+        if not conversation or conversation[-1].get("role") != "user":
+            raise Refused("it does not begin with a user's message, to which the first turn is the answer")
+        try:
+            token_ids = tokenizer.encode_chat(tuple(conversation), data, "what a session begins with")
+        except config.InputError as e:
+            raise Refused(str(e)) from None
+        if len(token_ids) > data.max_prompt_tokens:
+            raise Refused(
+                f"it begins with {len(token_ids)} tokens, and data.max_prompt_tokens is {data.max_prompt_tokens}"
+            )
+        more = len(token_ids) - len(self.prompt.token_ids)
+        if more >= self.limit_tokens:
+            raise Refused(f"it begins with {more} tokens more than its prompt has, and no token is left for an answer")
+        self.limit_tokens -= max(more, 0)
+        self.prompt = replace(self.prompt, token_ids=token_ids, messages=tuple(conversation))
+
     def give(self, messages: Sequence[Message], tokenizer: Tokenizer, data: config.Data) -> bool:
         """Messages that answer the last turn. False, and nothing is given, if no room is left behind them. Raises
         Refused."""
-        if not self.num_turns:
-            raise Refused("the first turn answers the prompt, and nothing stands between them")
         try:
             between = tokenizer.between(self.prompt.messages, messages, self.token_ids[-1], data)
         except ValueError as e:

@@ -112,7 +112,7 @@ def assemble(
     Raises ValueError if global_batch_size does not divide the samples, or dp it, or if they cannot be packed.
     """
     samples = [
-        Sample(group.prompt, response, advantage)
+        Sample(response.prompt or group.prompt, response, advantage)
         for group, row in zip(groups, advantages_PG.tolist(), strict=True)
         for response, advantage in zip(group.responses, row, strict=True)
     ]

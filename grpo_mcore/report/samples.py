@@ -82,7 +82,7 @@ def rollout_rows(
                 "position": g.position,
                 "prompt_id": prompt.id,
                 "sample": sample,
-                "prompt_tokens": len(prompt.token_ids),
+                "prompt_tokens": len((response.prompt or prompt).token_ids),
                 "response_tokens": len(response.token_ids),
                 "truncated": response.truncated,
                 "versions": response.versions,

@@ -13,7 +13,7 @@ from pathlib import Path
 from grpo_mcore.config import config
 from grpo_mcore.config.config import InputError
 from grpo_mcore.parallel import topology
-from grpo_mcore.types import Outcome
+from grpo_mcore.types import Outcome, Prompt
 
 LOADED = -1  # version of the weights an engine started with
 
@@ -42,6 +42,7 @@ class Completion:
     versions: tuple[tuple[int, int], ...]  # (policy_version, tokens sampled with it), in order
     given: tuple[tuple[int, int], ...] = ()  # of a session, as in types.Response
     outcome: Outcome | None = None
+    prompt: Prompt | None = None
 
 
 class Engine:

@@ -140,7 +140,7 @@ def group_of(prompt: Prompt, completions: Sequence[Completion], *, oldest: int, 
     return Group(
         prompt,
         tuple(
-            Response(tuple(c.token_ids), tuple(c.logprobs), c.truncated, c.versions, c.given, c.outcome)
+            Response(tuple(c.token_ids), tuple(c.logprobs), c.truncated, c.versions, c.given, c.outcome, c.prompt)
             for c in completions
         ),
     )

@@ -85,6 +85,7 @@ class Turns:
             tuple(session.versions),
             tuple(session.given),
             replace(outcome, num_turns=session.num_turns),
+            session.prompt if session.prompt is not request.prompt else None,
         )
 
     async def _play(
@@ -101,8 +102,7 @@ class Turns:
                 status = Status.NOT_APPLICABLE if reply["reward"] is None else Status.SCORED
                 return Outcome(reply["reward"], status, reply.get("ended", ""), reply["extra"])
             try:
-                new = session.new_messages(reply["generate"])
-                has_room = not (new or session.num_turns) or session.give(new, self._tokenizer, self._data)
+                has_room = session.go_on(reply["generate"], self._tokenizer, self._data)
             except Refused as e:
                 return Outcome(None, Status.FAILED, f"refused: {e}")
             if not has_room or session.room < 1:
@@ -118,7 +118,7 @@ class Turns:
         key = (*request.key, sample, turn)
         seed = (request.sampling.seed + sample + SEED_OF_TURN * turn) % 2**31
         sampling = replace(request.sampling, num_responses=1, max_tokens=session.room, seed=seed)
-        prompt = (*request.prompt.token_ids, *session.token_ids)
+        prompt = (*session.prompt.token_ids, *session.token_ids)
         try:
             # The sessions of a prompt begin alike, and stay where that is cached.
             answer = self._engines.submit(key, prompt, sampling, request.phase, request.key)

@@ -106,6 +106,13 @@ def test_many_that_hang_do_not_keep_the_others_from_their_tools(calculator):
     assert all(isinstance(answer.result(30), Stopped) for answer in hanging)
 
 
+def test_what_reset_returns_stands_behind_the_prompt():
+    with Environments(Environment(f"{FILE}:Game", num_processes=1)) as environments:
+        first, second, end = played(environments, call("open"), "done")
+    assert first["generate"] == [{"role": "user", "content": "2+3?\nthe door is shut"}]
+    assert second["generate"][-1] == {"role": "tool", "content": "it is open"} and end["reward"] is None
+
+
 def test_an_agent_asks_for_turns_as_it_likes():
     with Environments(Environment(f"{FILE}:three_turns", num_processes=2)) as environments:
         assert environments.tools == []

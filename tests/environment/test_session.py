@@ -147,8 +147,28 @@ def test_the_past_cannot_be_rewritten_and_what_is_behind_it_is_new(folder):
     ):
         with pytest.raises(Refused, match=words):
             session.new_messages(other)
-    with pytest.raises(Refused, match="nothing stands between"):
-        session_of(tokenizer).give([new], tokenizer, Data(""))
+
+
+def test_a_session_may_begin_with_a_prompt_of_its_own(folder):
+    tokenizer = tokenizer_of(folder, CHATML)
+    session = session_of(tokenizer, limit=100)
+    group = session.prompt
+    assert session.go_on([dict(m) for m in group.messages], tokenizer, Data("")) and session.prompt is group
+    own = [{"role": "system", "content": "be brief"}, *group.messages]
+    assert session.go_on(own, tokenizer, Data(""))
+    assert session.prompt.token_ids == tokenizer.encode_chat(tuple(own), Data(""), "p")
+    assert session.room == 100 - (len(session.prompt.token_ids) - len(group.token_ids))
+    say(session, tokenizer, "2")
+    assert session.go_on([*own, *session.messages, {"role": "user", "content": "sure?"}], tokenizer, Data(""))
+    for data, limit, words in (
+        (Data("", max_prompt_tokens=20), 100, "and data.max_prompt_tokens is 20"),
+        (Data(""), 10, "no token is left for an answer"),
+    ):
+        with pytest.raises(Refused, match=words):
+            session_of(tokenizer, limit=limit).go_on(own, tokenizer, data)
+    for other in ([], own[:1], [*own, {"role": "assistant", "content": "2"}]):
+        with pytest.raises(Refused, match="does not begin with a user's message"):
+            session_of(tokenizer).go_on(other, tokenizer, Data(""))
 
 
 def test_tools_are_told_by_the_template(folder):

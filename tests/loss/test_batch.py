@@ -78,6 +78,15 @@ def test_the_worked_example_of_two_turns():
         assert (b.num_loss_tokens, b.num_tokens) == (8, 17)
 
 
+def test_a_response_may_have_a_prompt_of_its_own():
+    own = Prompt(0, "", "", (5, 6, 7))
+    pair = Response((1,), (-0.1,), False, prompt=own), Response((2,), (-0.2,), False)
+    (b,) = cut([Group(Prompt(0, "", "", (8,)), pair)], Packing(max_tokens=6, share_prompts=True))
+    (m,) = b.microbatches
+    assert (m.token_ids_T.tolist(), m.cu_seqlens.tolist()) == ([5, 6, 7, 1, 8, 2], [0, 4, 6])
+    assert (m.position_R.tolist(), b.num_tokens) == ([2, 4], 6)
+
+
 def test_a_response_that_ends_or_begins_with_what_was_given():
     r = Response((1, 2, 3, 4), (-0.1, -0.2), False, given=((0, 1), (3, 4)))
     (b,) = cut([Group(Prompt(0, "", "", (5, 6)), (r, r))], Packing(max_tokens=12))
