@@ -81,7 +81,9 @@ class Empty:
 
 
 async def three_turns(session, row):
-    texts = [await session.generate()]
+    """Of which the first has a prompt of its own."""
+    own = [{"role": "user", "content": f"1{session.messages[-1]['content']}"}]
+    texts = [await session.generate(own)]
     texts.append(await session.generate("12+34="))
     texts.append(await session.generate([*session.messages, {"role": "user", "content": "5+6="}]))
     return {"score": sum(map(len, texts)) / 100, "first": texts[0]}

@@ -64,6 +64,7 @@ def test_sessions_are_trained_on_as_single_turns_are(cfg, tmp_path):
         assert (row["environment/failed"], row["environment/timed_out"]) == (0, 0)
     found = sampled(run_dir)
     assert {row["session"]["num_turns"] for row in found} & {3}
+    assert {row["prompt_tokens"] for row in found} == {7}  # 6 of the group's, and one more
     full = next(row for row in found if "turns" in row and row["session"]["num_turns"] == 3)
     assert [who for who, _ in full["turns"]] == ["sampled", "given"] * 2 + ["sampled"]
     assert [text for who, text in full["turns"] if who == "given"] == ["12+34=", "5+6="]
