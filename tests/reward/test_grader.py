@@ -178,6 +178,16 @@ def test_a_process_that_died_while_idle_is_replaced_and_costs_no_answer(warm):
     assert pid not in children()
 
 
+def test_a_question_that_a_process_has_not_read_when_it_is_gone_goes_to_another(warm):
+    (pid,) = children()
+    os.kill(pid, signal.SIGSTOP)
+    killer = threading.Timer(0.5, os.kill, (pid, signal.SIGKILL))
+    killer.start()
+    (verdict,) = warm.grade([(boxed("2+x"), "x+2", False)])
+    killer.join()
+    assert verdict.status == Status.CORRECT and pid not in children()
+
+
 def test_a_process_that_is_killed_at_work_costs_one_answer():
     with Grader(replace(CFG, cpu_s=60, wall_s=60)) as grader:
         grader.grade([(boxed("1+x"), "x+1", False)])
